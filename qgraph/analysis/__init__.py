@@ -1,0 +1,1 @@
+"""Read-only facts of a graph that passes share."""

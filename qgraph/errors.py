@@ -1,0 +1,23 @@
+"""Errors that a user can mend, told in one line."""
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["ToleranceError", "UserError", "nearest"]
+
+
+class UserError(Exception):
+    """Bad input or usage: says what is wrong, where it is and how to mend it.
+
+    The command line prints the message as one line and exits with status 2.
+    """
+
+
+class ToleranceError(UserError):
+    """A verification figure lies outside the tolerance that the user gave (exit status 3)."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'X'?" for the known name nearest to `name`, or an empty string."""
+    matches = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    return f" Did you mean '{matches[0]}'?" if matches else ""

@@ -1,0 +1,1 @@
+"""Arrays in, arrays out: the numerics of compression, with no knowledge of graphs."""

@@ -1,0 +1,1 @@
+"""Running a graph or an artifact: sessions, verification, benchmark."""

@@ -1,0 +1,1 @@
+"""What models are compiled for: one family of targets to a file."""

@@ -1,0 +1,101 @@
+"""The contract of a target: what a device and its runtime execute, and how a model gets there."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+import qgraph.ir
+from qgraph.pipeline import Context, Pipeline, Skipped
+
+__all__ = ["Kernels", "Session", "Target"]
+
+
+class Session(Protocol):
+    """Something that runs a model the way an ONNX Runtime session does."""
+
+    def run(self, output_names: Sequence[str] | None, feeds: Mapping[str, np.ndarray]) -> list[Any]:
+        """Run one feed and return the outputs (all of them when `output_names` is None)."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """What really runs on the target, after its runtime has fused and partitioned the graph.
+
+    Attributes:
+        integer: number of kernels, by operator, whose arithmetic is in integers.
+        floating: number of compute kernels, by operator, that stay in float although the target has integer ones.
+        other: number of the rest (data movement, conversions), by operator.
+        left_in_float: nodes of the compute kernels in `floating`, each with the reason.
+    """
+
+    integer: Mapping[str, int]
+    floating: Mapping[str, int]
+    other: Mapping[str, int]
+    left_in_float: Sequence[Skipped] = ()
+
+    def summary(self) -> str:
+        """Return one line such as "24 QLinearConv, 1 QGemm in integers; 2 Softmax in float"."""
+        integer = ", ".join(f"{count} {op}" for op, count in sorted(self.integer.items()))
+        floating = ", ".join(f"{count} {op}" for op, count in sorted(self.floating.items()))
+        return f"{integer or 'nothing'} in integers; {floating or 'nothing'} in float"
+
+
+class Target(abc.ABC):
+    """A device, a runtime and a precision. Derive a frozen dataclass without required fields."""
+
+    name: ClassVar[str]
+    """`device-precision`, as the command line calls it."""
+    summary: ClassVar[str]
+    """One line for `qgraph targets`."""
+    extra: ClassVar[str] = "cpu"
+    """The optional dependency (`pip install qgraph-compiler[EXTRA]`) that brings the runtime."""
+    needs_calibration: ClassVar[bool] = False
+    """Whether its default pipeline needs calibration data for every model."""
+    opset: ClassVar[int] = 21
+    """The default-domain opset that models are converted up to."""
+
+    @abc.abstractmethod
+    def prepare_passes(self) -> Pipeline:
+        """Return the passes that clean up what exporters write."""
+
+    @abc.abstractmethod
+    def compress_passes(self, model: ir.Model, context: Context) -> Pipeline:
+        """Return the passes that make the prepared `model` smaller and faster; may look at the model.
+
+        Must depend on nothing but the model, the context and the target's own tables, so that builds repeat.
+        """
+
+    @abc.abstractmethod
+    def lower_passes(self) -> Pipeline:
+        """Return the passes that bring the compressed model to what the runtime executes best."""
+
+    def check(self, model: ir.Model) -> list[Skipped]:
+        """Return the nodes of a lowered model that will not run on this target, each with its reason."""
+        del model
+        return []
+
+    def lower(self, model: ir.Model, folder: Path) -> list[str]:
+        """Write the deployable files into `folder` and return their names; the default is one ONNX model."""
+        qgraph.ir.save(model, folder / "model.onnx")
+        return sorted(path.name for path in folder.iterdir())
+
+    @abc.abstractmethod
+    def session(self, folder: Path, *, threads: int = 0) -> Session:
+        """Open the files that `lower` wrote.
+
+        Raises:
+            UserError: the runtime is not installed; the message names the extra.
+        """
+
+    def kernels(self, folder: Path) -> Kernels | None:
+        """Return what really runs after the runtime's own optimisation, or None where it cannot be known here."""
+        del folder
+        return None
