@@ -77,6 +77,14 @@ class Target(abc.ABC):
     def lower_passes(self) -> Pipeline:
         """Return the passes that bring the compressed model to what the runtime executes best."""
 
+    def tune(self, model: ir.Model, context: Context, default: Pipeline) -> Pipeline:
+        """Return the fastest compress part for the prepared `model` by timing candidates on this machine.
+
+        The default, for targets that know no candidates, keeps `default`. The model must not be changed.
+        """
+        del model, context
+        return default
+
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return the nodes of a lowered model that will not run on this target, each with its reason."""
         del model

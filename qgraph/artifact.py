@@ -1,0 +1,233 @@
+"""The artifact on disk: a directory with the deployable files, a manifest that proves them, and a report.
+
+    model.onnx      or the target's own files
+    manifest.json   what was done to what, and the SHA-256 of every deployable file
+    recipe.toml     the pipeline, to repeat it
+    report.html     one self-contained page
+    bench.json      what was timed, where
+
+Model files, manifest and recipe are byte-identical for identical input, options and seed; only report.html and
+bench.json hold timings, and the manifest does not hash those two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from qgraph import registry
+from qgraph.errors import UserError
+from qgraph.report.terminal import before_after
+from qgraph.targets.base import Session, Target
+
+__all__ = ["Artifact", "ArtifactReport", "artifact_bytes", "open_artifact", "sha256", "staging", "write_manifest"]
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+UNHASHED = frozenset({MANIFEST, "report.html", "bench.json"})
+
+
+@dataclasses.dataclass(frozen=True)
+class ArtifactReport:
+    """The figures of an artifact: the manifest's, and the timings where they were taken."""
+
+    manifest: Mapping[str, Any]
+    bench: Mapping[str, Any] | None
+
+    def table(self) -> str:
+        """Return the before/after table that the command line prints: size, latency, output, accuracy."""
+        return before_after(self.manifest, self.bench)
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """A compiled model on disk whose hashes were checked."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def verified(self) -> bool:
+        """Whether the result was run against its source and met every tolerance that was set."""
+        return bool(self.manifest["verified"])
+
+    @property
+    def target(self) -> Target:
+        """The target that the artifact was compiled for."""
+        target: Target = registry.find("target", self.manifest["target"])()
+        return target
+
+    @property
+    def report(self) -> ArtifactReport:
+        """The figures, with the timings of bench.json where there is one."""
+        bench = self.path / "bench.json"
+        return ArtifactReport(self.manifest, _read_json(bench) if bench.is_file() else None)
+
+    def session(self, *, threads: int = 0) -> Session:
+        """Open the model for running, like an ONNX Runtime session.
+
+        Raises:
+            UserError: the runtime is not installed.
+        """
+        return self.target.session(self.path, threads=threads)
+
+    def run(self, output_names: list[str] | None, feeds: Mapping[str, Any]) -> list[Any]:
+        """Run one feed in a new session; open `session()` once to run many."""
+        return self.session().run(output_names, feeds)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def artifact_bytes(manifest: Mapping[str, Any]) -> int:
+    """Return the bytes of all deployable files."""
+    return sum(entry["bytes"] for name, entry in manifest["files"].items() if name != "recipe.toml")
+
+
+@contextlib.contextmanager
+def staging(output: Path, *, force: bool) -> Iterator[Path]:
+    """Give a temporary folder beside `output` that becomes `output` when the block ends well, and vanishes otherwise.
+
+    Args:
+        output: the artifact's folder.
+        force: replace an artifact that is there; anything else than an artifact is never replaced.
+
+    Raises:
+        UserError: `output` exists and may not be replaced, or cannot be written.
+    """
+    refuse_existing(output, force=force)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror}. Choose another folder with -o.") from None
+    try:
+        try:
+            yield folder
+        except OSError as error:
+            if error.filename is not None and not str(error.filename).startswith(str(folder)):
+                raise
+            raise UserError(
+                f"{output} cannot be written: {error.strerror or error}. Nothing was left behind."
+            ) from None
+        _replace(folder, output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_existing(output: Path, *, force: bool) -> None:
+    """Raise a UserError when `output` exists and may not be replaced."""
+    if not output.exists() and not output.is_symlink():
+        return
+    if not force:
+        raise UserError(f"{output} exists. Pass --force to replace it, or another folder with -o.")
+    if output.is_symlink() or not (output / MANIFEST).is_file():
+        raise UserError(
+            f"{output} exists and is no qgraph artifact, so --force will not replace it. Choose another -o."
+        )
+
+
+def _replace(folder: Path, output: Path) -> None:
+    folder.chmod(0o755 & ~_umask())
+    try:
+        if not output.exists():
+            folder.rename(output)
+            return
+        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
+        output.rename(old / "artifact")
+        try:
+            folder.rename(output)
+        except OSError:
+            (old / "artifact").rename(output)
+            raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror}. Choose another folder with -o.") from None
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Hash every deployable file in `folder` and write `facts` and the hashes as manifest.json; return the manifest."""
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in UNHASHED
+    }
+    manifest = {"format": FORMAT, **facts, "files": files}
+    text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return manifest
+
+
+def open_artifact(path: str | os.PathLike[str]) -> Artifact:
+    """Open an artifact and check the hash of every file.
+
+    Raises:
+        UserError: it is no artifact, was written by a newer version, names files outside its folder, or a file is
+            missing or differs from its hash.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise UserError(f"{folder} does not exist")
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder} is no qgraph artifact: it has no {MANIFEST}")
+    manifest = _read_json(folder / MANIFEST)
+    _check_shape(folder, manifest)
+    for name, entry in manifest["files"].items():
+        _check_file(folder, name, entry)
+    return Artifact(folder, manifest)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    return document
+
+
+def _check_shape(folder: Path, manifest: Mapping[str, Any]) -> None:
+    version = manifest.get("format")
+    if not isinstance(version, int):
+        raise UserError(f"{folder / MANIFEST} is damaged: it names no format version")
+    if version > FORMAT:
+        raise UserError(f"{folder} has format {version}, newer than this qgraph understands ({FORMAT}). Update qgraph.")
+    needed = {"target": str, "files": dict, "verified": bool, "source": dict, "inputs": list, "outputs": list}
+    for key, kind in needed.items():
+        if not isinstance(manifest.get(key), kind):
+            raise UserError(f"{folder / MANIFEST} is damaged: '{key}' is missing or of the wrong kind")
+    for name, entry in manifest["files"].items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str) or "bytes" not in entry:
+            raise UserError(f"{folder / MANIFEST} is damaged: '{name}' has no hash")
+
+
+def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts or "\\" in name or ":" in name:
+        raise UserError(f"{folder / MANIFEST} names '{name}', which leaves the artifact's folder: do not trust it")
+    path = folder / relative
+    if not path.is_file():
+        raise UserError(f"{folder} is incomplete: {name} is missing")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder}: {name} is a link that leaves the artifact's folder: do not trust it")
+    if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
+        raise UserError(f"{folder}: {name} was changed after it was compiled (its hash differs). Compile it again.")
