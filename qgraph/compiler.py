@@ -29,7 +29,7 @@ import qgraph.ir
 from qgraph import registry, spec
 from qgraph.artifact import Artifact, artifact_bytes, open_artifact, refuse_existing, sha256, staging, write_manifest
 from qgraph.errors import ToleranceError, UserError
-from qgraph.pipeline import Context, Feeds, Pipeline, Progress, Report, Samples, Skipped, specs_from_tables
+from qgraph.pipeline import Context, Feeds, Pipeline, Report, Samples, Skipped, specs_from_tables
 from qgraph.report.data import ReportData
 from qgraph.report.html import render
 from qgraph.runtime.benchmark import Benchmark, compare
@@ -61,7 +61,7 @@ class Data:
     """Where samples come from, and how to read them.
 
     Attributes:
-        source: a .npz file, a folder of .npz files or of images, a text file, `module:callable`, or an iterable of feeds.
+        source: a .npz file, a folder of .npz files or of images, a text file, `module:callable`, or feeds.
         rename: array name -> input name.
         preprocess: name of an image preset.
         tokenizer: a tokenizer.json, for text.
