@@ -1,0 +1,509 @@
+"""Proof that a result behaves like its source: both run on the same samples, and every output is compared.
+
+With s the source's values of an output and r the result's, over all samples together:
+
+    SQNR       10 log10( sum s^2 / sum (s - r)^2 ) in dB: infinite where they are equal, undefined where s is all zero
+    cosine     sum s r / sqrt( sum s^2 * sum r^2 ): 1 where they are equal, undefined where s or r is all zero
+    max error  max |s - r|
+    top-1      share of samples whose largest score is of the same class (ties: the first class)
+    match      share of equal values, for outputs of integers and booleans
+    accuracy   share of labelled samples whose largest score is that of the label, for the source and for the result
+
+Samples stream through: nothing is kept but sums, in float64. Values that are not finite stay out of the sums and are
+counted. Figures are rounded to few digits, so that the same build gives the same manifest on every machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qgraph.errors import UserError, nearest
+from qgraph.pipeline import Feeds, PassError, Progress, Samples
+from qgraph.runtime.session import first_line
+from qgraph.targets.base import Session
+
+__all__ = ["ErrorSums", "OutputFigures", "Verification", "parse_tolerance", "round_figure", "verify"]
+
+METRICS = {
+    "sqnr": "signal-to-quantization-noise ratio in dB, at least",
+    "cosine": "cosine similarity, at least",
+    "max_abs": "largest absolute error, at most",
+    "top1": "loss of top-1 accuracy (of top-1 agreement when there are no labels), at most",
+}
+_PIECE = 1 << 20
+
+
+def round_figure(value: float, digits: int = 5) -> float:
+    """Round to significant digits; infinities and NaN stay."""
+    return float(f"{value:.{digits - 1}e}")
+
+
+@dataclasses.dataclass
+class ErrorSums:
+    """Running sums that compare a stream of arrays with another, in float64 and in pieces of bounded size."""
+
+    values: int = 0
+    signal: float = 0.0
+    result_power: float = 0.0
+    product: float = 0.0
+    noise: float = 0.0
+    max_abs: float = 0.0
+    broken: int = 0
+    """Values that are finite in the source and not in the result."""
+    excluded: int = 0
+    """Values left out of the sums because one side or both are not finite."""
+
+    def add(self, source: np.ndarray, result: np.ndarray) -> None:
+        """Take in two float arrays of one shape (any shape, any float dtype)."""
+        flat_source, flat_result = source.reshape(-1), result.reshape(-1)
+        for start in range(0, flat_source.size, _PIECE):
+            self._add_piece(
+                flat_source[start : start + _PIECE].astype(np.float64),
+                flat_result[start : start + _PIECE].astype(np.float64),
+            )
+
+    def _add_piece(self, source: np.ndarray, result: np.ndarray) -> None:
+        finite = np.isfinite(source) & np.isfinite(result)
+        self.values += source.size
+        if not finite.all():
+            self.excluded += int(source.size - finite.sum())
+            self.broken += int((np.isfinite(source) & ~np.isfinite(result)).sum())
+            source, result = source[finite], result[finite]
+        if not source.size:
+            return
+        # np.sum adds in one fixed order; a BLAS dot product splits its sum by threads.
+        error = source - result
+        self.signal += float(np.sum(source * source))
+        self.result_power += float(np.sum(result * result))
+        self.product += float(np.sum(source * result))
+        self.noise += float(np.sum(error * error))
+        self.max_abs = max(self.max_abs, float(np.max(np.abs(error))))
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """The SQNR in dB, rounded; infinite for equal streams, None where the source is all zero or empty."""
+        if self.values == self.excluded:
+            return None
+        if self.noise == 0:
+            return math.inf
+        return round_figure(10 * math.log10(self.signal / self.noise), 4) if self.signal > 0 else None
+
+    @property
+    def cosine(self) -> float | None:
+        """The cosine similarity, rounded; None where one side is all zero or empty."""
+        if self.values == self.excluded:
+            return None
+        if self.noise == 0:
+            return 1.0
+        power = math.sqrt(self.signal) * math.sqrt(self.result_power)
+        return round_figure(self.product / power, 6) if power > 0 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputFigures:
+    """How one output of the result compares with the source's.
+
+    Attributes:
+        name: of the output.
+        dtype: as the source gives it.
+        values: number of values compared.
+        sqnr_db: None where it is undefined or the output holds no floats.
+        cosine: like it.
+        max_abs_error: None for outputs that hold no floats.
+        match: share of equal values, for integers and booleans.
+        top1_agreement: for outputs that look like class scores: [N, C] or [N, C, 1, ...], or [N, ..., C] where the
+            name says `logits` or labels have that shape; C >= 2.
+        broken: number of values that are finite in the source and NaN or infinite in the result.
+        excluded: number of values left out because one side or both are not finite.
+        remark: why the output, or a part of it, was not compared.
+    """
+
+    name: str
+    dtype: str
+    values: int = 0
+    sqnr_db: float | None = None
+    cosine: float | None = None
+    max_abs_error: float | None = None
+    match: float | None = None
+    top1_agreement: float | None = None
+    broken: int = 0
+    excluded: int = 0
+    remark: str = ""
+
+    @property
+    def exact(self) -> bool:
+        """Whether every value is the same."""
+        return not self.remark and not self.broken and (self.sqnr_db == math.inf or self.match == 1.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values; an infinite SQNR is null with `exact` true."""
+        return {
+            **dataclasses.asdict(self),
+            "sqnr_db": None if self.sqnr_db == math.inf else self.sqnr_db,
+            "exact": self.exact or self.sqnr_db == math.inf,
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> OutputFigures:
+        """Read what `to_json` wrote."""
+        values = {field.name: document[field.name] for field in dataclasses.fields(cls)}
+        if document["exact"] and document["match"] is None:
+            values["sqnr_db"] = math.inf
+        return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """The comparison of a result with its source, output by output.
+
+    Attributes:
+        samples: number of samples (rows of a batch counted one by one).
+        outputs: in the model's order.
+        labelled: number of labels that accuracy was measured on.
+        accuracy_before: top-1 accuracy of the source, or None without labels.
+        accuracy_after: of the result.
+    """
+
+    samples: int
+    outputs: tuple[OutputFigures, ...]
+    labelled: int = 0
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+
+    @property
+    def worst(self) -> OutputFigures | None:
+        """The output of the least SQNR, or None where none has one."""
+        rated = [output for output in self.outputs if output.sqnr_db is not None]
+        return min(rated, key=lambda output: output.sqnr_db or 0.0, default=None)
+
+    def summary(self) -> str:
+        """Return one line such as "SQNR 31.2 dB   cosine 0.9993"; of several outputs, the worst."""
+        parts: list[str] = []
+        worst = self.worst
+        if worst is not None and worst.sqnr_db == math.inf:
+            parts.append("exact")
+        elif worst is not None:
+            parts.append(f"SQNR {worst.sqnr_db:.1f} dB")
+            if worst.cosine is not None:
+                parts.append(f"cosine {worst.cosine:.5f}")
+        matches = [output.match for output in self.outputs if output.match is not None]
+        if matches and worst is None:
+            parts.append(f"{min(matches):.2%} of the values equal")
+        if self.accuracy_before is not None and self.accuracy_after is not None:
+            parts.append(f"accuracy {self.accuracy_before:.2%} -> {self.accuracy_after:.2%}")
+        if len(self.outputs) > 1 and worst is not None and worst.sqnr_db != math.inf:
+            parts.append(f"worst output: {worst.name}")
+        broken = sum(output.broken for output in self.outputs)
+        if broken:
+            parts.append(f"{broken} values became NaN or infinite")
+        return "   ".join(parts) if parts else "no output can be compared"
+
+    def meets(self, tolerances: Mapping[str, float]) -> list[str]:
+        """Return what lies outside the tolerances, one line each; an empty list means that all are met.
+
+        Values that were finite in the source and are not in the result fail whatever the tolerances are. A metric
+        that cannot be computed for any output fails too: nothing was proven.
+
+        Args:
+            tolerances: metric (see METRICS) -> bound; `top1` as a fraction.
+
+        Raises:
+            UserError: a metric is unknown.
+        """
+        for metric in tolerances:
+            _known(metric)
+        failures = [
+            f"output '{output.name}' has {output.broken} NaN or infinite values that are finite in the source"
+            for output in self.outputs
+            if output.broken
+        ]
+        for metric, bound in tolerances.items():
+            failures += self._misses(metric, bound)
+        return failures
+
+    def _misses(self, metric: str, bound: float) -> list[str]:
+        if metric == "top1" and self.accuracy_before is not None and self.accuracy_after is not None:
+            loss = self.accuracy_before - self.accuracy_after
+            return [] if loss <= bound + _EPSILON else [f"top-1 accuracy loses {loss:.2%}, more than {bound:.2%}"]
+        compared = [(output.name, output.remark, _figure(output, metric)) for output in self.outputs]
+        if all(figure is None for _, _, figure in compared):
+            return [f"{metric} cannot be computed for any output"]
+        failures = [f"output '{name}': {remark}, so {metric} proves nothing" for name, remark, _ in compared if remark]
+        if metric in ("sqnr", "cosine"):
+            failures += [
+                f"{metric} of output '{output.name}' is undefined: the source gives zeros only"
+                for output in self.outputs
+                if output.max_abs_error is not None and _figure(output, metric) is None
+            ]
+        failures += [
+            f"{_TELL[metric].format(figure, bound)} (output '{name}')"
+            for name, _, figure in compared
+            if figure is not None and not _inside(metric, figure, bound)
+        ]
+        return failures
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values, all finite."""
+        return {**dataclasses.asdict(self), "outputs": [output.to_json() for output in self.outputs]}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Verification:
+        """Read what `to_json` wrote; other keys are left alone."""
+        values = {field.name: document[field.name] for field in dataclasses.fields(cls)}
+        return cls(**{**values, "outputs": tuple(OutputFigures.from_json(one) for one in document["outputs"])})
+
+
+_EPSILON = 1e-9
+_TELL = {
+    "sqnr": "SQNR is {:.2f} dB, less than {:g}",
+    "cosine": "cosine is {:.6g}, less than {:g}",
+    "max_abs": "the largest error is {:.4g}, more than {:g}",
+    "top1": "top-1 agreement loses {:.2%}, more than {:.2%}",
+}
+
+
+def _figure(output: OutputFigures, metric: str) -> float | None:
+    agreement = output.top1_agreement
+    figures = {
+        "sqnr": output.sqnr_db,
+        "cosine": output.cosine,
+        "max_abs": output.max_abs_error,
+        "top1": None if agreement is None else 1 - agreement,
+    }
+    return figures[metric]
+
+
+def _inside(metric: str, figure: float, bound: float) -> bool:
+    return figure >= bound if metric in ("sqnr", "cosine") else figure <= bound + _EPSILON
+
+
+def _known(metric: str) -> None:
+    if metric not in METRICS:
+        raise UserError(f"there is no tolerance '{metric}'.{nearest(metric, METRICS)} There are: {', '.join(METRICS)}.")
+
+
+def parse_tolerance(text: str) -> tuple[str, float]:
+    """Read METRIC=VALUE, such as `sqnr=30`, `cosine=0.999`, `max_abs=0.1`, `top1=0.5%` or `top1=0.005`.
+
+    Returns:
+        The metric and its bound, percent turned into a fraction.
+
+    Raises:
+        UserError: the metric is unknown (the nearest is suggested), or the value is no number in its range.
+    """
+    metric, equals, value = (part.strip() for part in text.partition("="))
+    if not equals:
+        raise UserError(f"--tolerance takes METRIC=VALUE, such as sqnr=30 or top1=0.5%, not '{text}'")
+    metric = metric.lower().replace("-", "_")
+    _known(metric)
+    percent = metric == "top1" and value.endswith("%")
+    try:
+        bound = float(value.removesuffix("%") if percent else value) / (100 if percent else 1)
+    except ValueError:
+        raise UserError(f"tolerance {metric}: '{value}' is no number ({METRICS[metric]})") from None
+    if not math.isfinite(bound):
+        raise UserError(f"tolerance {metric}: '{value}' is no finite number")
+    if metric == "cosine" and not -1 <= bound <= 1:
+        raise UserError(f"tolerance cosine: {value} lies outside -1 to 1")
+    if metric in ("max_abs", "top1") and bound < 0:
+        raise UserError(f"tolerance {metric}: {value} is negative, but bounds a loss from above")
+    if metric == "top1" and (bound > 1 or (bound == 1 and not percent)):
+        raise UserError(f"tolerance top1: {value} is no fraction below 1; for percent write top1={value}%")
+    return metric, bound
+
+
+def verify(
+    source: Session,
+    result: Session,
+    samples: Samples,
+    *,
+    labels: np.ndarray | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Run source and result on the same samples and compare every output.
+
+    Args:
+        source: the model as it was given.
+        result: the compiled model, with the same inputs and outputs.
+        samples: feeds; each may hold a batch along the first axis.
+        labels: integer class indices [total rows], or [total rows, ...] for scores [rows, ..., C]; negative ones are
+            ignored.
+        progress: called as `progress("verify", done, total)`.
+
+    Raises:
+        UserError: there are no samples, the source refuses one, or the labels do not fit.
+        PassError: the result refuses a sample that the source runs, or has other outputs.
+    """
+    total = len(samples)
+    if not total:
+        raise UserError("there are no samples to verify on: give more calibration samples, or data of its own")
+    if labels is not None:
+        labels = _checked_labels(labels)
+    comparisons: list[_Comparison] = []
+    rows = 0
+    for number, feeds in enumerate(samples):
+        before = _run_source(source, feeds, number)
+        after = _run_result(result, feeds, number)
+        if not comparisons:
+            comparisons = [_Comparison(name) for name in _output_names(source, len(before))]
+        if len(after) != len(before):
+            raise PassError(f"the compiled model has {len(after)} outputs, its source {len(before)}")
+        batch = _rows(feeds, before)
+        piece = None if labels is None else labels[rows : rows + batch]
+        for comparison, one, other in zip(comparisons, before, after, strict=True):
+            comparison.add(one, other, piece)
+        rows += batch
+        if progress is not None:
+            progress("verify", number + 1, total)
+    scored = next((comparison for comparison in comparisons if comparison.labelled), None)
+    if labels is not None:
+        _check_labelled(labels, rows, scored, comparisons)
+    return Verification(
+        samples=rows,
+        outputs=tuple(comparison.figures() for comparison in comparisons),
+        labelled=scored.labelled if scored else 0,
+        accuracy_before=round_figure(scored.right_before / scored.labelled, 6) if scored else None,
+        accuracy_after=round_figure(scored.right_after / scored.labelled, 6) if scored else None,
+    )
+
+
+def _run_source(session: Session, feeds: Feeds, number: int) -> list[Any]:
+    try:
+        return session.run(None, feeds)
+    except (MemoryError, UserError):
+        raise
+    except Exception as error:
+        raise UserError(f"the model cannot run sample {number}: {first_line(error)}") from error
+
+
+def _run_result(session: Session, feeds: Feeds, number: int) -> list[Any]:
+    try:
+        return session.run(None, feeds)
+    except (MemoryError, UserError):
+        raise
+    except Exception as error:
+        raise PassError(
+            f"the compiled model fails on sample {number}, which its source runs: {first_line(error)}"
+        ) from (error)
+
+
+def _output_names(session: Session, count: int) -> list[str]:
+    get_outputs = getattr(session, "get_outputs", None)
+    return [str(one.name) for one in get_outputs()] if get_outputs else [f"output {i}" for i in range(count)]
+
+
+def _rows(feeds: Feeds, outputs: Sequence[Any]) -> int:
+    """Return the number of samples in a feed: the outputs' common first axis, where an input has it too, else 1."""
+    inputs = {array.shape[0] for array in feeds.values() if array.ndim}
+    firsts = [value.shape[0] for value in outputs if isinstance(value, np.ndarray) and value.ndim]
+    return int(firsts[0]) if firsts and firsts[0] in inputs else 1
+
+
+def _checked_labels(labels: np.ndarray) -> np.ndarray:
+    if not np.issubdtype(labels.dtype, np.integer) or not labels.ndim:
+        raise UserError(f"labels must be class indices in an integer array, not {labels.dtype} of shape {labels.shape}")
+    return labels
+
+
+def _check_labelled(
+    labels: np.ndarray, rows: int, scored: _Comparison | None, comparisons: Sequence[_Comparison]
+) -> None:
+    if len(labels) != rows:
+        raise UserError(f"there are {len(labels)} labels for {rows} samples")
+    if scored is None and (labels >= 0).any():
+        shapes = ", ".join(f"'{one.name}' {list(one.shape)}" for one in comparisons)
+        raise UserError(
+            f"labels of shape {list(labels.shape)} are given, but no output holds class scores for them (there are: "
+            f"{shapes}), or the labels are no class indices of it"
+        )
+
+
+class _Comparison:
+    """The running comparison of one output."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.dtype = ""
+        self.shape: tuple[int, ...] = ()
+        self.sums = ErrorSums()
+        self.compared = self.equal = 0
+        self.classified = self.agreed = 0
+        self.labelled = self.right_before = self.right_after = 0
+        self.remarks: dict[str, int] = {}
+
+    def add(self, source: Any, result: Any, labels: np.ndarray | None) -> None:
+        """Take in the output of one feed; `labels` are those of its rows."""
+        if not isinstance(source, np.ndarray) or not isinstance(result, np.ndarray):
+            self.dtype = type(source).__name__
+            self._remark(f"not compared: {_kind(source)}")
+            return
+        self.dtype, self.shape = str(source.dtype), source.shape
+        if source.dtype.kind in "OSU":
+            self._remark("not compared: text")
+            return
+        if source.shape != result.shape:
+            self._remark(f"shapes differ ({list(source.shape)} and {list(result.shape)})")
+            return
+        if source.dtype.kind in "biu":
+            self.compared += source.size
+            self.equal += int(np.sum(source == result))
+            return
+        self.sums.add(source, result)
+        self._classify(source, result, labels)
+
+    def _remark(self, text: str) -> None:
+        self.remarks[text] = self.remarks.get(text, 0) + 1
+
+    def _classify(self, source: np.ndarray, result: np.ndarray, labels: np.ndarray | None) -> None:
+        axis = _class_axis(source.shape, self.name, labels)
+        if axis is None:
+            return
+        before, after = np.argmax(source, axis=axis), np.argmax(result, axis=axis)
+        self.classified += before.size
+        self.agreed += int(np.sum(before == after))
+        if labels is None:
+            return
+        if labels.size == before.size and labels.max(initial=-1) < source.shape[axis]:
+            wanted = labels.reshape(before.shape)
+            known = wanted >= 0
+            self.labelled += int(known.sum())
+            self.right_before += int(np.sum((before == wanted) & known))
+            self.right_after += int(np.sum((after == wanted) & known))
+
+    def figures(self) -> OutputFigures:
+        sums = self.sums
+        has_floats = sums.values > sums.excluded
+        return OutputFigures(
+            name=self.name,
+            dtype=self.dtype,
+            values=sums.values + self.compared,
+            sqnr_db=sums.sqnr_db,
+            cosine=sums.cosine,
+            max_abs_error=round_figure(sums.max_abs, 4) if has_floats else None,
+            match=round_figure(self.equal / self.compared, 6) if self.compared else None,
+            top1_agreement=round_figure(self.agreed / self.classified, 6) if self.classified else None,
+            broken=sums.broken,
+            excluded=sums.excluded,
+            remark="; ".join(
+                f"{text}" if count == 1 or text.startswith("not") else f"{text}, {count} times"
+                for text, count in list(self.remarks.items())[:2]
+            ),
+        )
+
+
+def _kind(value: Any) -> str:
+    return {list: "a sequence", dict: "a map", str: "text"}.get(type(value), type(value).__name__)
+
+
+def _class_axis(shape: tuple[int, ...], name: str, labels: np.ndarray | None) -> int | None:
+    if len(shape) >= 2 and shape[1] >= 2 and all(size == 1 for size in shape[2:]):
+        return 1
+    if len(shape) < 3 or shape[-1] < 2:
+        return None
+    fits = labels is not None and labels.shape == shape[:-1]
+    return len(shape) - 1 if fits or "logits" in name.lower() else None
