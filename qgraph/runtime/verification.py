@@ -497,7 +497,9 @@ class _Comparison:
 
 
 def _kind(value: Any) -> str:
-    return {list: "a sequence", dict: "a map", str: "text"}.get(type(value), type(value).__name__)
+    if isinstance(value, list):
+        return "a sequence"
+    return "a map" if isinstance(value, dict) else type(value).__name__
 
 
 def _class_axis(shape: tuple[int, ...], name: str, labels: np.ndarray | None) -> int | None:
