@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
+import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -53,9 +53,11 @@ class Samples(Protocol):
 
 
 class Progress(Protocol):
-    """Called while a long step runs: its name, how many units are done, and of how many."""
+    """Called while a long step runs."""
 
-    def __call__(self, step: str, done: int, total: int) -> None: ...
+    def __call__(self, step: str, done: int, total: int) -> None:
+        """Take the step's name, how many units are done, and of how many."""
+        ...
 
 
 class PassError(Exception):
@@ -175,10 +177,16 @@ def _locate(path: str, what: str) -> Any:
         raise UserError(f"{what}: {path} cannot be loaded: {error}") from error
 
 
-def _describe_foreign(thing: object) -> str:
-    """Return module:attribute for a class that can be made again without arguments, else ''."""
+def _foreign_path(thing: object) -> str | None:
+    """Return module:Class when importing that class and calling it without arguments makes `thing` again."""
     cls = type(thing)
-    return f"{cls.__module__}:{cls.__qualname__}"
+    if getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls or cls.__module__ == "__main__":
+        return None
+    try:
+        again = not vars(thing) or vars(cls()) == vars(thing)
+    except TypeError:
+        return None
+    return f"{cls.__module__}:{cls.__qualname__}" if again else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,11 +257,8 @@ def _as_pass(thing: Any) -> Pass:
     if isinstance(thing, type) and issubclass(thing, Pass):
         raise UserError(f"a pipeline takes passes, not classes: write {thing.__name__}()")
     if isinstance(thing, ir.passes.PassBase):
-        try:
-            repeatable = not vars(thing) or vars(type(thing)()) == vars(thing)
-        except TypeError:
-            repeatable = False
-        return IrPass(_describe_foreign(thing)) if repeatable else _Foreign(thing)
+        path = _foreign_path(thing)
+        return IrPass(path) if path is not None else _Foreign(thing)
     if hasattr(thing, "apply_to_model") or isinstance(thing, Sequence):
         return _Foreign(thing)
     raise UserError(f"{thing!r} is neither a pass nor an onnxscript rule set")
@@ -312,6 +317,9 @@ class Pipeline:
             document = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise UserError(f"the recipe is not valid TOML: {error}") from None
+        for key in document:
+            if key != "pass":
+                raise UserError(f"the recipe has an unknown key '{key}'; a pipeline is written as [[pass]] tables")
         return cls.from_specs(specs_from_tables(document.get("pass", []), "pass"))
 
     def specs(self) -> list[spec.Spec]:
@@ -386,6 +394,8 @@ class Pipeline:
             raise
         except Exception as error:
             raise PassError(f"pass '{name}' failed{_after(ran)}: {type(error).__name__}: {error}") from error
+        if not isinstance(report, Report):
+            raise PassError(f"pass '{name}' returned {type(report).__name__}, not a Report{_after(ran)}")
         seconds = time.perf_counter() - start
         qgraph.ir.forget_names(model)
         _check(model, f"pass '{name}'", ran)
@@ -435,7 +445,7 @@ def specs_from_tables(tables: object, where: str) -> list[spec.Spec]:
     """Read the specs of a recipe's array of tables.
 
     Raises:
-        UserError: a table has no name, or an option is itself a table.
+        UserError: a table has no name, or an option is neither an atom nor a list of atoms.
     """
     if not isinstance(tables, list):
         raise UserError(f"the recipe must write [[{where}]], in double brackets, for every pass")
@@ -443,27 +453,18 @@ def specs_from_tables(tables: object, where: str) -> list[spec.Spec]:
     for number, table in enumerate(tables, start=1):
         if not isinstance(table, dict) or not isinstance(table.get("name"), str):
             raise UserError(f'the recipe\'s [[{where}]] number {number} has no name = "..."')
-        options = {key: value for key, value in table.items() if key != "name"}
-        for key, value in options.items():
-            if isinstance(value, dict):
-                raise UserError(f"the recipe's option '{key}' of '{table['name']}' must be a value, not a table")
+        options: dict[str, spec.Value] = {}
+        for raw_key, value in table.items():
+            key = raw_key.replace("-", "_")
+            if key in options:
+                raise UserError(f"the recipe gives option '{key}' of '{table['name']}' twice")
+            if key != "name":
+                options[key] = spec.read_toml_value(value, f"the recipe's option '{key}' of '{table['name']}'")
         specs.append(spec.Spec(table["name"], options))
     return specs
 
 
 def _toml_table(one: spec.Spec, table: str) -> str:
-    lines = [f"[[{table}]]", f"name = {_toml_value(one.name)}"]
-    lines += [f"{key} = {_toml_value(value)}" for key, value in one.options.items()]
+    lines = [f"[[{table}]]", f"name = {spec.format_toml(one.name)}"]
+    lines += [f"{key} = {spec.format_toml(value)}" for key, value in one.options.items()]
     return "\n".join(lines) + "\n"
-
-
-def _toml_value(value: spec.Value) -> str:
-    if isinstance(value, str):
-        return json.dumps(value)
-    if isinstance(value, bool):
-        return str(value).lower()
-    if value is None:
-        return '"none"'
-    if isinstance(value, Sequence):
-        return f"[{', '.join(_toml_value(item) for item in value)}]"
-    return repr(value)

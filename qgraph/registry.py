@@ -10,6 +10,7 @@ and the name works on the command line and in recipes. The groups are `qgraph.pa
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 from typing import Any, Literal
@@ -19,13 +20,13 @@ from qgraph.errors import UserError, nearest
 __all__ = ["find", "names"]
 
 Kind = Literal["pass", "target"]
-_GROUPS: dict[Kind, str] = {"pass": "qgraph.passes", "target": "qgraph.targets"}
+_PLURALS: dict[Kind, str] = {"pass": "passes", "target": "targets"}
 
 
 @functools.cache
 def _entries(kind: Kind) -> dict[str, importlib.metadata.EntryPoint]:
     entries: dict[str, importlib.metadata.EntryPoint] = {}
-    for entry in importlib.metadata.entry_points(group=_GROUPS[kind]):
+    for entry in importlib.metadata.entry_points(group=f"qgraph.{_PLURALS[kind]}"):
         other = entries.get(entry.name)
         if other is not None and other.value != entry.value:
             raise UserError(
@@ -45,16 +46,21 @@ def find(kind: Kind, name: str) -> Any:
     """Return the class registered under `name`.
 
     Raises:
-        UserError: there is none (the nearest name is suggested), or the package that registers it fails to import.
+        UserError: there is none (the nearest name is suggested), or what is registered cannot be loaded or is no
+            dataclass of that name.
     """
     entries = _entries(kind)
     if name not in entries:
-        raise UserError(
-            f"there is no {kind} '{name}'.{nearest(name, entries)} `qgraph {kind}es` lists them."
-            if kind == "pass"
-            else f"there is no target '{name}'.{nearest(name, entries)} `qgraph targets` lists them."
-        )
+        raise UserError(f"there is no {kind} '{name}'.{nearest(name, entries)} `qgraph {_PLURALS[kind]}` lists them.")
+    where = f"the {kind} '{name}' of the installed package '{_distribution(entries[name])}' ({entries[name].value})"
     try:
-        return entries[name].load()
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{kind} '{name}' ({entries[name].value}) cannot be loaded: {error}") from error
+        cls = entries[name].load()
+    except Exception as error:
+        raise UserError(f"{where} cannot be loaded: {type(error).__name__}: {error}") from error
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and getattr(cls, "name", None) == name):
+        raise UserError(f"{where} is not a dataclass with name = '{name}'")
+    return cls
+
+
+def _distribution(entry: importlib.metadata.EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else "?"

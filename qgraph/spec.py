@@ -7,10 +7,14 @@ Grammar (white space between tokens is free; a bare word holds none of `{}[],="`
     option   := word "=" value
     value    := atom | "[" [atom ("," atom)*] "]"
     atom     := word | JSON string
+
+A word may be a number, true, false or none where the option's type allows it; a JSON string is always text. A recipe's
+TOML strings mean what the same characters mean here, so `x = "none"` is none and `x = '"none"'` the text.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -22,13 +26,25 @@ from typing import Any
 
 from qgraph.errors import UserError, nearest
 
-__all__ = ["Spec", "Value", "build", "defaults", "format_specs", "parse_specs", "to_spec"]
+__all__ = [
+    "Spec",
+    "Value",
+    "build",
+    "defaults",
+    "format_specs",
+    "format_toml",
+    "parse_setting",
+    "parse_specs",
+    "read_toml_value",
+    "to_spec",
+]
 
 Atom = str | int | float | bool | None
 Value = Atom | Sequence[Atom]
 
 _TOKEN = re.compile(r'\s*(?:(?P<string>"(?:[^"\\]|\\.)*")|(?P<word>[^\s{}\[\],="]+)|(?P<mark>[{}\[\],=]))')
 _BARE = re.compile(r'[^\s{}\[\],="]+')
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +68,19 @@ def parse_specs(text: str) -> list[Spec]:
     return _Parser(text).pipeline()
 
 
+def parse_setting(text: str) -> tuple[str, str, Value]:
+    """Parse PASS.OPTION=VALUE into the pass's name, the option's name as a field is written, and the value.
+
+    Raises:
+        UserError: the text does not follow that form.
+    """
+    target, equals, value = text.partition("=")
+    name, dot, option = target.strip().partition(".")
+    if not (equals and dot and _BARE.fullmatch(name) and _BARE.fullmatch(option)):
+        raise UserError(f"a setting is written PASS.OPTION=VALUE, not '{text}'")
+    return name, option.replace("-", "_"), _Parser(value).whole_value()
+
+
 class _Parser:
     def __init__(self, text: str) -> None:
         self.text = text
@@ -67,6 +96,12 @@ class _Parser:
             raise self._error("a comma or the end")
         return specs
 
+    def whole_value(self) -> Value:
+        value = self._value()
+        if self._peek() is not None:
+            raise self._error("the end (a list is written [a,b])")
+        return value
+
     def _spec(self) -> Spec:
         name = self._word("the name of a pass")
         if not self._accept("{"):
@@ -75,10 +110,10 @@ class _Parser:
         while not self._accept("}"):
             if options:
                 self._expect(",")
-            key = self._word("an option")
+            key = self._word("an option").replace("-", "_")
             self._expect("=")
             if key in options:
-                raise UserError(f"pipeline: option '{key}' of '{name}' is given twice")
+                raise UserError(f"option '{key}' of '{name}' is given twice")
             options[key] = self._value()
         return Spec(name, options)
 
@@ -126,12 +161,12 @@ class _Parser:
         try:
             return _Quoted(json.loads(match["string"]))
         except json.JSONDecodeError as error:
-            raise UserError(f"pipeline: {match['string']} is not a JSON string ({error.msg})") from None
+            raise UserError(f"{match['string']} is not a JSON string ({error.msg})") from None
 
     def _error(self, expected: str) -> UserError:
         rest = self.text[self.position :].strip()
         where = f"at column {self.position + 1}, before '{rest[:20]}'" if rest else "at the end"
-        return UserError(f"pipeline '{self.text}': expected {expected} {where}")
+        return UserError(f"'{self.text}': expected {expected} {where}")
 
 
 def format_specs(specs: Sequence[Spec]) -> str:
@@ -154,11 +189,53 @@ def _format_value(value: Value) -> str:
 
 def _format_atom(atom: Atom) -> str:
     if isinstance(atom, str):
-        plain = _BARE.fullmatch(atom) and not isinstance(_plain(atom), int | float | bool | None)
-        return str(atom) if plain else json.dumps(atom)
-    if atom is None or isinstance(atom, bool):
-        return {None: "none", True: "true", False: "false"}[atom]
-    return repr(atom)
+        return str(atom) if _BARE.fullmatch(atom) and _reads_as_text(atom) else _json_string(atom)
+    if atom is None:
+        return "none"
+    if isinstance(atom, bool):
+        return "true" if atom else "false"
+    # numpy's float64 is a float whose repr is not a number
+    return repr(float(atom)) if isinstance(atom, float) else repr(int(atom))
+
+
+def _json_string(text: str) -> str:
+    """Quote as JSON, without the surrogate pairs and the raw DEL that TOML forbids."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _reads_as_text(word: str) -> bool:
+    return isinstance(_plain(word), str)
+
+
+def format_toml(value: Value) -> str:
+    """Write a value for a TOML recipe; `read_toml_value` of what a TOML parser reads there gives it back."""
+    if isinstance(value, str):
+        plain = _reads_as_text(value) and not _STRING.fullmatch(value)
+        return _json_string(value if plain else _json_string(value))
+    if isinstance(value, Sequence):
+        return f"[{', '.join(format_toml(item) for item in value)}]"
+    return '"none"' if value is None else _format_atom(value)
+
+
+def read_toml_value(value: Any, where: str) -> Value:
+    """Return the value that a TOML parser's result stands for.
+
+    Raises:
+        UserError: it is a table, a date or a nested list; the message starts with `where`.
+    """
+    if isinstance(value, list):
+        return [_toml_atom(item, where) for item in value]
+    return _toml_atom(value, where)
+
+
+def _toml_atom(value: Any, where: str) -> Atom:
+    if not isinstance(value, str | int | float):
+        raise UserError(f"{where} must be text, a number, true, false or a list of these")
+    if isinstance(value, str) and _STRING.fullmatch(value):
+        with contextlib.suppress(json.JSONDecodeError):
+            return _Quoted(json.loads(value))
+    atom: Atom = value
+    return atom
 
 
 def _plain(text: str) -> Atom:
@@ -206,11 +283,10 @@ def build(cls: type, spec: Spec) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
-    for raw_key, value in spec.options.items():
-        key = raw_key.replace("-", "_")
+    for key, value in spec.options.items():
         if key not in fields:
             known = f"It has: {', '.join(fields)}." if fields else "It has no options."
-            raise UserError(f"'{spec.name}' has no option '{raw_key}'.{nearest(key, fields)} {known}")
+            raise UserError(f"'{spec.name}' has no option '{key}'.{nearest(key, fields)} {known}")
         values[key] = _convert(value, hints[key], f"option '{key}' of '{spec.name}'")
     for key, field in fields.items():
         if key not in values and field.default is dataclasses.MISSING:
@@ -222,11 +298,10 @@ def build(cls: type, spec: Spec) -> Any:
 
 
 def _convert(value: Value, hint: Any, where: str) -> Any:
-    for kind in _alternatives(hint):
-        converted = _try(value, kind)
-        if converted is not _NO:
-            return converted
-    shown = value if isinstance(value, str) else _format_value(value)
+    converted = _first_fit(value, hint)
+    if converted is not _NO:
+        return converted
+    shown = str(value) if isinstance(value, str) else _format_value(value)
     choices = [str(c) for kind in _alternatives(hint) for c in typing.get_args(kind) if isinstance(c, str)]
     suggestion = nearest(str(value), choices) if choices else ""
     raise UserError(f"{where} is '{shown}', but must be {_describe(hint)}.{suggestion}")
@@ -241,17 +316,36 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
     return (hint,)
 
 
+def _first_fit(value: Value, hint: Any) -> Any:
+    """Return `value` as an instance of the first alternative of `hint` that takes it, or _NO."""
+    # None first: of `str | None` it is the narrower one.
+    kinds = sorted(_alternatives(hint), key=lambda kind: kind is not types.NoneType)
+    fits = (_try(value, kind) for kind in kinds)
+    return next((fit for fit in fits if fit is not _NO), _NO)
+
+
+def _text(atom: Atom) -> str:
+    return atom if isinstance(atom, str) else _format_atom(atom)
+
+
+def _try_tuple(value: Value, kinds: tuple[Any, ...]) -> Any:
+    items = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    if kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(items)
+    if len(items) != len(kinds):
+        return _NO
+    converted = tuple(_first_fit(item, kind) for item, kind in zip(items, kinds, strict=True))
+    return _NO if any(item is _NO for item in converted) else converted
+
+
 def _try(value: Value, kind: Any) -> Any:
     """Return `value` as an instance of `kind`, or _NO."""
     if typing.get_origin(kind) is tuple:
-        items = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-        element = typing.get_args(kind)[0]
-        converted = [_try(item, element) for item in items]
-        return _NO if _NO in converted else tuple(converted)
+        return _try_tuple(value, typing.get_args(kind))
     if isinstance(value, Sequence) and not isinstance(value, str):
         return _NO
     if typing.get_origin(kind) is typing.Literal:
-        return next((choice for choice in typing.get_args(kind) if str(choice) == str(value)), _NO)
+        return next((choice for choice in typing.get_args(kind) if _text(choice) == _text(value)), _NO)
     if kind is str:
         return str(value) if isinstance(value, str) else _NO
     plain = _plain(value) if isinstance(value, str) and not isinstance(value, _Quoted) else value
@@ -275,7 +369,13 @@ def _describe(hint: Any) -> str:
         if typing.get_origin(kind) is typing.Literal:
             parts.append(" | ".join(str(choice) for choice in typing.get_args(kind)))
         elif typing.get_origin(kind) is tuple:
-            parts.append(f"a list [a,b] of {_describe(typing.get_args(kind)[0]).removeprefix('an ')}")
+            parts.append(_describe_tuple(typing.get_args(kind)))
         else:
             parts.append(names.get(kind, str(kind)))
     return " or ".join(parts)
+
+
+def _describe_tuple(kinds: tuple[Any, ...]) -> str:
+    if kinds[-1] is Ellipsis:
+        return f"a list [a,b,...], each {_describe(kinds[0])}"
+    return f"a list [{', '.join(_describe(kind) for kind in kinds)}]"
