@@ -192,7 +192,7 @@ def _ratio(
 def _speed(timed: Benchmark) -> list[Comparison]:
     before, after = timed["before"], timed["after"]
     threads = f"{timed.threads} thread{'s' if timed.threads > 1 else ''}" if timed.threads else "default threads"
-    taken = f"{timed.batch}; {threads}; best of {timed.rounds}"
+    taken = f"batch {timed.batch}, {threads}; best of {timed.rounds}"
     lines = [
         _ratio("latency", (before.seconds, after.seconds), units.seconds_text, ("faster", "slower"), taken),
     ]

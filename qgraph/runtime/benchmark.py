@@ -66,7 +66,7 @@ class Benchmark:
 
     Attributes:
         candidates: in the order given; the first one is the baseline.
-        batch: the shapes of one feed in words, such as "input_ids 8x32, attention_mask 8x32".
+        batch: the shape of one feed in words: "8 x 32", or "state 2 x 1 x 128, input 1 x 576" where inputs differ.
         rounds: how often each candidate ran each feed.
         threads: that the sessions were given; 0 when the runtime chose.
         machine: where.
@@ -185,9 +185,12 @@ def _rows(feed: Feeds) -> int:
 
 
 def _batch(feeds: Sequence[Feeds]) -> str:
-    shapes = [", ".join(f"{name} {'x'.join(map(str, a.shape)) or 'scalar'}" for name, a in f.items()) for f in feeds]
-    middle = sorted(range(len(feeds)), key=lambda i: sum(array.size for array in feeds[i].values()))[len(feeds) // 2]
-    return shapes[middle]
+    """Describe the feed of middling size: one shape where all its inputs share it, else each input's."""
+    by_size = sorted(feeds, key=lambda feed: sum(array.size for array in feed.values()))
+    shapes = {name: " x ".join(map(str, a.shape)) or "scalar" for name, a in by_size[len(feeds) // 2].items()}
+    if len(set(shapes.values())) == 1:
+        return next(iter(shapes.values()))
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())
 
 
 def machine() -> Machine:

@@ -24,10 +24,11 @@ import numpy as np
 
 from qgraph.errors import UserError, nearest
 from qgraph.pipeline import Feeds, PassError, Progress, Samples
+from qgraph.runtime.metrics import ErrorSums, round_figure
 from qgraph.runtime.session import first_line
 from qgraph.targets.base import Session
 
-__all__ = ["ErrorSums", "OutputFigures", "Verification", "parse_tolerance", "round_figure", "verify"]
+__all__ = ["METRICS", "OutputFigures", "Verification", "parse_tolerance", "verify"]
 
 METRICS = {
     "sqnr": "signal-to-quantization-noise ratio in dB, at least",
@@ -35,73 +36,6 @@ METRICS = {
     "max_abs": "largest absolute error, at most",
     "top1": "loss of top-1 accuracy (of top-1 agreement when there are no labels), at most",
 }
-_PIECE = 1 << 20
-
-
-def round_figure(value: float, digits: int = 5) -> float:
-    """Round to significant digits; infinities and NaN stay."""
-    return float(f"{value:.{digits - 1}e}")
-
-
-@dataclasses.dataclass
-class ErrorSums:
-    """Running sums that compare a stream of arrays with another, in float64 and in pieces of bounded size."""
-
-    values: int = 0
-    signal: float = 0.0
-    result_power: float = 0.0
-    product: float = 0.0
-    noise: float = 0.0
-    max_abs: float = 0.0
-    broken: int = 0
-    """Values that are finite in the source and not in the result."""
-    excluded: int = 0
-    """Values left out of the sums because one side or both are not finite."""
-
-    def add(self, source: np.ndarray, result: np.ndarray) -> None:
-        """Take in two float arrays of one shape (any shape, any float dtype)."""
-        flat_source, flat_result = source.reshape(-1), result.reshape(-1)
-        for start in range(0, flat_source.size, _PIECE):
-            self._add_piece(
-                flat_source[start : start + _PIECE].astype(np.float64),
-                flat_result[start : start + _PIECE].astype(np.float64),
-            )
-
-    def _add_piece(self, source: np.ndarray, result: np.ndarray) -> None:
-        finite = np.isfinite(source) & np.isfinite(result)
-        self.values += source.size
-        if not finite.all():
-            self.excluded += int(source.size - finite.sum())
-            self.broken += int((np.isfinite(source) & ~np.isfinite(result)).sum())
-            source, result = source[finite], result[finite]
-        if not source.size:
-            return
-        # np.sum adds in one fixed order; a BLAS dot product splits its sum by threads.
-        error = source - result
-        self.signal += float(np.sum(source * source))
-        self.result_power += float(np.sum(result * result))
-        self.product += float(np.sum(source * result))
-        self.noise += float(np.sum(error * error))
-        self.max_abs = max(self.max_abs, float(np.max(np.abs(error))))
-
-    @property
-    def sqnr_db(self) -> float | None:
-        """The SQNR in dB, rounded; infinite for equal streams, None where the source is all zero or empty."""
-        if self.values == self.excluded:
-            return None
-        if self.noise == 0:
-            return math.inf
-        return round_figure(10 * math.log10(self.signal / self.noise), 4) if self.signal > 0 else None
-
-    @property
-    def cosine(self) -> float | None:
-        """The cosine similarity, rounded; None where one side is all zero or empty."""
-        if self.values == self.excluded:
-            return None
-        if self.noise == 0:
-            return 1.0
-        power = math.sqrt(self.signal) * math.sqrt(self.result_power)
-        return round_figure(self.product / power, 6) if power > 0 else None
 
 
 @dataclasses.dataclass(frozen=True)

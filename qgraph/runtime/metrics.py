@@ -1,0 +1,84 @@
+"""Sums that compare a stream of arrays with another, and the figures drawn from them.
+
+With s the reference's values and r the result's, over the whole stream:
+
+    SQNR    10 log10( sum s^2 / sum (s - r)^2 ) in dB
+    cosine  sum s r / sqrt( sum s^2 * sum r^2 )
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+__all__ = ["ErrorSums", "round_figure"]
+
+_PIECE = 1 << 20
+
+
+def round_figure(value: float, digits: int = 5) -> float:
+    """Round to significant digits; infinities and NaN stay."""
+    return float(f"{value:.{digits - 1}e}")
+
+
+@dataclasses.dataclass
+class ErrorSums:
+    """Running sums that compare a stream of arrays with another, in float64 and in pieces of bounded size."""
+
+    values: int = 0
+    signal: float = 0.0
+    result_power: float = 0.0
+    product: float = 0.0
+    noise: float = 0.0
+    max_abs: float = 0.0
+    broken: int = 0
+    """Values that are finite in the source and not in the result."""
+    excluded: int = 0
+    """Values left out of the sums because one side or both are not finite."""
+
+    def add(self, source: np.ndarray, result: np.ndarray) -> None:
+        """Take in two float arrays of one shape (any shape, any float dtype)."""
+        flat_source, flat_result = source.reshape(-1), result.reshape(-1)
+        for start in range(0, flat_source.size, _PIECE):
+            self._add_piece(
+                flat_source[start : start + _PIECE].astype(np.float64),
+                flat_result[start : start + _PIECE].astype(np.float64),
+            )
+
+    def _add_piece(self, source: np.ndarray, result: np.ndarray) -> None:
+        finite = np.isfinite(source) & np.isfinite(result)
+        self.values += source.size
+        if not finite.all():
+            self.excluded += int(source.size - finite.sum())
+            self.broken += int((np.isfinite(source) & ~np.isfinite(result)).sum())
+            source, result = source[finite], result[finite]
+        if not source.size:
+            return
+        # np.sum adds in one fixed order; a BLAS dot product splits its sum by threads.
+        error = source - result
+        self.signal += float(np.sum(source * source))
+        self.result_power += float(np.sum(result * result))
+        self.product += float(np.sum(source * result))
+        self.noise += float(np.sum(error * error))
+        self.max_abs = max(self.max_abs, float(np.max(np.abs(error))))
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """The SQNR in dB, rounded; infinite for equal streams, None where the source is all zero or empty."""
+        if self.values == self.excluded:
+            return None
+        if self.noise == 0:
+            return math.inf
+        return round_figure(10 * math.log10(self.signal / self.noise), 4) if self.signal > 0 else None
+
+    @property
+    def cosine(self) -> float | None:
+        """The cosine similarity, rounded; None where one side is all zero or empty."""
+        if self.values == self.excluded:
+            return None
+        if self.noise == 0:
+            return 1.0
+        power = math.sqrt(self.signal) * math.sqrt(self.result_power)
+        return round_figure(self.product / power, 6) if power > 0 else None
