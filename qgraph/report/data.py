@@ -11,9 +11,10 @@ from typing import Any
 from qgraph.pipeline import Report
 from qgraph.report import units
 from qgraph.runtime.benchmark import Benchmark
+from qgraph.runtime.difference import TensorError
 from qgraph.runtime.verification import OutputFigures, Verification
 
-__all__ = ["Comparison", "LayerError", "PassFacts", "ReportData", "comparisons", "deployable_bytes"]
+__all__ = ["Comparison", "PassFacts", "ReportData", "comparisons", "deployable_bytes"]
 
 _NOT_DEPLOYED = frozenset({"recipe.toml"})
 
@@ -30,16 +31,6 @@ class PassFacts:
     skipped: int
     seconds: float
     notes: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerError:
-    """How far a tensor inside the result is from the source's: its name, its node's operator, and its SQNR in dB."""
-
-    name: str
-    op_type: str
-    sqnr_db: float | None
-    exact: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +76,7 @@ class ReportData:
     seconds: float | None = None
     recipe: str = ""
     command: str = ""
-    layers: tuple[LayerError, ...] = ()
+    layers: tuple[TensorError, ...] = ()
 
     @classmethod
     def build(
@@ -97,7 +88,7 @@ class ReportData:
         seconds: float | None = None,
         recipe: Path | None = None,
         command: str = "",
-        layers: Sequence[LayerError] = (),
+        layers: Sequence[TensorError] = (),
     ) -> ReportData:
         """Gather the data.
 
@@ -136,7 +127,7 @@ class ReportData:
         """Read what `to_json` wrote."""
         values = {field.name: document[field.name] for field in dataclasses.fields(cls)}
         passes = tuple(PassFacts(**{**one, "notes": tuple(one["notes"])}) for one in document["passes"])
-        layers = tuple(LayerError(**one) for one in document["layers"])
+        layers = tuple(TensorError(**one) for one in document["layers"])
         return cls(**{**values, "passes": passes, "layers": layers})
 
 

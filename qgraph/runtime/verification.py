@@ -22,20 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from qgraph.errors import UserError, nearest
+from qgraph.errors import UserError
 from qgraph.pipeline import Feeds, PassError, Progress, Samples
 from qgraph.runtime.metrics import ErrorSums, round_figure
 from qgraph.runtime.session import first_line
+from qgraph.runtime.tolerances import known, parse_tolerance
 from qgraph.targets.base import Session
 
-__all__ = ["METRICS", "OutputFigures", "Verification", "parse_tolerance", "verify"]
-
-METRICS = {
-    "sqnr": "signal-to-quantization-noise ratio in dB, at least",
-    "cosine": "cosine similarity, at least",
-    "max_abs": "largest absolute error, at most",
-    "top1": "loss of top-1 accuracy (of top-1 agreement when there are no labels), at most",
-}
+__all__ = ["OutputFigures", "Verification", "parse_tolerance", "verify"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,13 +138,13 @@ class Verification:
         that cannot be computed for any output fails too: nothing was proven.
 
         Args:
-            tolerances: metric (see METRICS) -> bound; `top1` as a fraction.
+            tolerances: metric (see `tolerances.METRICS`) -> bound; `top1` as a fraction.
 
         Raises:
             UserError: a metric is unknown.
         """
         for metric in tolerances:
-            _known(metric)
+            known(metric)
         failures = [
             f"output '{output.name}' has {output.broken} NaN or infinite values that are finite in the source"
             for output in self.outputs
@@ -216,41 +210,6 @@ def _inside(metric: str, figure: float, bound: float) -> bool:
     return figure >= bound if metric in ("sqnr", "cosine") else figure <= bound + _EPSILON
 
 
-def _known(metric: str) -> None:
-    if metric not in METRICS:
-        raise UserError(f"there is no tolerance '{metric}'.{nearest(metric, METRICS)} There are: {', '.join(METRICS)}.")
-
-
-def parse_tolerance(text: str) -> tuple[str, float]:
-    """Read METRIC=VALUE, such as `sqnr=30`, `cosine=0.999`, `max_abs=0.1`, `top1=0.5%` or `top1=0.005`.
-
-    Returns:
-        The metric and its bound, percent turned into a fraction.
-
-    Raises:
-        UserError: the metric is unknown (the nearest is suggested), or the value is no number in its range.
-    """
-    metric, equals, value = (part.strip() for part in text.partition("="))
-    if not equals:
-        raise UserError(f"--tolerance takes METRIC=VALUE, such as sqnr=30 or top1=0.5%, not '{text}'")
-    metric = metric.lower().replace("-", "_")
-    _known(metric)
-    percent = metric == "top1" and value.endswith("%")
-    try:
-        bound = float(value.removesuffix("%") if percent else value) / (100 if percent else 1)
-    except ValueError:
-        raise UserError(f"tolerance {metric}: '{value}' is no number ({METRICS[metric]})") from None
-    if not math.isfinite(bound):
-        raise UserError(f"tolerance {metric}: '{value}' is no finite number")
-    if metric == "cosine" and not -1 <= bound <= 1:
-        raise UserError(f"tolerance cosine: {value} lies outside -1 to 1")
-    if metric in ("max_abs", "top1") and bound < 0:
-        raise UserError(f"tolerance {metric}: {value} is negative, but bounds a loss from above")
-    if metric == "top1" and (bound > 1 or (bound == 1 and not percent)):
-        raise UserError(f"tolerance top1: {value} is no fraction below 1; for percent write top1={value}%")
-    return metric, bound
-
-
 def verify(
     source: Session,
     result: Session,
@@ -294,9 +253,7 @@ def verify(
         rows += batch
         if progress is not None:
             progress("verify", number + 1, total)
-    scored = next((comparison for comparison in comparisons if comparison.labelled), None)
-    if labels is not None:
-        _check_labelled(labels, rows, scored, comparisons)
+    scored = None if labels is None else _scored(labels, rows, comparisons)
     return Verification(
         samples=rows,
         outputs=tuple(comparison.figures() for comparison in comparisons),
@@ -344,17 +301,21 @@ def _checked_labels(labels: np.ndarray) -> np.ndarray:
     return labels
 
 
-def _check_labelled(
-    labels: np.ndarray, rows: int, scored: _Comparison | None, comparisons: Sequence[_Comparison]
-) -> None:
+def _scored(labels: np.ndarray, rows: int, comparisons: Sequence[_Comparison]) -> _Comparison | None:
+    """Return the output that the labels are for; None when every label is negative."""
     if len(labels) != rows:
         raise UserError(f"there are {len(labels)} labels for {rows} samples")
-    if scored is None and (labels >= 0).any():
-        shapes = ", ".join(f"'{one.name}' {list(one.shape)}" for one in comparisons)
-        raise UserError(
-            f"labels of shape {list(labels.shape)} are given, but no output holds class scores for them (there are: "
-            f"{shapes}), or the labels are no class indices of it"
-        )
+    wanted = int(np.sum(labels >= 0))
+    if not wanted:
+        return None
+    for comparison in comparisons:
+        if comparison.labelled == wanted:
+            return comparison
+    shapes = ", ".join(f"'{one.name}' {list(one.shape)}" for one in comparisons)
+    raise UserError(
+        f"no output holds class scores for the labels, which are of shape {list(labels.shape)} and go up to "
+        f"{labels.max()} (there are: {shapes})"
+    )
 
 
 class _Comparison:

@@ -1,0 +1,355 @@
+"""Error layer by layer: the same samples run through source and result, and every tensor that both have is compared.
+
+A tensor X of the source stands in the result for
+
+1. the value whose metadata say `qgraph.source: X`, or else the value of the same name;
+2. and, where that value is quantized and dequantized again, for what comes out: it is what the next layer reads.
+
+The SQNR of a tensor tells how far the error has grown up to there; its loss tells how much of that is new: by how much
+it lies below the least SQNR of the compared tensors that its node reads, directly or through tensors that only one
+side has.
+
+The tensors are made outputs of the two models, in slices that fit a memory bound; their sizes are counted first, by
+the source itself. Dropout counts as absent, whatever its training flag says: that is how runtimes infer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+import qgraph.ir
+from qgraph.errors import UserError
+from qgraph.pipeline import Feeds, Progress, Samples
+from qgraph.runtime.metrics import ErrorSums, round_figure
+from qgraph.runtime.session import first_line, open_session, output_signature
+
+__all__ = ["Difference", "TensorError", "Unmatched", "difference"]
+
+SOURCE_KEY = "qgraph.source"
+_FLOATS = frozenset({"float16", "float32", "float64"})
+_SIZE = "/qgraph_size"
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorError:
+    """How far a tensor inside the result is from the source's.
+
+    Attributes:
+        name: of the tensor in the source.
+        node: that makes it there.
+        op_type: of that node.
+        sqnr_db: as in `qgraph.runtime.metrics`; None where the source's is all zero, or the tensors are equal.
+        exact: whether they are equal.
+        cosine: None where undefined.
+        max_abs_error: None where nothing is finite.
+        loss_db: by how much `sqnr_db` lies below that of what the node reads; None where all of that is exact.
+        broken: number of values that are finite in the source and not in the result.
+    """
+
+    name: str
+    node: str
+    op_type: str
+    sqnr_db: float | None
+    exact: bool = False
+    cosine: float | None = None
+    max_abs_error: float | None = None
+    loss_db: float | None = None
+    broken: int = 0
+
+
+class Unmatched(NamedTuple):
+    """A float tensor of the source that was not compared, and why."""
+
+    name: str
+    op_type: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The error of every tensor that both models have.
+
+    Attributes:
+        samples: number of feeds that were run.
+        tensors: in the order of the source's graph.
+        unmatched: the other float tensors of the source.
+    """
+
+    samples: int
+    tensors: tuple[TensorError, ...]
+    unmatched: tuple[Unmatched, ...] = ()
+
+    def worst_first(self) -> list[TensorError]:
+        """Return the tensors by rising SQNR: broken ones first, then undefined ones, exact ones last."""
+        return sorted(self.tensors, key=_badness)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {
+            "samples": self.samples,
+            "tensors": [dataclasses.asdict(one) for one in self.tensors],
+            "unmatched": [one._asdict() for one in self.unmatched],
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Difference:
+        """Read what `to_json` wrote."""
+        return cls(
+            document["samples"],
+            tuple(TensorError(**one) for one in document["tensors"]),
+            tuple(Unmatched(**one) for one in document["unmatched"]),
+        )
+
+
+def _badness(one: TensorError) -> tuple[int, float]:
+    if one.broken:
+        return 0, 0.0
+    if one.exact:
+        return 2, math.inf
+    return 1, -math.inf if one.sqnr_db is None else one.sqnr_db
+
+
+class _Pair(NamedTuple):
+    source: ir.Value
+    result: str
+
+
+def difference(
+    source: Path,
+    result: Path,
+    samples: Samples,
+    *,
+    memory: int = 1 << 30,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> Difference:
+    """Compare the inner tensors of two models.
+
+    Args:
+        source: the model as it was given.
+        result: the compiled ONNX model, or the artifact's folder that holds it as model.onnx.
+        samples: feeds.
+        memory: bound in bytes on the tensors held at once; one tensor alone may be larger.
+        threads: of the sessions; 0 lets the runtime choose.
+        progress: called as `progress("diff", done, total)`.
+
+    Raises:
+        UserError: there are no samples, a model cannot be opened or run, or the result is no ONNX model.
+    """
+    if not len(samples):
+        raise UserError("there are no samples to compare on")
+    before, after = qgraph.ir.load(source), qgraph.ir.load(_model_file(result))
+    _ignore_dropout(before)
+    _ignore_dropout(after)
+    with tempfile.TemporaryDirectory(prefix="qgraph-") as folder:
+        probe = _Probe(before, Path(folder) / "source.onnx", threads)
+        floats = _float_tensors(before, probe)
+        pairs, unmatched = _match(floats, after)
+        sizes = probe.sizes([pair.source for pair in pairs], _largest(before, samples))
+        slices = list(_slices(pairs, sizes, memory))
+        other = _Probe(after, Path(folder) / "result.onnx", threads)
+        sums: dict[str, ErrorSums] = {}
+        for number, some in enumerate(slices):
+            done, total = number * len(samples), len(slices) * len(samples)
+            sums.update(_compare(some, probe, other, samples, _Steps(progress, done, total)))
+    unmatched += [
+        Unmatched(pair.source.name or "", _op(pair.source), "the result's tensor has another shape or type")
+        for pair in pairs
+        if pair.source.name not in sums
+    ]
+    return Difference(len(samples), tuple(_errors(before, sums)), tuple(unmatched))
+
+
+class _Steps(NamedTuple):
+    progress: Progress | None
+    done: int
+    total: int
+
+    def __call__(self, more: int) -> None:
+        if self.progress is not None:
+            self.progress("diff", self.done + more, self.total)
+
+
+def _model_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    if not (path / "model.onnx").is_file():
+        raise UserError(f"{path} holds no model.onnx: its target deploys no ONNX model whose layers can be compared")
+    return path / "model.onnx"
+
+
+def _op(value: ir.Value) -> str:
+    node = value.producer()
+    return "" if node is None else node.op_type
+
+
+def _ignore_dropout(model: ir.Model) -> None:
+    for node in list(qgraph.ir.walk(model)):
+        if qgraph.ir.is_op(node, "Dropout") and not any(mask.uses() for mask in node.outputs[1:]):
+            qgraph.ir.replace_node(node, ir.node("Identity", [node.inputs[0]]))
+
+
+class _Probe:
+    """Opens one model again and again with other inner tensors as outputs."""
+
+    def __init__(self, model: ir.Model, path: Path, threads: int) -> None:
+        self.model = model
+        self.path = path
+        self.threads = threads
+        self.outputs = list(model.graph.outputs)
+
+    def open(self, values: Sequence[ir.Value]) -> Any:
+        """Open a session that gives `values` and nothing else."""
+        self.model.graph.outputs[:] = list(dict.fromkeys(values))
+        try:
+            qgraph.ir.save(self.model, self.path)
+            return open_session(self.path, threads=self.threads)
+        finally:
+            self.model.graph.outputs[:] = self.outputs
+
+    def sizes(self, values: Sequence[ir.Value], feed: Feeds) -> list[int]:
+        """Return the number of elements of each value for one feed; only counts are held, not the values."""
+        graph = self.model.graph
+        nodes = [_size_of(value, f"{value.name}{_SIZE}{i}") for i, value in enumerate(values)]
+        if not nodes:
+            return []
+        graph.extend(nodes)
+        try:
+            return [int(size) for size in _run(self.open([node.outputs[0] for node in nodes]), feed, "the source")]
+        finally:
+            graph.remove(nodes, safe=False)
+
+
+def _size_of(value: ir.Value, name: str) -> ir.Node:
+    return ir.node("Size", [value], outputs=[ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64))])
+
+
+def _run(session: Any, feed: Feeds, who: str) -> list[Any]:
+    try:
+        return list(session.run(None, feed))
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UserError(f"{who} cannot run the samples: {first_line(error)}") from error
+
+
+def _float_tensors(model: ir.Model, probe: _Probe) -> list[ir.Value]:
+    """Return the float tensors that the main graph's nodes compute, in order."""
+    values = [value for node in model.graph for value in node.outputs if value.name and node.op_type != "Constant"]
+    untyped = [value for value in values if value.dtype is None]
+    found = {}
+    if untyped:
+        found = {spec.name: spec.dtype for spec in output_signature(probe.open(untyped))}
+    return [value for value in values if _dtype_name(value, found) in _FLOATS]
+
+
+def _dtype_name(value: ir.Value, found: Mapping[str, str]) -> str:
+    if value.dtype is None:
+        return found.get(value.name or "", "")
+    return {"FLOAT": "float32", "DOUBLE": "float64"}.get(value.dtype.name, value.dtype.name.lower())
+
+
+def _match(floats: Sequence[ir.Value], after: ir.Model) -> tuple[list[_Pair], list[Unmatched]]:
+    values = {value.name: value for node in after.graph for value in node.outputs if value.name}
+    values |= {value.name: value for value in after.graph.inputs if value.name}
+    told = {value.metadata_props[SOURCE_KEY]: value for value in values.values() if SOURCE_KEY in value.metadata_props}
+    pairs, unmatched = [], []
+    for value in floats:
+        standing = told.get(value.name or "", values.get(value.name or ""))
+        if standing is None:
+            unmatched.append(Unmatched(value.name or "", _op(value), "the result has no such tensor: fused or removed"))
+        else:
+            pairs.append(_Pair(value, _dequantized(standing).name or ""))
+    return pairs, unmatched
+
+
+def _dequantized(value: ir.Value) -> ir.Value:
+    for quantize in value.consumers():
+        if quantize.op_type == "QuantizeLinear" and quantize.inputs[0] is value:
+            for dequantize in quantize.outputs[0].consumers():
+                if dequantize.op_type == "DequantizeLinear":
+                    return dequantize.outputs[0]
+    return value
+
+
+def _largest(model: ir.Model, samples: Samples) -> Feeds:
+    """Return the feed of most elements; the first one where no axis is dynamic."""
+    fixed = all(value.shape is not None and value.shape.is_static() for value in model.graph.inputs)
+    if fixed:
+        return next(iter(samples))
+    return max(samples, key=lambda feed: sum(array.size for array in feed.values()))
+
+
+def _slices(pairs: Sequence[_Pair], sizes: Sequence[int], memory: int) -> Iterator[list[_Pair]]:
+    """Split the pairs so that both sides' tensors of a slice fit into `memory`."""
+    some: list[_Pair] = []
+    held = 0
+    for pair, size in zip(pairs, sizes, strict=True):
+        needed = 2 * size * (8 if pair.source.dtype == ir.DataType.DOUBLE else 4)
+        if some and held + needed > memory:
+            yield some
+            some, held = [], 0
+        some.append(pair)
+        held += needed
+    if some:
+        yield some
+
+
+def _compare(
+    pairs: Sequence[_Pair], probe: _Probe, other: _Probe, samples: Samples, steps: _Steps
+) -> dict[str, ErrorSums]:
+    values = {value.name: value for node in other.model.graph for value in node.outputs}
+    values |= {value.name: value for value in other.model.graph.inputs}
+    before, after = probe.open([pair.source for pair in pairs]), other.open([values[pair.result] for pair in pairs])
+    sums = {pair.source.name or "": ErrorSums() for pair in pairs}
+    after_names = [spec.name for spec in output_signature(after)]
+    for number, feed in enumerate(samples):
+        ones = _run(before, feed, "the source")
+        others = dict(zip(after_names, _run(after, feed, "the result"), strict=True))
+        for pair, one in zip(pairs, ones, strict=True):
+            two = others[pair.result]
+            name = pair.source.name or ""
+            if name not in sums:
+                continue
+            if not isinstance(two, np.ndarray) or two.dtype.name not in _FLOATS or one.shape != two.shape:
+                del sums[name]
+                continue
+            sums[name].add(one, two)
+        steps(number + 1)
+    return sums
+
+
+def _errors(model: ir.Model, sums: Mapping[str, ErrorSums]) -> Iterator[TensorError]:
+    """Yield the errors in the order of the graph, each with what is lost between its node's inputs and itself."""
+    reached: dict[ir.Value, float] = {}
+    for node in model.graph:
+        above = min((reached.get(value, math.inf) for value in node.inputs if value is not None), default=math.inf)
+        for value in node.outputs:
+            of = sums.get(value.name or "")
+            reached[value] = above
+            if of is None:
+                continue
+            sqnr = of.sqnr_db
+            if sqnr is not None:
+                reached[value] = sqnr
+            exact = sqnr == math.inf
+            known = sqnr is not None and not exact and above != math.inf
+            yield TensorError(
+                name=value.name or "",
+                node=qgraph.ir.node_label(node),
+                op_type=node.op_type,
+                sqnr_db=None if exact else sqnr,
+                exact=exact and not of.broken,
+                cosine=of.cosine,
+                max_abs_error=round_figure(of.max_abs, 4) if of.values > of.excluded else None,
+                loss_db=round(above - sqnr, 2) if known and sqnr is not None else None,
+                broken=of.broken,
+            )
