@@ -7,28 +7,36 @@ assumes that a model fits in one protobuf.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.errors import UserError
+from qgraph import onnx_file
+from qgraph.errors import UserError, nearest
+from qgraph.onnx_file import MappedTensor, forget_pages
 
 __all__ = [
     "all_graphs",
     "check",
     "constant",
     "count_nodes",
+    "data_files",
     "forget_names",
+    "forget_pages",
     "fresh_name",
     "initializer",
+    "inner_graphs",
     "insert_before",
     "is_op",
     "load",
     "node_label",
+    "only_consumer",
     "replace_node",
     "save",
+    "set_input_shape",
     "walk",
     "weight_bytes",
 ]
@@ -38,35 +46,104 @@ EXTERNAL_ABOVE = 256 * 1024 * 1024
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
-    """Load an ONNX model; weights stay memory-mapped until something reads them.
+    """Load an ONNX model; weights stay in their file, mapped, until something reads them.
+
+    IR versions from 3 and every opset that the installed onnx knows; nodes out of order are sorted.
 
     Raises:
-        UserError: the file is missing, is not ONNX, is truncated, or its external data are missing or lie
-            outside its folder.
+        UserError: the file is missing, is not ONNX, is truncated or inconsistent, is of a version that is not known,
+            or its external data are missing, truncated or lie outside its folder.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
+    model = onnx_file.read(path)
+    problem = check(model)
+    if problem is None:
+        return model
     try:
-        return ir.load(path)
-    except Exception as error:
-        raise UserError(f"{path} is not a valid ONNX model: {error}") from error
+        model.graph.sort()
+    except ValueError:
+        problem = f"its nodes form a cycle: {problem}"
+    else:
+        problem = check(model)
+    if problem is not None:
+        raise UserError(f"{path} is invalid: {problem}")
+    return model
 
 
 def save(model: ir.Model, path: str | os.PathLike[str], *, external_above: int = EXTERNAL_ABOVE) -> None:
     """Save `model` to `path`; above `external_above` bytes of weights, these go to `path` + '.data' beside it.
 
+    Tensors are computed and written one by one. The files appear whole or not at all, and may replace those that
+    the model was loaded from.
+
     Raises:
-        UserError: the file cannot be written.
+        UserError: a file cannot be written, for instance because the disk is full.
     """
-    path = Path(path)
-    try:
-        if weight_bytes(model) > external_above:
-            ir.save(model, path, external_data=path.name + ".data")
-        else:
-            ir.save(model, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    onnx_file.write(model, Path(path), external_above)
+
+
+def data_files(model: ir.Model) -> list[Path]:
+    """Return the files beside the model file that hold weights of `model` as it was loaded, sorted."""
+    tensors = (value.const_value for graph in all_graphs(model) for value in graph.initializers.values())
+    return sorted({tensor.path for tensor in tensors if isinstance(tensor, MappedTensor) and tensor.external})
+
+
+def set_input_shape(model: ir.Model, name: str, dims: Sequence[int]) -> None:
+    """Fix the shape of a graph input, such as [1, 3, 224, 224].
+
+    A symbolic dimension that gets a size gets it in every input and output of the graph. What was known of
+    intermediate shapes in terms of it is forgotten, for `infer-shapes` to find again.
+
+    Raises:
+        UserError: there is no such input, it is no tensor, its rank differs, or it already has another size.
+    """
+    inputs = {value.name or "": value for value in model.graph.inputs if value.const_value is None}
+    if name not in inputs:
+        raise UserError(f"the model has no input '{name}'.{nearest(name, inputs)} It has: {', '.join(inputs)}.")
+    value = inputs[name]
+    if not isinstance(value.type, ir.TensorType):
+        raise UserError(f"input '{name}' is not a tensor, so it has no shape to fix")
+    if any(dim < 0 for dim in dims):
+        raise UserError(f"the shape {_text(dims)} for input '{name}' has a negative size")
+    known: Sequence[int | ir.SymbolicDim] = (
+        list(value.shape) if value.shape is not None else [ir.SymbolicDim(None)] * len(dims)
+    )
+    if len(known) != len(dims):
+        raise UserError(
+            f"input '{name}' has {len(known)} dimensions {_text(known)}, but the shape {_text(dims)} has {len(dims)}"
+        )
+    sizes: dict[str, int] = {}
+    for before, after in zip(known, dims, strict=True):
+        fixed = before if isinstance(before, int) else sizes.get(before.value or "")
+        if fixed is not None and fixed != after:
+            raise UserError(f"input '{name}' is {_text(known)} in the model, which {_text(dims)} contradicts")
+        if not isinstance(before, int) and before.value:
+            sizes[before.value] = after
+    value.shape = ir.Shape(dims)
+    _substitute(model, sizes)
+
+
+def _text(dims: Sequence[int | ir.SymbolicDim]) -> str:
+    return f"[{','.join(str(dim) for dim in dims)}]"
+
+
+def _substitute(model: ir.Model, sizes: Mapping[str, int]) -> None:
+    """Put sizes for symbols into every shape; a dimension that only contains such a symbol becomes unknown."""
+    if not sizes:
+        return
+    contains = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, sizes))})(?!\w)")
+
+    def dimension(dim: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
+        if isinstance(dim, int) or dim.value is None:
+            return dim
+        if dim.value in sizes:
+            return sizes[dim.value]
+        return ir.SymbolicDim(None) if contains.search(dim.value) else dim
+
+    for graph in all_graphs(model):
+        for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+            if value.shape is not None and not value.shape.is_static():
+                value.shape = ir.Shape([dimension(dim) for dim in value.shape])
 
 
 def weight_bytes(model: ir.Model) -> int:
@@ -83,6 +160,19 @@ def all_graphs(model: ir.Model) -> Iterator[ir.Graph]:
     """Yield the main graph and every subgraph (of If, Loop, Scan), outer before inner; not model-local functions."""
     yield model.graph
     yield from model.graph.subgraphs()
+
+
+def inner_graphs(node: ir.Node) -> list[ir.Graph]:
+    """Return the graphs that the attributes of an If, Loop, Scan or the like hold."""
+    graphs: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.GRAPH:
+            graphs.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            graphs.extend(attribute.as_graphs())
+    return graphs
 
 
 def walk(model: ir.Model) -> Iterator[ir.Node]:
@@ -110,6 +200,12 @@ def node_label(node: ir.Node) -> str:
 def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> bool:
     """Tell whether `node` is one of the operators `op_types` of `domain`."""
     return node is not None and node.op_type in op_types and (node.domain or "") in (domain, domain or "ai.onnx")
+
+
+def only_consumer(value: ir.Value) -> ir.Node | None:
+    """Return the one node that reads `value`, once; None if it is read elsewhere too or is a graph output."""
+    uses = value.uses()
+    return next(iter(uses)).node if len(uses) == 1 and not value.is_graph_output() else None
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
@@ -207,47 +303,76 @@ def check(model: ir.Model) -> str | None:
     """Return what is wrong with the structure of `model`, or None.
 
     Checks in time linear in the graph: every value that is read is defined before, in this graph or an enclosing
-    one; names of values and nodes' outputs are unique; every operator's domain is imported; graph outputs exist.
-    Types and shapes are not checked.
+    one, and its name means no other value there; names are unique in their graph; every operator's domain is
+    imported; initializers have data; graph outputs exist. Types and shapes are not checked.
     """
-    domains = {domain or "" for domain in model.graph.opset_imports} | {""}
-    return _check_graph(model.graph, set(), domains)
+    return next(_problems(model), None)
 
 
-def _check_graph(graph: ir.Graph, visible: set[ir.Value], domains: set[str]) -> str | None:
-    defined = visible | set(graph.inputs) | set(graph.initializers.values())
-    names: set[str | None] = {value.name for value in graph.inputs} | set(graph.initializers)
-    for node in graph:
-        domain = node.domain if node.domain != "ai.onnx" else ""
-        if domain not in domains:
-            return (
-                f"node '{node_label(node)}' ({node.op_type}) is of domain '{domain}', which the model does not import"
-            )
+def _problems(model: ir.Model) -> Iterator[str]:
+    yield from _Checker(model.graph.opset_imports).graph(model.graph)
+    for function in model.functions.values():
+        yield from _Checker(function.opset_imports).graph(function.graph)
+
+
+class _Checker:
+    """Walks a graph and its subgraphs, knowing what every name means at the place where it is."""
+
+    def __init__(self, opset_imports: Mapping[str, int]) -> None:
+        self.domains = {"" if domain == "ai.onnx" else domain for domain in opset_imports}
+        self.scope: dict[str, ir.Value] = {}
+
+    def graph(self, graph: ir.Graph) -> Iterator[str]:
+        outside: dict[str, ir.Value | None] = {}
+        for value in graph.inputs:
+            yield from self.define(value, outside, "as an input of the graph")
+        for value in graph.initializers.values():
+            if value.const_value is None:
+                yield f"the initializer '{value.name}' has no data"
+            if not self.means(value):
+                yield from self.define(value, outside, "as an initializer")
+        for node in graph:
+            yield from self.node(node)
+            for value in node.outputs:
+                yield from self.define(value, outside, f"by {_described(node)}")
+        for value in graph.outputs:
+            if not self.means(value):
+                yield f"graph output '{value.name}' is not produced by any node"
+        self.leave(outside)
+
+    def node(self, node: ir.Node) -> Iterator[str]:
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        if domain not in self.domains:
+            yield f"{_described(node)} is of domain '{domain}', which the model does not import"
         for value in node.inputs:
-            if value is not None and value not in defined:
-                return (
-                    f"node '{node_label(node)}' ({node.op_type}) reads '{value.name}', which nothing before it defines"
-                )
-        for attribute in node.attributes.values():
-            if attribute.is_ref():
+            if value is None or self.means(value):
                 continue
-            inner_graphs = (
-                [attribute.as_graph()]
-                if attribute.type == ir.AttributeType.GRAPH
-                else list(attribute.as_graphs())
-                if attribute.type == ir.AttributeType.GRAPHS
-                else []
-            )
-            for inner in inner_graphs:
-                problem = _check_graph(inner, defined, domains)
-                if problem is not None:
-                    return problem
-        for value in node.outputs:
-            if value.name and value.name in names:
-                return f"the name '{value.name}' is defined twice (node '{node_label(node)}', {node.op_type})"
-            names.add(value.name)
-            defined.add(value)
-    for value in graph.outputs:
-        if value not in defined:
-            return f"graph output '{value.name}' is not produced by any node"
-    return None
+            if value.name in self.scope:
+                yield f"{_described(node)} reads '{value.name}', which here means another value of that name"
+            else:
+                yield f"{_described(node)} reads '{value.name}', which nothing before it defines"
+        for graph in inner_graphs(node):
+            yield from self.graph(graph)
+
+    def means(self, value: ir.Value) -> bool:
+        return self.scope.get(value.name or "") is value
+
+    def define(self, value: ir.Value, outside: dict[str, ir.Value | None], where: str) -> Iterator[str]:
+        """Note what the name means from here on, and in `outside` what it meant before this graph."""
+        if not value.name:
+            return
+        if value.name in outside:
+            yield f"the name '{value.name}' is defined twice (again {where})"
+        outside[value.name] = self.scope.get(value.name)
+        self.scope[value.name] = value
+
+    def leave(self, outside: Mapping[str, ir.Value | None]) -> None:
+        for name, before in outside.items():
+            if before is None:
+                del self.scope[name]
+            else:
+                self.scope[name] = before
+
+
+def _described(node: ir.Node) -> str:
+    return f"node '{node_label(node)}' ({node.op_type})"
