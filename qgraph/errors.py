@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = ["ToleranceError", "UserError", "nearest"]
 
@@ -14,7 +15,15 @@ class UserError(Exception):
 
 
 class ToleranceError(UserError):
-    """A verification figure lies outside the tolerance that the user gave (exit status 3)."""
+    """A verification figure lies outside the tolerance that the user gave (exit status 3).
+
+    Attributes:
+        result: what was made or measured all the same: the artifact of `compile`, the verification of `verify`.
+    """
+
+    def __init__(self, message: str, result: Any = None) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

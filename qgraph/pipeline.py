@@ -242,10 +242,12 @@ def _run_ir_pass(ir_pass: ir.passes.PassBase, model: ir.Model) -> Report:
 def _run_rules(rules: Any, model: ir.Model) -> Report:
     from onnxscript import rewriter
 
-    if isinstance(rules, rewriter.RewriteRule | Sequence):
-        rules = rewriter.RewriteRuleSet([rules] if isinstance(rules, rewriter.RewriteRule) else list(rules))
+    if isinstance(rules, rewriter.RewriteRule):
+        rules = [rules]
+    if isinstance(rules, Sequence) and all(isinstance(rule, rewriter.RewriteRule) for rule in rules):
+        rules = rewriter.RewriteRuleSet(list(rules))
     if not isinstance(rules, rewriter.RewriteRuleSet):
-        raise UserError(f"{type(rules).__name__} is not an onnxscript rewrite rule or rule set")
+        raise UserError(f"{rules!r} is not an onnxscript rewrite rule or rule set")
     changed = rules.apply_to_model(model)
     ir.passes.common.RemoveUnusedNodesPass()(model)
     return Report(changed=changed)
@@ -259,6 +261,8 @@ def _as_pass(thing: Any) -> Pass:
     if isinstance(thing, ir.passes.PassBase):
         path = _foreign_path(thing)
         return IrPass(path) if path is not None else _Foreign(thing)
+    if isinstance(thing, str):
+        raise UserError(f"a pipeline takes passes, not text: write Pipeline.parse({thing!r})")
     if hasattr(thing, "apply_to_model") or isinstance(thing, Sequence):
         return _Foreign(thing)
     raise UserError(f"{thing!r} is neither a pass nor an onnxscript rule set")
