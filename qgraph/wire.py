@@ -63,12 +63,14 @@ def skeleton(data: memoryview, minimum: int) -> bytes:
 def _message(data: memoryview, start: int, end: int, kind: int, minimum: int) -> list[bytes]:
     parts = _PARTS[kind]
     pieces: list[bytes] = []
+    references: list[bytes] = []
     copied = start
     for tag_at, field, payload, payload_end in _fields(data, start, end):
         if payload_end - payload < minimum:
             continue
         if kind == _TENSOR and field == _RAW_DATA:
-            pieces += [bytes(data[copied:tag_at]), _reference(payload, payload_end - payload)]
+            pieces.append(bytes(data[copied:tag_at]))
+            references.append(_reference(payload, payload_end - payload))
         elif field in parts:
             inner = _message(data, payload, payload_end, parts[field], minimum)
             pieces += [bytes(data[copied:tag_at]), length_delimited(field, sum(map(len, inner))), *inner]
@@ -76,7 +78,8 @@ def _message(data: memoryview, start: int, end: int, kind: int, minimum: int) ->
             continue
         copied = payload_end
     pieces.append(bytes(data[copied:end]))
-    return pieces
+    # References go last: some writers spell out `data_location = DEFAULT`, and of a field given twice the last holds.
+    return pieces + references
 
 
 def _fields(data: memoryview, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
