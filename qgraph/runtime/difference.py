@@ -194,7 +194,7 @@ def _op(value: ir.Value) -> str:
 def _ignore_dropout(model: ir.Model) -> None:
     for node in list(qgraph.ir.walk(model)):
         if qgraph.ir.is_op(node, "Dropout") and not any(mask.uses() for mask in node.outputs[1:]):
-            qgraph.ir.replace_node(node, ir.node("Identity", [node.inputs[0]]))
+            qgraph.ir.replace_node(node, ir.node("Identity", [node.inputs[0]], name=node.name))
 
 
 class _Probe:

@@ -1,0 +1,177 @@
+"""Multiply-adds of single nodes, from shapes alone.
+
+Of an attention the products Q K^T and softmax V count, of a recurrent cell the products with the input and with the
+state. Operators that only move or map elements count as zero; an operator that is not known raises `UnknownCostError`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+__all__ = ["UnknownCostError", "multiply_adds"]
+
+
+class UnknownCostError(Exception):
+    """The multiply-adds cannot be known; the message says why."""
+
+
+def multiply_adds(node: ir.Node) -> int:
+    """Return the multiply-adds of one run of `node`, without those of its subgraphs.
+
+    Raises:
+        UnknownCostError: a shape is missing or the operator is not known.
+    """
+    rule = _RULES.get(node.op_type)
+    if rule is not None:
+        return rule(node)
+    if node.domain in ("", "ai.onnx", "ai.onnx.ml") or node.op_type in _FREE_EXTRAS:
+        return 0
+    raise UnknownCostError(f"operator {node.op_type} of domain '{node.domain}' is not known")
+
+
+def _shape(node: ir.Node, position: int) -> list[int]:
+    value = node.inputs[position] if position < len(node.inputs) else None
+    if value is None:
+        raise UnknownCostError(f"input {position} is missing")
+    return _static(value)
+
+
+def _out(node: ir.Node) -> list[int]:
+    return _static(node.outputs[0])
+
+
+def _static(value: ir.Value) -> list[int]:
+    shape = value.shape if value.const_value is None else value.const_value.shape
+    if shape is None or not all(isinstance(axis, int) for axis in shape):
+        raise UnknownCostError(f"the shape of '{value.name}' is not known")
+    return [axis for axis in shape if isinstance(axis, int)]
+
+
+def _product(left: int, right: int) -> Callable[[ir.Node], int]:
+    """Return the rule of a batched matrix product whose operands are the inputs at these positions."""
+
+    def rule(node: ir.Node) -> int:
+        a, b = _shape(node, left), _shape(node, right)
+        if not a or not b:
+            raise UnknownCostError("a matrix product of scalars")
+        inner = a[-2] if node.attributes.get_int("transA", 0) and len(a) > 1 else a[-1]
+        rows = math.prod(a) // inner if inner else 0
+        columns = 1
+        if len(b) > 1:
+            columns = b[-2] if node.attributes.get_int("transB", 0) else b[-1]
+        if len(b) > 2 and math.prod(a[:-2]) < math.prod(b[:-2]):
+            # The batch axes of `a` are broadcast.
+            rows = (a[-2] if len(a) > 1 else 1) * math.prod(b[:-2])
+        return rows * inner * columns
+
+    return rule
+
+
+def _convolution(weight: int) -> Callable[[ir.Node], int]:
+    return lambda node: math.prod(_out(node)) * math.prod(_shape(node, weight)[1:])
+
+
+def _transposed_convolution(node: ir.Node) -> int:
+    return math.prod(_shape(node, 0)) * math.prod(_shape(node, 1)[1:])
+
+
+def _packed_product(node: ir.Node) -> int:
+    return math.prod(_shape(node, 0)) * node.attributes.get_int("N", 0)
+
+
+def _recurrent(node: ir.Node) -> int:
+    steps, batch, width = _shape(node, 0)
+    directions, gates_times_hidden, _ = _shape(node, 1)
+    hidden = _shape(node, 2)[-1]
+    return steps * batch * directions * gates_times_hidden * (width + hidden)
+
+
+def _einsum(node: ir.Node) -> int:
+    equation = node.attributes.get_string("equation", "").replace(" ", "")
+    if "." in equation:
+        raise UnknownCostError("an Einsum with an ellipsis")
+    sizes: dict[str, int] = {}
+    terms = equation.partition("->")[0].split(",")
+    for position, term in enumerate(terms):
+        sizes.update(zip(term, _shape(node, position), strict=True))
+    return math.prod(sizes.values()) * (len(terms) - 1)
+
+
+def _attention(node: ir.Node) -> int:
+    """Count `Attention` of ONNX or `MultiHeadAttention`: Q, K, V come in projected, [B, S, width] or [B, H, S, d]."""
+    q, k, v = (_shape(node, position) for position in range(3))
+    if not len(q) == len(k) == len(v):
+        raise UnknownCostError("packed operands of an attention")
+    queries, keys = q[-2], k[-2]
+    per_pair = math.prod(q) // queries + math.prod(q[:-1]) // queries * v[-1]
+    return queries * keys * per_pair
+
+
+def _projected_attention(node: ir.Node) -> int:
+    """Count `Attention` and `QAttention` of ONNX Runtime: input [B, S, D], weight [D, 3 W] holds the projections."""
+    batch, length, width = _shape(node, 0)
+    columns = _shape(node, 1)[-1]
+    return batch * length * width * columns + 2 * batch * length * length * (columns // 3)
+
+
+def _either_attention(node: ir.Node) -> int:
+    return _projected_attention(node) if node.domain == "com.microsoft" else _attention(node)
+
+
+_RULES: dict[str, Callable[[ir.Node], int]] = {
+    "MatMul": _product(0, 1),
+    "Gemm": _product(0, 1),
+    "FusedMatMul": _product(0, 1),
+    "FusedGemm": _product(0, 1),
+    "MatMulInteger": _product(0, 1),
+    "MatMulIntegerToFloat": _product(0, 1),
+    "DynamicQuantizeMatMul": _product(0, 1),
+    "QLinearMatMul": _product(0, 3),
+    "QGemm": _product(0, 3),
+    "MatMulNBits": _packed_product,
+    "Conv": _convolution(1),
+    "FusedConv": _convolution(1),
+    "NhwcFusedConv": _convolution(1),
+    "ConvInteger": _convolution(1),
+    "QLinearConv": _convolution(3),
+    "ConvTranspose": _transposed_convolution,
+    "LSTM": _recurrent,
+    "GRU": _recurrent,
+    "RNN": _recurrent,
+    "DynamicQuantizeLSTM": _recurrent,
+    "Einsum": _einsum,
+    "Attention": _either_attention,
+    "QAttention": _projected_attention,
+    "MultiHeadAttention": _attention,
+}
+
+_FREE_EXTRAS = frozenset(
+    {
+        "BiasGelu",
+        "DequantizeLinear",
+        "EmbedLayerNormalization",
+        "FastGelu",
+        "GatherBlockQuantized",
+        "Gelu",
+        "LayerNormalization",
+        "QLinearAdd",
+        "QLinearAveragePool",
+        "QLinearConcat",
+        "QLinearGlobalAveragePool",
+        "QLinearLeakyRelu",
+        "QLinearMul",
+        "QLinearSigmoid",
+        "QLinearSoftmax",
+        "QuantizeLinear",
+        "QuickGelu",
+        "ReorderInput",
+        "ReorderOutput",
+        "RotaryEmbedding",
+        "SimplifiedLayerNormalization",
+        "SkipLayerNormalization",
+        "SkipSimplifiedLayerNormalization",
+    }
+)
