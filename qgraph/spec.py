@@ -36,6 +36,7 @@ __all__ = [
     "parse_setting",
     "parse_specs",
     "read_toml_value",
+    "require_option",
     "to_spec",
 ]
 
@@ -284,9 +285,7 @@ def build(cls: type, spec: Spec) -> Any:
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for key, value in spec.options.items():
-        if key not in fields:
-            known = f"It has: {', '.join(fields)}." if fields else "It has no options."
-            raise UserError(f"'{spec.name}' has no option '{key}'.{nearest(key, fields)} {known}")
+        require_option(cls, spec.name, key)
         values[key] = _convert(value, hints[key], f"option '{key}' of '{spec.name}'")
     for key, field in fields.items():
         if key not in values and field.default is dataclasses.MISSING:
@@ -295,6 +294,14 @@ def build(cls: type, spec: Spec) -> Any:
         return cls(**values)
     except ValueError as error:
         raise UserError(f"'{spec.name}': {error}") from None
+
+
+def require_option(cls: type, name: str, option: str) -> None:
+    """Raise a UserError, with the nearest name, when the dataclass `cls`, called `name`, has no such option."""
+    fields = [field.name for field in dataclasses.fields(cls)]
+    if option not in fields:
+        known = f"It has: {', '.join(fields)}." if fields else "It has no options."
+        raise UserError(f"'{name}' has no option '{option}'.{nearest(option, fields)} {known}")
 
 
 def _convert(value: Value, hint: Any, where: str) -> Any:

@@ -1,0 +1,331 @@
+"""The commands: each parses its arguments, makes one call into the API, and prints what comes back.
+
+Nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import qgraph
+from qgraph.cli_options import PATH, Common, data_options, memory, output_options, pass_common, run_options
+from qgraph.cli_options import shapes as read_shapes
+from qgraph.errors import ToleranceError, nearest
+
+if TYPE_CHECKING:
+    from qgraph.registry import Kind
+
+__all__ = ["commands"]
+
+
+class _Commands(click.Group):
+    """A group that suggests the nearest command for one that it does not have."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            ctx.fail(f"there is no command '{name}'.{nearest(name, self.list_commands(ctx))}")
+        return super().resolve_command(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        del ctx
+        return list(self.commands)  # in the order of use, not of the alphabet
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(qgraph.__version__, prog_name="qgraph", message="%(prog)s %(version)s")
+def commands() -> None:
+    """Make ONNX models smaller and faster, and prove that they still behave."""
+
+
+@commands.command("compile")
+@click.argument("model", metavar="MODEL.onnx", type=PATH)
+@click.option("--target", "-t", metavar="NAME", required=True, help="What to compile for; `qgraph targets` lists them.")
+@click.option("--output", "-o", metavar="DIR", type=PATH, help="The artifact's folder [default: MODEL.TARGET].")
+@click.option("--force", is_flag=True, help="Replace an artifact that stands at the output.")
+@click.option("--calib", metavar="DATA", help=".npz, folder of .npz or images, text file, or module:callable.")
+@click.option(
+    "--calib-memory", metavar="SIZE", callback=memory, help="Bound on activations held at once [default: 1GiB]."
+)
+@data_options
+@click.option("--verify-data", metavar="DATA", help="Verify on these samples instead of a held-back share of --calib.")
+@click.option(
+    "--shape", "shapes", metavar="INPUT=1,3,224,224", callback=read_shapes, multiple=True, help="Fix dynamic axes."
+)
+@click.option("--passes", metavar="TEXT", help="Replace the compress part: 'pass{option=value},pass'.")
+@click.option("--recipe", metavar="FILE.toml", type=PATH, help="Replace the parts of the pipeline that a recipe names.")
+@click.option("--set", "settings", metavar="PASS.OPTION=VALUE", multiple=True, help="Set one option; repeatable.")
+@click.option("--tolerance", metavar="METRIC=VALUE", multiple=True, help="Bound on sqnr, cosine, max_abs or top1.")
+@click.option("--tune", is_flag=True, help="Time candidates on this machine, and keep the choice as the recipe.")
+@run_options
+@output_options
+@pass_common
+def compile_command(
+    common: Common,
+    *,
+    model: Path,
+    target: str,
+    output: Path | None,
+    force: bool,
+    calib: str | None,
+    calib_memory: int | None,
+    verify_data: str | None,
+    shapes: dict[str, tuple[int, ...]],
+    passes: str | None,
+    recipe: Path | None,
+    settings: tuple[str, ...],
+    tolerance: tuple[str, ...],
+    tune: bool,
+) -> int:
+    """Compile MODEL.onnx for a target into a verified artifact."""
+    from qgraph.compiler import compile as compile_model
+    from qgraph.runtime.verification import parse_tolerance
+
+    failure: ToleranceError | None = None
+    with common.display() as display:
+        try:
+            artifact = compile_model(
+                model,
+                target,
+                output=output,
+                calibration=common.optional_data(calib),
+                verify_data=common.optional_data(verify_data),
+                passes=passes,
+                recipe=recipe,
+                settings=settings,
+                tolerance=dict(map(parse_tolerance, tolerance)),
+                shapes=shapes,
+                context=common.context(display, calib_memory),
+                force=force,
+                tune=tune,
+                observer=display.event,
+            )
+        except ToleranceError as error:
+            artifact, failure = error.result, error
+        display.artifact(artifact)
+    common.print_json(artifact.to_json())
+    if failure is not None:
+        raise failure
+    return 0
+
+
+@commands.command()
+@click.argument("artifact", metavar="ARTIFACT", type=PATH)
+@click.option("--input", "-i", "source", metavar="X.npz", required=True, help="Samples, as for --calib.")
+@click.option("--output", "-o", metavar="Y.npz", type=PATH, help="Write the outputs here.")
+@click.option("--force", is_flag=True, help="Replace a file that stands at the output.")
+@data_options
+@run_options
+@output_options
+@pass_common
+def run(
+    common: Common,
+    *,
+    artifact: Path,
+    source: str,
+    output: Path | None,
+    force: bool,
+) -> int:
+    """Run an artifact on samples."""
+    from qgraph import verbs
+    from qgraph.cli_pages import outputs_table
+
+    with common.display() as display:
+        result = verbs.run(
+            artifact,
+            common.data(source),
+            output=output,
+            force=force,
+            context=common.context(display),
+        )
+        display.table(outputs_table(result))
+    common.print_json(result.to_json())
+    return 0
+
+
+@commands.command()
+@click.argument("artifact", metavar="ARTIFACT", type=PATH)
+@click.option("--data", "source", metavar="X.npz", help="Samples, as for --calib [default: random].")
+@click.option("--source", "model", metavar="MODEL.onnx", type=PATH, help="The source [default: beside the artifact].")
+@click.option("--tolerance", metavar="METRIC=VALUE", multiple=True, help="Replace the bounds it was compiled with.")
+@data_options
+@run_options
+@output_options
+@pass_common
+def verify(
+    common: Common,
+    *,
+    artifact: Path,
+    source: str | None,
+    model: Path | None,
+    tolerance: tuple[str, ...],
+) -> int:
+    """Prove again that an artifact matches its source."""
+    from qgraph import compiler
+    from qgraph.cli_pages import verification_table
+    from qgraph.runtime.verification import parse_tolerance
+
+    failure: ToleranceError | None = None
+    with common.display() as display:
+        try:
+            result = compiler.verify(
+                artifact,
+                source=model,
+                data=common.optional_data(source),
+                tolerance=dict(map(parse_tolerance, tolerance)) if tolerance else None,
+                context=common.context(display),
+            )
+        except ToleranceError as error:
+            result, failure = error.result, error
+        display.step("verify", f"{result.samples} samples   {result.summary()}")
+        display.table(verification_table(result))
+    common.print_json(result.to_json())
+    if failure is not None:
+        raise failure
+    return 0
+
+
+@commands.command()
+@click.argument("artifact", metavar="ARTIFACT", type=PATH)
+@click.option("--against", metavar="MODEL", type=PATH, help="Model or artifact to compare with [default: the source].")
+@click.option("--data", "source", metavar="X.npz", help="Samples, as for --calib [default: random].")
+@click.option(
+    "--shape", "shapes", metavar="INPUT=8,128", callback=read_shapes, multiple=True, help="Shape of random samples."
+)
+@click.option("--seconds", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="How long to measure.")
+@data_options
+@run_options
+@output_options
+@pass_common
+def bench(
+    common: Common,
+    *,
+    artifact: Path,
+    against: Path | None,
+    source: str | None,
+    shapes: dict[str, tuple[int, ...]],
+    seconds: float,
+) -> int:
+    """Measure latency, throughput, memory and size."""
+    from qgraph import verbs
+    from qgraph.cli_pages import bench_table
+
+    with common.display() as display:
+        result = verbs.bench(
+            artifact,
+            against=against,
+            data=common.optional_data(source),
+            shapes=shapes,
+            seconds=seconds,
+            context=common.context(display),
+        )
+        display.table(bench_table(result))
+    common.print_json(result.to_json())
+    return 0
+
+
+@commands.command()
+@click.argument("model", metavar="MODEL|ARTIFACT", type=PATH)
+@output_options
+@pass_common
+def inspect(common: Common, model: Path) -> int:
+    """Show operators, weights, precisions and bytes."""
+    from qgraph import verbs
+    from qgraph.cli_pages import inspection_tables
+
+    result = verbs.inspect(model)
+    with common.display() as display:
+        for table in inspection_tables(result):
+            display.table(table)
+            display.line()
+    common.print_json(result.to_json())
+    return 0
+
+
+@commands.command()
+@click.argument("model", metavar="MODEL", type=PATH)
+@click.argument("artifact", metavar="ARTIFACT", type=PATH)
+@click.option("--calib", metavar="DATA", required=True, help="Samples to compare on, as for compile.")
+@data_options
+@run_options
+@output_options
+@pass_common
+def diff(
+    common: Common,
+    *,
+    model: Path,
+    artifact: Path,
+    calib: str,
+) -> int:
+    """Show the error layer by layer: where the accuracy goes."""
+    from qgraph import verbs
+    from qgraph.cli_pages import difference_tables
+
+    with common.display() as display:
+        result = verbs.diff(
+            model,
+            artifact,
+            common.data(calib),
+            context=common.context(display),
+        )
+        for table in difference_tables(result):
+            display.table(table)
+    common.print_json(result.to_json())
+    return 0
+
+
+@commands.command()
+@click.argument("name", required=False)
+@output_options
+@pass_common
+def targets(common: Common, name: str | None) -> int:
+    """List the targets, or show one with every option and default."""
+    return _show_catalog(common, "target", name)
+
+
+@commands.command()
+@click.argument("name", required=False)
+@output_options
+@pass_common
+def passes(common: Common, name: str | None) -> int:
+    """List the passes, or show one with every option and default."""
+    return _show_catalog(common, "pass", name)
+
+
+def _show_catalog(common: Common, kind: Kind, name: str | None) -> int:
+    from qgraph import catalog
+    from qgraph.cli_pages import catalog_table, show_entry
+
+    with common.display() as display:
+        if name is not None:
+            one = catalog.entry(kind, name)
+            show_entry(display, one)
+            document: Any = one.to_json()
+        else:
+            entries = catalog.catalog(kind)
+            display.table(catalog_table(kind, entries))
+            document = [one.to_json() for one in entries]
+    common.print_json(document)
+    return 0
+
+
+@commands.command()
+@output_options
+@pass_common
+def doctor(common: Common) -> int:
+    """Tell which runtimes and targets are usable here."""
+    from qgraph.cli_pages import survey_tables
+    from qgraph.doctor import survey
+
+    result = survey()
+    with common.display() as display:
+        for table in survey_tables(result):
+            display.table(table)
+            display.line()
+    common.print_json(result.to_json())
+    return 0

@@ -1,0 +1,208 @@
+"""The pages that commands show: what came back from the API, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from qgraph.report.terminal import Table
+from qgraph.report.units import bytes_text, count_text, decibels, percent, ratio_text, seconds_text
+
+if TYPE_CHECKING:
+    from qgraph.analysis.cost import ModelCost, Port
+    from qgraph.catalog import Entry
+    from qgraph.cli_display import Display
+    from qgraph.doctor import Survey
+    from qgraph.registry import Kind
+    from qgraph.runtime.difference import Difference
+    from qgraph.runtime.verification import Verification
+    from qgraph.verbs import Inspection, Measured, Outputs
+
+__all__ = [
+    "bench_table",
+    "catalog_table",
+    "difference_tables",
+    "inspection_tables",
+    "outputs_table",
+    "show_entry",
+    "survey_tables",
+    "verification_table",
+]
+
+_WORST = 15
+
+
+def catalog_table(kind: Kind, entries: Sequence[Entry]) -> Table:
+    """Return the list of passes or targets."""
+    rows = tuple((one.name, one.summary or one.fault) for one in entries)
+    return Table(
+        (kind, "what it is"), rows, note=f"`qgraph {'passes' if kind == 'pass' else 'targets'} NAME` tells more."
+    )
+
+
+def show_entry(display: Display, entry: Entry) -> None:
+    """Show everything about a pass or target."""
+    display.line(entry.name)
+    if entry.summary not in entry.text:
+        display.line(f"\n{entry.summary}")
+    display.line(f"\n{entry.text}\n")
+    for name, value in entry.facts.items():
+        shown = {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
+        display.step(name.replace("_", " "), str(shown) or "(nothing)")
+    display.step("implemented by", entry.home)
+    display.line()
+    if not entry.options:
+        display.line("It has no options.")
+        return
+    rows = tuple((one.name, one.type, one.default, one.help) for one in entry.options)
+    display.table(Table(("option", "type", "default", ""), rows))
+
+
+def survey_tables(survey: Survey) -> list[Table]:
+    """Return machine, runtimes and targets."""
+    memory = bytes_text(survey.memory) if survey.memory is not None else "unknown"
+    machine = [
+        ("system", survey.system),
+        ("processor", f"{survey.cpu}, {survey.cores} cores usable"),
+        ("instructions", " ".join(survey.flags) or "unknown"),
+        ("memory", memory),
+        ("graphics cards", "; ".join(survey.devices) or "none found"),
+        *survey.versions.items(),
+    ]
+    runtimes = [
+        (
+            one.name,
+            one.version or "not installed",
+            one.fault or " ".join(one.offers) or ("" if one.version else one.install),
+        )
+        for one in survey.runtimes
+    ]
+    targets = [(one.target, "usable" if one.usable else "not here", one.missing) for one in survey.targets]
+    return [
+        Table(("this machine", ""), tuple(machine)),
+        Table(("runtime", "version", "offers, or how to get it"), tuple(runtimes)),
+        Table(("target", "", "what is missing"), tuple(targets)),
+    ]
+
+
+def outputs_table(outputs: Outputs) -> Table:
+    """Return what the outputs of a run look like."""
+    rows = tuple((one.name, one.dtype, "x".join(map(str, one.shape)) or "scalar") for one in outputs.arrays)
+    written = f", written to {outputs.path}" if outputs.path is not None else "; -o Y.npz writes the outputs"
+    note = f"{outputs.samples} samples in {seconds_text(outputs.seconds)}{written}"
+    return Table(("output", "type", "shape"), rows, note=note)
+
+
+def verification_table(result: Verification) -> Table:
+    """Return the figures of every output."""
+    rows = tuple(
+        (
+            one.name,
+            decibels(one.sqnr_db if one.sqnr_db != float("inf") else None, exact=one.exact),
+            "–" if one.cosine is None else f"{one.cosine:.5f}",
+            "–" if one.max_abs_error is None else f"{one.max_abs_error:.4g}",
+            "–" if one.top1_agreement is None else percent(one.top1_agreement),
+            "–" if one.match is None else percent(one.match),
+            one.remark,
+        )
+        for one in result.outputs
+    )
+    return Table(("output", ">SQNR", ">cosine", ">max error", ">same top-1", ">equal", ""), rows)
+
+
+def bench_table(measured: Measured) -> Table:
+    """Return latency, throughput, memory and size of every candidate."""
+    timed = measured.benchmark
+    rows = tuple(
+        (
+            one.name,
+            seconds_text(one.seconds),
+            ratio_text(timed.ratio(timed.candidates[0].name, one.name)),
+            f"{one.rows_per_second:.4g}/s",
+            "–" if one.peak_bytes is None else bytes_text(one.peak_bytes),
+            bytes_text(measured.sizes[one.name]),
+        )
+        for one in timed.candidates
+    )
+    threads = f"{timed.threads} threads" if timed.threads else "the runtime's choice of threads"
+    where = f"{timed.machine.cpu}, {timed.machine.cores} cores, {timed.machine.runtime}"
+    return Table(
+        ("", ">latency", ">speed", ">rows", ">memory", ">size"),
+        rows,
+        note=f"{timed.batch}; {threads}; best of {timed.rounds} rounds; {where}",
+    )
+
+
+def difference_tables(result: Difference) -> list[Table]:
+    """Return the worst tensors first, then what could not be compared."""
+    worst = result.worst_first()
+    rows = tuple(
+        (
+            one.node,
+            one.op_type,
+            decibels(one.sqnr_db, exact=one.exact),
+            "–" if one.loss_db is None else f"{one.loss_db:.1f} dB",
+            "–" if one.max_abs_error is None else f"{one.max_abs_error:.4g}",
+            f"{one.broken} values became NaN or infinite" if one.broken else "",
+        )
+        for one in worst[:_WORST]
+    )
+    rest = len(worst) - len(rows)
+    more = f", {rest} better ones not shown (--json shows all)" if rest > 0 else ""
+    missing = f"; {len(result.unmatched)} tensors of the source have no counterpart" if result.unmatched else ""
+    note = f"{len(worst)} tensors compared on {result.samples} samples{more}{missing}. 'lost here' is new in that node."
+    return [Table(("node", "operator", ">SQNR", ">lost here", ">max error", ""), rows, title="worst first", note=note)]
+
+
+def inspection_tables(found: Inspection) -> list[Table]:
+    """Return facts, inputs and outputs, weights and operators of a model."""
+    cost = found.cost
+    ports = [("in", one) for one in cost.inputs] + [("out", one) for one in cost.outputs]
+    weights = sum(cost.weights.values())
+    return [
+        Table((str(found.path), ""), tuple(_facts(found))),
+        Table(("", "name", "type", "shape"), tuple((way, one.name, one.dtype, _shape(one)) for way, one in ports)),
+        Table(
+            ("weights", ">bytes", ">share"),
+            tuple((name, bytes_text(count), percent(count / weights)) for name, count in cost.weights.items() if count),
+        ),
+        _operators(cost),
+    ]
+
+
+def _facts(found: Inspection) -> list[tuple[str, str]]:
+    cost = found.cost
+    domains = ", ".join(f"{domain or 'onnx'} {version}" for domain, version in cost.domains.items())
+    unknown = f" (of {len(cost.unknown)} nodes unknown: {cost.unknown[0].reason})" if cost.unknown else ""
+    sizes = ", ".join(f"{name}={size}" for name, size in cost.axes.items())
+    peak = "unknown" if cost.peak_activation_bytes is None else bytes_text(cost.peak_activation_bytes)
+    facts = [
+        ("size", bytes_text(found.bytes)),
+        ("producer", cost.producer or "unknown"),
+        ("operator sets", f"{domains}; IR version {cost.ir_version}"),
+        ("nodes", f"{len(cost.nodes)}{f', {cost.functions} functions' if cost.functions else ''}"),
+        ("parameters", count_text(cost.parameters)),
+        ("multiply-adds", f"{count_text(cost.multiply_adds)}{unknown}"),
+        ("peak activations", peak),
+        *([("with axes", sizes)] if sizes else []),
+    ]
+    if found.manifest is not None:
+        state = "verified" if found.manifest["verified"] else "not verified"
+        facts.insert(0, ("artifact", f"for {found.manifest['target']}, {state}"))
+    return facts
+
+
+def _shape(port: Port) -> str:
+    if port.shape is None:
+        return "unknown"
+    return "x".join("?" if axis is None else str(axis) for axis in port.shape) or "scalar"
+
+
+def _operators(cost: ModelCost) -> Table:
+    rows = []
+    for op_type, count in cost.operators.items():
+        nodes = [node for node in cost.nodes if node.op_type == op_type]
+        work = sum(node.multiply_adds or 0 for node in nodes)
+        weights = sum(node.weight_bytes for node in nodes)
+        rows.append((op_type, str(count), count_text(work) if work else "", bytes_text(weights) if weights else ""))
+    return Table(("operator", ">nodes", ">multiply-adds", ">weights read"), tuple(rows))

@@ -1,0 +1,202 @@
+"""What this machine and this environment can do: processor, memory, runtimes, devices, and the targets they serve."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import qgraph
+from qgraph.catalog import Entry, catalog
+from qgraph.runtime.benchmark import machine
+
+__all__ = ["Readiness", "Runtime", "Survey", "survey"]
+
+DISTRIBUTION = "qgraph-compiler"
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "sve")
+"""Instructions that integer and low-precision kernels look for, as Linux names them (x86, then Arm)."""
+_NVIDIA_SMI_SECONDS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """A runtime or framework that some target or script uses.
+
+    Attributes:
+        name: of the runtime.
+        version: installed, or '' when it is not.
+        offers: its execution providers or back ends.
+        install: how to get it.
+        fault: why it is installed but cannot be used, or ''.
+    """
+
+    name: str
+    version: str = ""
+    offers: tuple[str, ...] = ()
+    install: str = ""
+    fault: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Readiness:
+    """Whether a target's artifacts run here; `missing` says what is not there and what to install, or is ''."""
+
+    target: str
+    usable: bool
+    missing: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """Everything `qgraph doctor` tells.
+
+    Attributes:
+        versions: of qgraph, Python and the core dependencies.
+        system: operating system and architecture.
+        cpu: the processor's name.
+        cores: number that this process may use.
+        memory: bytes of RAM, or None where the system does not tell.
+        flags: those of FLAGS that the processor has; empty where the system does not tell.
+        devices: graphics cards.
+        runtimes: installed or not.
+        targets: usable here or not.
+    """
+
+    versions: dict[str, str]
+    system: str
+    cpu: str
+    cores: int
+    memory: int | None
+    flags: tuple[str, ...]
+    devices: tuple[str, ...]
+    runtimes: tuple[Runtime, ...]
+    targets: tuple[Readiness, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return dataclasses.asdict(self)
+
+
+def survey() -> Survey:
+    """Look at this machine and this environment; nothing that is missing or broken raises."""
+    runtimes = (_onnxruntime(), *(_installed(*facts) for facts in _OTHERS))
+    here = machine()
+    return Survey(
+        versions=_versions(),
+        system=here.system,
+        cpu=here.cpu,
+        cores=here.cores,
+        memory=_memory(),
+        flags=_flags(),
+        devices=_nvidia_devices(),
+        runtimes=runtimes,
+        targets=tuple(_readiness(target, runtimes) for target in catalog("target")),
+    )
+
+
+_OTHERS = (
+    ("TVM", "tvm", ("apache-tvm",), f"pip install '{DISTRIBUTION}[tvm]'"),
+    ("PyTorch", "torch", ("torch",), f"pip install '{DISTRIBUTION}[train]' (only to train the reference models)"),
+    ("Core ML Tools", "coremltools", ("coremltools",), "pip install coremltools"),
+)
+
+
+def _versions() -> dict[str, str]:
+    found = {"qgraph": qgraph.__version__, "python": platform.python_version()}
+    for name in ("onnx", "onnx-ir", "onnxscript", "numpy"):
+        found[name] = _version((name,))
+    return found
+
+
+def _version(distributions: Sequence[str]) -> str:
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def _onnxruntime() -> Runtime:
+    install = f"pip install '{DISTRIBUTION}[cpu]' (or [cuda] for NVIDIA cards)"
+    if importlib.util.find_spec("onnxruntime") is None:
+        return Runtime("ONNX Runtime", install=install)
+    try:
+        import onnxruntime
+    except (ImportError, OSError) as error:
+        version = _version(("onnxruntime", "onnxruntime-gpu"))
+        return Runtime("ONNX Runtime", version, install=install, fault=f"it does not import: {error}")
+    return Runtime("ONNX Runtime", onnxruntime.__version__, tuple(onnxruntime.get_available_providers()), install)
+
+
+def _installed(name: str, module: str, distributions: Sequence[str], install: str) -> Runtime:
+    """Look a runtime up without importing it: some take seconds."""
+    if importlib.util.find_spec(module) is None:
+        return Runtime(name, install=install)
+    return Runtime(name, _version(distributions) or "unknown version", install=install)
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _flags() -> tuple[str, ...]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ()
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    present = set(found[1].split()) if found else set()
+    return tuple(flag for flag in FLAGS if flag in present)
+
+
+def _nvidia_devices() -> tuple[str, ...]:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ()
+    query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=_NVIDIA_SMI_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return tuple(line.strip() for line in done.stdout.splitlines() if line.strip())
+
+
+def _readiness(target: Entry, runtimes: Sequence[Runtime]) -> Readiness:
+    missing = target.fault or _missing(target.facts["extra"], runtimes)
+    return Readiness(target.name, usable=not missing, missing=missing)
+
+
+def _missing(extra: str, runtimes: Sequence[Runtime]) -> str:
+    """Return what the runtime of an extra lacks here, and how to get it."""
+    ort = runtimes[0]
+    if extra in ("cpu", "cuda"):
+        if not ort.version or ort.fault:
+            return f"ONNX Runtime {ort.fault or 'is not installed'}: pip install '{DISTRIBUTION}[{extra}]'"
+        if extra == "cuda" and "CUDAExecutionProvider" not in ort.offers:
+            return f"ONNX Runtime has no CUDA provider: pip install '{DISTRIBUTION}[cuda]'"
+        return ""
+    absent = [name for name in _required(extra) if not _version((name,))]
+    return f"{', '.join(absent)} is not installed: pip install '{DISTRIBUTION}[{extra}]'" if absent else ""
+
+
+def _required(extra: str) -> list[str]:
+    """Return the distributions that an extra of this package brings."""
+    marked = re.compile(rf"""extra\s*==\s*["']{re.escape(extra)}["']""")
+    try:
+        lines = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    named = (re.match(r"[\w.-]+", line) for line in lines if marked.search(line))
+    return [match[0] for match in named if match and match[0] != DISTRIBUTION]

@@ -1,0 +1,295 @@
+"""What the command line does beyond `compile` and `verify`, each in one call: run, bench, inspect and diff."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import qgraph.ir
+from qgraph.analysis.cost import ModelCost, cost
+from qgraph.artifact import Artifact, open_artifact
+from qgraph.compiler import Data
+from qgraph.errors import UserError
+from qgraph.pipeline import Context, Feeds
+from qgraph.report.data import deployable_bytes
+from qgraph.runtime.benchmark import Benchmark, compare, peak_memory
+from qgraph.runtime.difference import Difference, difference
+from qgraph.runtime.session import TensorSpec, first_line, open_session, random_feeds
+from qgraph.samples import signature
+from qgraph.targets.base import Session
+
+__all__ = ["Inspection", "Measured", "OutputArray", "Outputs", "bench", "diff", "inspect", "run"]
+
+AnyData = Data | str | Path | Iterable[Feeds]
+BENCH_FEEDS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputArray:
+    """What an output looks like over all samples."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What a run gave.
+
+    Attributes:
+        samples: number of feeds that were run.
+        seconds: that running them took.
+        arrays: the outputs as they are written.
+        path: where they were written, or None.
+        values: output name -> array; the samples lie along the first axis.
+    """
+
+    samples: int
+    seconds: float
+    arrays: tuple[OutputArray, ...]
+    path: Path | None
+    values: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values, without the outputs themselves."""
+        return {
+            "samples": self.samples,
+            "seconds": self.seconds,
+            "outputs": [dataclasses.asdict(one) for one in self.arrays],
+            "path": None if self.path is None else str(self.path),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Timings, and the bytes of every candidate on disk."""
+
+    benchmark: Benchmark
+    sizes: Mapping[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {**self.benchmark.to_json(), "sizes": dict(self.sizes)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What a model holds and takes.
+
+    Attributes:
+        path: of the model or artifact.
+        bytes: on disk, weights in other files included; of an artifact, those of the files that are deployed.
+        cost: operators, weights and multiply-adds.
+        manifest: of an artifact, else None.
+    """
+
+    path: Path
+    bytes: int
+    cost: ModelCost
+    manifest: Mapping[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        manifest = None if self.manifest is None else dict(self.manifest)
+        return {"path": str(self.path), "bytes": self.bytes, **self.cost.to_json(), "manifest": manifest}
+
+
+def run(
+    artifact: str | Path,
+    data: AnyData,
+    *,
+    output: Path | None = None,
+    force: bool = False,
+    context: Context | None = None,
+) -> Outputs:
+    """Run an artifact on samples.
+
+    Args:
+        artifact: the folder.
+        data: samples, in any form that calibration data may have.
+        output: a .npz file for the outputs; outputs of several samples are joined along their first axis.
+        force: replace a file that stands at `output`.
+        context: threads and progress.
+
+    Raises:
+        UserError: the artifact is damaged, a sample does not fit, the outputs of the samples cannot be joined, or
+            the file cannot be written.
+    """
+    context = context or Context()
+    if output is not None and output.exists() and not force:
+        raise UserError(f"{output} exists. Pass --force to replace it, or another file with -o.")
+    opened = open_artifact(artifact)
+    samples = Data.of(data).open(_inputs(opened))
+    session = opened.session(threads=context.threads)
+    start = time.perf_counter()
+    results = []
+    for number, feed in enumerate(samples, start=1):
+        results.append(_run_one(session, feed, number))
+        context.progress("run", number, len(samples))
+    seconds = time.perf_counter() - start
+    values = _joined(opened.manifest["outputs"], results)
+    if output is not None:
+        _write_npz(output, values)
+    arrays = tuple(OutputArray(name, array.dtype.name, array.shape) for name, array in values.items())
+    return Outputs(len(results), seconds, arrays, output, values)
+
+
+def _inputs(artifact: Artifact) -> Any:
+    """Return the inputs as samples are checked against."""
+    model = artifact.path / "model.onnx"
+    if model.is_file():
+        return signature(qgraph.ir.load(model))
+    return [TensorSpec(**one) for one in artifact.manifest["inputs"]]
+
+
+def _run_one(session: Session, feed: Feeds, number: int) -> list[Any]:
+    try:
+        return session.run(None, feed)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"sample {number} cannot be run: {first_line(error)}") from error
+
+
+def _joined(names: Sequence[str], results: Sequence[Sequence[Any]]) -> dict[str, np.ndarray]:
+    values = {}
+    for name, pieces in zip(names, zip(*results, strict=True), strict=True):
+        arrays = [np.asarray(piece) for piece in pieces]
+        if len({array.shape[1:] for array in arrays}) > 1:
+            shapes = ", ".join(sorted({"x".join(map(str, array.shape)) for array in arrays})[:3])
+            raise UserError(
+                f"output '{name}' has another shape for every sample ({shapes}): run samples of one shape at a time"
+            )
+        values[name] = np.concatenate(arrays) if arrays[0].ndim else np.stack(arrays)
+    return values
+
+
+def _write_npz(path: Path, values: Mapping[str, np.ndarray]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, allow_pickle=False, **values)
+            Path(name).replace(path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}. Choose another file with -o.") from None
+
+
+def bench(
+    artifact: str | Path,
+    *,
+    against: str | Path | None = None,
+    data: AnyData | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    seconds: float = 5.0,
+    context: Context | None = None,
+) -> Measured:
+    """Time an artifact, in turn with the model that it is compared with, and measure memory and size.
+
+    Args:
+        artifact: the folder.
+        against: an ONNX model or another artifact; by default the source, if it lies beside the artifact.
+        data: samples to run; random ones when None.
+        shapes: input -> dimensions of random samples.
+        seconds: about how long measuring may take.
+        context: seed and threads.
+
+    Raises:
+        UserError: a file is missing or damaged, or the samples do not fit.
+    """
+    context = context or Context()
+    opened = open_artifact(artifact)
+    rival = Path(against) if against is not None else _source_beside(opened)
+    paths = {**({"before": rival} if rival is not None else {}), "after": opened.path}
+    openers = {name: functools.partial(_open, path, context.threads) for name, path in paths.items()}
+    sessions = {name: opener() for name, opener in openers.items()}
+    feeds = _bench_feeds(opened, data, shapes, context.seed)
+    timed = compare(sessions, feeds, seconds=seconds, threads=context.threads)
+    peaks = {name: peak_memory(opener, feeds[0]) for name, opener in openers.items()}
+    return Measured(timed.with_memory(peaks), {name: _bytes(path) for name, path in paths.items()})
+
+
+def _source_beside(artifact: Artifact) -> Path | None:
+    path = artifact.path.resolve().parent / artifact.manifest["source"]["name"]
+    return path if path.is_file() else None
+
+
+def _open(path: Path, threads: int) -> Session:
+    return open_artifact(path).session(threads=threads) if path.is_dir() else open_session(path, threads=threads)
+
+
+def _bench_feeds(
+    artifact: Artifact, data: AnyData | None, shapes: Mapping[str, Sequence[int]] | None, seed: int
+) -> list[Feeds]:
+    if data is None:
+        inputs = [TensorSpec(**one) for one in artifact.manifest["inputs"]]
+        return random_feeds(inputs, seed, shapes)
+    samples = iter(Data.of(data).open(_inputs(artifact)))
+    return [feed for feed, _ in zip(samples, range(BENCH_FEEDS), strict=False)]
+
+
+def _bytes(path: Path) -> int:
+    if path.is_dir():
+        return deployable_bytes(open_artifact(path).manifest)
+    return sum(file.stat().st_size for file in (path, *qgraph.ir.data_files(qgraph.ir.load(path))))
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Count what a model or an artifact holds and takes.
+
+    Raises:
+        UserError: it is no ONNX model and no artifact with one.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return Inspection(path, _bytes(path), cost(qgraph.ir.load(path)))
+    artifact = open_artifact(path)
+    model = path / "model.onnx"
+    if not model.is_file():
+        raise UserError(f"{path} holds no model.onnx: its target deploys no ONNX model to look into")
+    return Inspection(path, _bytes(path), cost(qgraph.ir.load(model)), artifact.manifest)
+
+
+def diff(
+    model: str | Path,
+    artifact: str | Path,
+    data: AnyData,
+    *,
+    context: Context | None = None,
+) -> Difference:
+    """Compare every inner tensor that a model and its artifact both have.
+
+    Args:
+        model: the source.
+        artifact: the folder, or another ONNX model.
+        data: samples to run.
+        context: threads, memory bound and progress.
+
+    Raises:
+        UserError: a file is missing or damaged, or the samples do not fit.
+    """
+    context = context or Context()
+    source, result = Path(model), Path(artifact)
+    if result.is_dir():
+        result = open_artifact(result).path
+    samples = Data.of(data).open(signature(qgraph.ir.load(source)))
+    return difference(
+        source,
+        result,
+        samples,
+        memory=context.calibration_memory,
+        threads=context.threads,
+        progress=context.progress,
+    )
