@@ -1,18 +1,392 @@
-"""report.html: one self-contained page."""
+"""report.html: one page that tells what was done, what it saved, what it cost, and how to do it again.
+
+The page needs nothing but itself: styles and drawings are inside, there is no script, and its content policy forbids
+to fetch anything. Long lists are cut (the manifest has them whole), so that the page stays small for any model.
+"""
 
 from __future__ import annotations
 
-import html
+import importlib.resources
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from qgraph.report.data import ReportData, comparisons
+from qgraph.report import units
+from qgraph.report.charts import bar, profile, split_bar
+from qgraph.report.data import Comparison, PassFacts, ReportData, comparisons
+from qgraph.report.markup import Child, Markup, clip, element, join
+from qgraph.runtime.difference import TensorError
+from qgraph.runtime.tolerances import METRICS
+from qgraph.runtime.verification import OutputFigures, Verification
 
 __all__ = ["render"]
 
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_LAYERS = 24
+_OUTPUTS = 100
+_GROUPS = 100
+_NAMES = 200
+_NOTES = 12
+_PARTS = {"prepare": "Prepare", "compress": "Compress", "lower": "Lower"}
+
 
 def render(data: ReportData) -> str:
-    """Return the page."""
-    rows = "".join(
-        f"<tr><th>{html.escape(one.label)}<td>{html.escape(one.before)}<td>{html.escape(one.after)}"
-        for one in comparisons(data.manifest, data.bench)
+    """Return the page as HTML 5."""
+    manifest = data.manifest
+    title = f"{clip(str(manifest['source']['name']))} for {manifest['target']}"
+    style = importlib.resources.files("qgraph.report").joinpath("report.css").read_text(encoding="utf-8")
+    head = join(
+        [
+            element("meta", charset="utf-8"),
+            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+            element("meta", name="color-scheme", content="light dark"),
+            element("meta", name="referrer", content="no-referrer"),
+            element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+            element("title", f"{title} – qgraph"),
+            element("style", Markup(style)),
+        ]
     )
-    return f"<!doctype html><meta charset=utf-8><title>qgraph</title><table>{rows}</table>"
+    sections = [
+        _header(data),
+        _figures(comparisons(manifest, data.bench)),
+        _passes(data.passes),
+        _verification(manifest),
+        _layers(data.layers),
+        _kernels(manifest.get("kernels")),
+        _left_alone(manifest),
+        _again(data),
+    ]
+    body = join([element("main", *sections), _footer(data)])
+    return f"<!doctype html>\n{element('html', element('head', head), element('body', body), lang='en')}\n"
+
+
+def _section(title: str, *children: Child) -> Markup:
+    return element("section", element("h2", title), *children)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Markup]) -> Markup:
+    """Return a table that scrolls by itself; a column that starts with `>` holds numbers."""
+    head = [element("th", name.removeprefix(">"), class_="n" if name.startswith(">") else None) for name in columns]
+    return element(
+        "div",
+        element("table", element("thead", element("tr", *head)), element("tbody", *rows)),
+        class_="scroll",
+    )
+
+
+def _row(*cells: Child) -> Markup:
+    return element("tr", *(cell if isinstance(cell, Markup) else element("td", cell) for cell in cells))
+
+
+def _number(text: Child, kind: str = "") -> Markup:
+    return element("td", text, class_=f"n {kind}".strip())
+
+
+def _name(*children: Child) -> Markup:
+    return element("td", *children, class_="name")
+
+
+def _header(data: ReportData) -> Markup:
+    manifest = data.manifest
+    heading = element(
+        "h1", clip(str(manifest["source"]["name"])), " ", element("small", f"for {manifest['target']}")
+    )  # fmt: skip
+    failures = [str(one) for one in manifest.get("failures", ())]
+    bounds = ", ".join(_bound(metric, value) for metric, value in manifest.get("tolerance", {}).items())
+    if failures:
+        status = element("p", f"Outside the tolerance ({bounds})." if bounds else "Not verified.", class_="status bad")
+        return element(
+            "header",
+            heading,
+            status,
+            element("ul", *(element("li", clip(one)) for one in failures[:_NOTES]), class_="failures"),
+        )
+    checked = f"Run beside its source on {_samples(manifest)}"
+    text = f"{checked}, and within the tolerance ({bounds})." if bounds else f"{checked}."
+    return element("header", heading, element("p", text, class_="status"))
+
+
+def _bound(metric: str, value: float) -> str:
+    bound = units.percent(value) if metric == "top1" else f"{value:g}{' dB' if metric == 'sqnr' else ''}"
+    sign = "≥" if "at least" in METRICS.get(metric, "") else "≤"
+    return f"{metric.replace('_', ' ')}{' loss' if metric == 'top1' else ''} {sign} {bound}"
+
+
+def _samples(manifest: Mapping[str, Any]) -> str:
+    verification = manifest["verification"]
+    return f"{verification['samples']} {verification.get('data', 'samples')}"
+
+
+def _figures(lines: Sequence[Comparison]) -> Markup:
+    return element("dl", *(_figure(line) for line in lines), class_="figures")
+
+
+def _figure(line: Comparison) -> Markup:
+    kind = "worse" if line.good is False else ""
+    number, _, word = line.change.partition(" ") if line.change else (line.after, "", "")
+    if line.change == "the same":
+        number, word = line.change, ""
+    big = element("div", number, element("span", f" {word}") if word else None, class_=f"big {kind}".strip())
+    drawing = bar(line.share, kind=kind) if line.share is not None else None
+    # An output is compared with itself before: only the figure after tells something.
+    both = f"{line.before} → {line.after}" if line.change else ""
+    remark = element("div", clip(line.remark, 120), class_="unit") if line.remark else None
+    return element("div", element("dt", line.label), element("dd", big, drawing, both or None, remark))
+
+
+def _passes(passes: Sequence[PassFacts]) -> Markup | None:
+    if not passes:
+        return None
+    rows: list[Markup] = []
+    for part, group in itertools.groupby(passes, key=lambda one: one.part):
+        rows.append(element("tr", element("td", _PARTS.get(part, part), colspan=4), class_="group"))
+        rows += [_pass_row(one) for one in group]
+    return _section("What was done", _table(("pass", ">changed", ">nodes", ">time"), rows))
+
+
+def _pass_row(one: PassFacts) -> Markup:
+    notes = ", ".join(dict.fromkeys(one.notes[:_NOTES]))
+    told = element("span", clip(notes), class_="note") if notes else None
+    nodes = (
+        f"{one.nodes_after:,}"
+        if one.nodes_before == one.nodes_after
+        else f"{one.nodes_before:,} → {one.nodes_after:,}"
+    )  # fmt: skip
+    return _row(
+        element("td", element("code", one.name), told, class_="name wide"),
+        _number(f"{one.changed:,}" if one.changed else "–"),
+        _number(nodes),
+        _number(units.seconds_text(one.seconds)),
+    )
+
+
+def _verification(manifest: Mapping[str, Any]) -> Markup | None:
+    if not manifest.get("verification"):
+        return None
+    verification = Verification.from_json(manifest["verification"])
+    rated = [one for one in verification.outputs if one.max_abs_error is not None or one.match is None]
+    exact = [one for one in verification.outputs if one.match is not None]
+    top1 = any(one.top1_agreement is not None for one in rated)
+    columns = ("output", ">SQNR", ">cosine", ">max error", *((">same top-1",) if top1 else ()))
+    parts: list[Child] = []
+    if rated:
+        parts.append(_table(columns, (_output_row(one, top1=top1) for one in rated[:_OUTPUTS])))
+    if exact:
+        rows = (_row(_name(element("code", clip(one.name))), _number(_share(one.match))) for one in exact[:_OUTPUTS])
+        parts.append(_table(("output of integers", ">equal"), rows))
+    if len(rated) > _OUTPUTS or len(exact) > _OUTPUTS:
+        parts.append(_cut(len(verification.outputs)))
+    return _section("Does it still behave?", *parts, _definitions())
+
+
+def _output_row(one: OutputFigures, *, top1: bool) -> Markup:
+    troubles = [one.remark] if one.remark else []
+    if one.broken:
+        troubles.append(f"{one.broken:,} values that are finite in the source are NaN or infinite here")
+    elif one.excluded:
+        troubles.append(f"{one.excluded:,} values are NaN or infinite on both sides and were left out")
+    infinite = one.sqnr_db == float("inf")
+    return _row(
+        _name(
+            element("code", clip(one.name)),
+            *(element("span", clip(text), class_="note wrong" if one.broken else "note") for text in troubles),
+        ),
+        _number(units.decibels(None if infinite else one.sqnr_db, exact=infinite)),
+        _number("–" if one.cosine is None else f"{one.cosine:.5f}"),
+        _number("–" if one.max_abs_error is None else f"{one.max_abs_error:.3g}"),
+        *((_number(_share(one.top1_agreement)),) if top1 else ()),
+    )
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else units.percent(value)
+
+
+def _cut(total: int) -> Markup:
+    return element("p", f"Not all of {total:,} are shown; manifest.json has them all.", class_="note")
+
+
+def _definitions() -> Markup:
+    terms = {
+        "SQNR": "10 log₁₀ of the source's power over the power of the error, in decibels, over all samples together. "
+        "20 dB is an error of 10 %, 40 dB of 1 %.",
+        "cosine": "The cosine of the angle between all values of the source and all of the result.",
+        "max error": "The largest difference of a single value.",
+        "same top-1": "Share of samples whose largest score is of the same class in both.",
+    }
+    facts = [child for term, text in terms.items() for child in (element("dt", term), element("dd", text))]
+    return element(
+        "details",
+        element("summary", element("span", "How these figures are defined", class_="note")),
+        element("dl", *facts, class_="facts"),
+    )
+
+
+def _layers(layers: Sequence[TensorError]) -> Markup | None:
+    if not layers:
+        return None
+    rated = [one.sqnr_db for one in layers if one.sqnr_db is not None]
+    worst = sorted(
+        (one for one in layers if one.sqnr_db is not None and not one.exact), key=lambda one: one.sqnr_db or 0.0
+    )
+    parts: list[Child] = []
+    if len(layers) > 2 and rated:
+        parts.append(_profile_figure(layers, rated))
+    if worst:
+        largest = _relative(worst[0])
+        rows = (_layer_row(one, largest) for one in worst[:_LAYERS])
+        parts.append(_table(("layer", "", ">error", ">SQNR"), rows))
+    shown = min(len(worst), _LAYERS)
+    parts.append(
+        element(
+            "p",
+            f"The {shown} worst of {len(layers):,} compared tensors. The error is the power of the difference over "
+            "that of the source, as a ratio of amplitudes; it includes what came in from the layers before.",
+            class_="note",
+        )
+    )
+    return _section("Where the error arises", *parts)
+
+
+def _profile_figure(layers: Sequence[TensorError], rated: Sequence[float]) -> Markup:
+    low = 10 * (min(rated) // 10)
+    high = max(10 * -(-max(rated) // 10), low + 10)
+    values = [high if one.sqnr_db is None else one.sqnr_db for one in layers]
+    label = f"SQNR by depth: from {layers[0].name} to {layers[-1].name}, least {min(rated):.1f} dB"
+    axis = element(
+        "div", *(element("span", f"{at:.0f}", class_="unit") for at in (high, (high + low) / 2, low)), class_="axis"
+    )
+    caption = element("figcaption", element("span", "SQNR in dB, first layer"), element("span", "last layer"))
+    return element("figure", axis, profile(values, low, high, clip(label)), caption)
+
+
+def _relative(one: TensorError) -> float:
+    return float(10 ** (-(one.sqnr_db or 0.0) / 20))
+
+
+def _layer_row(one: TensorError, largest: float) -> Markup:
+    error = _relative(one)
+    return _row(
+        _name(element("code", clip(one.name, 80)), element("span", one.op_type, class_="note")),
+        element("td", bar(error / largest), class_="wide hide"),
+        _number(f"{100 * error:.2g} %" if error < 1 else f"{100 * error:.0f} %"),
+        _number(units.decibels(one.sqnr_db)),
+    )
+
+
+def _kernels(kernels: Mapping[str, Any] | None) -> Markup | None:
+    if not kernels:
+        return None
+    groups = [
+        ("fill", "in integers", kernels["integer"]),
+        ("soft", "in float", kernels["float"]),
+        ("rest", "moving and converting data", kernels["other"]),
+    ]
+    amounts = [(kind, float(sum(group.values()))) for kind, _, group in groups]
+    key = [
+        element("li", f"{int(amount)} {text}", class_=kind)
+        for (kind, text, _), (_, amount) in zip(groups, amounts, strict=True)
+        if amount
+    ]
+    rows = [
+        _row(_name(element("code", op)), text, _number(f"{count:,}"))
+        for _, text, group in groups
+        for op, count in sorted(group.items(), key=lambda item: (-item[1], item[0]))[:_GROUPS]
+    ]
+    return _section(
+        "What really runs",
+        split_bar(amounts),
+        element("ul", *key, class_="key"),
+        element(
+            "details",
+            element("summary", element("span", "All kernels after the runtime's own optimisation", class_="note")),
+            _table(("kernel", "arithmetic", ">number"), rows),
+        ),
+    )
+
+
+def _left_alone(manifest: Mapping[str, Any]) -> Markup | None:
+    skipped = list(manifest.get("skipped", ()))
+    floating = list((manifest.get("kernels") or {}).get("left_in_float", ()))
+    if not skipped and not floating:
+        return None
+    parts: list[Child] = []
+    if floating:
+        parts += [element("h3", "Kernels that stay in float"), *_reasons(floating)]
+    if skipped:
+        parts += [element("h3", "Nodes that no pass compressed") if floating else None, *_reasons(skipped)]
+    return _section("What was left alone, and why", *parts)
+
+
+def _reasons(entries: Sequence[Mapping[str, str]]) -> list[Markup]:
+    groups: dict[str, list[str]] = {}
+    for entry in entries:
+        groups.setdefault(str(entry["reason"]), []).append(str(entry["node"]))
+    ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+    written = [
+        element(
+            "details",
+            element("summary", element("span", clip(reason)), element("span", f"{len(nodes):,}", class_="unit")),
+            element(
+                "ul", *(element("li", element("code", clip(node, 120))) for node in nodes[:_NAMES]), class_="names"
+            ),
+            _cut(len(nodes)) if len(nodes) > _NAMES else None,
+        )
+        for reason, nodes in ordered[:_GROUPS]
+    ]
+    return [*written, *([_cut(len(ordered))] if len(ordered) > _GROUPS else [])]
+
+
+def _again(data: ReportData) -> Markup:
+    manifest = data.manifest
+    recipe = (
+        element(
+            "details",
+            element("summary", element("span", "recipe.toml")),
+            element("pre", element("code", clip(data.recipe, 100_000))),
+        )
+        if data.recipe
+        else None
+    )
+    facts = {
+        "source": f"{clip(str(manifest['source']['name']))}, {units.bytes_text(manifest['source']['bytes'])}",
+        "its SHA-256": manifest["source"].get("sha256", ""),
+        "seed": manifest.get("seed", 0),
+        "versions": ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items()),
+    }
+    files = [
+        _row(
+            _name(element("code", clip(name))),
+            _number(units.bytes_text(entry["bytes"])),
+            element("td", element("code", str(entry["sha256"])[:16]), class_="hide"),
+        )
+        for name, entry in itertools.islice(manifest["files"].items(), _GROUPS)
+    ]
+    return _section(
+        "How to do it again",
+        element("pre", element("code", data.command)) if data.command else None,
+        element("dl", *(one for key, value in facts.items() for one in _fact(key, value)), class_="facts"),
+        _table(("file", ">size", "SHA-256"), files),
+        recipe,
+        element(
+            "p",
+            "The same input, options and seed give the same files, byte for byte.",
+            class_="note",
+        ),
+    )
+
+
+def _fact(key: str, value: Child) -> tuple[Markup, Markup]:
+    shown = element("code", value) if "SHA" in key else value
+    return element("dt", key), element("dd", shown)
+
+
+def _footer(data: ReportData) -> Markup:
+    machine = (data.bench or {}).get("machine")
+    took = f"Compiled in {units.seconds_text(data.seconds)} by" if data.seconds is not None else "Compiled by"
+    where = (
+        f" Timed on {machine['cpu']}, {machine['cores']} cores, {machine['system']}, {machine['runtime']}."
+        if machine
+        else ""
+    )
+    return element("footer", f"{took} qgraph {data.manifest.get('qgraph', '')}.{where}")
