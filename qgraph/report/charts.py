@@ -33,7 +33,7 @@ def split_bar(parts: Sequence[tuple[str, float]]) -> Markup:
     pieces = []
     for kind, amount in parts:
         width = 100 * amount / total
-        pieces.append(element("rect", class_=f"fill {kind}", x=f"{start:.2f}", width=f"{width:.2f}", height=4))
+        pieces.append(element("rect", class_=f"fill {kind}".strip(), x=f"{start:.2f}", width=f"{width:.2f}", height=4))
         start += width
     return element(
         "svg", *pieces, class_="bar split", viewBox="0 0 100 4", preserveAspectRatio="none", aria_hidden="true"

@@ -22,11 +22,14 @@ from qgraph.runtime.verification import OutputFigures, Verification
 __all__ = ["render"]
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-_LAYERS = 24
+_LAYERS = 20
+_PASSED_ON_DB = 0.05
 _OUTPUTS = 100
 _GROUPS = 100
 _NAMES = 200
 _NOTES = 12
+_NO_BREAK = "\u00a0"
+_METRIC_NAMES = {"sqnr": "SQNR", "max_abs": "max error", "top1": "top-1 loss"}
 _PARTS = {"prepare": "Prepare", "compress": "Compress", "lower": "Lower"}
 
 
@@ -56,30 +59,29 @@ def render(data: ReportData) -> str:
         _left_alone(manifest),
         _again(data),
     ]
-    body = join([element("main", *sections), _footer(data)])
-    return f"<!doctype html>\n{element('html', element('head', head), element('body', body), lang='en')}\n"
+    body = element("body", element("main", *sections, _footer(data)))
+    return f"<!doctype html>\n{element('html', element('head', head), body, lang='en')}\n"
 
 
 def _section(title: str, *children: Child) -> Markup:
     return element("section", element("h2", title), *children)
 
 
-def _table(columns: Sequence[str], rows: Iterable[Markup]) -> Markup:
-    """Return a table that scrolls by itself; a column that starts with `>` holds numbers."""
+def _table(columns: Sequence[str], rows: Iterable[Markup], *, kind: str = "") -> Markup:
+    """Return a table; a column that starts with `>` holds numbers. On narrow screens, rows are stacked by the style."""
     head = [element("th", name.removeprefix(">"), class_="n" if name.startswith(">") else None) for name in columns]
     return element(
-        "div",
-        element("table", element("thead", element("tr", *head)), element("tbody", *rows)),
-        class_="scroll",
+        "table", element("thead", element("tr", *head)), element("tbody", *rows), class_=f"stack {kind}".strip()
     )
 
 
-def _row(*cells: Child) -> Markup:
-    return element("tr", *(cell if isinstance(cell, Markup) else element("td", cell) for cell in cells))
+def _row(*cells: Markup) -> Markup:
+    return element("tr", *cells)
 
 
-def _number(text: Child, kind: str = "") -> Markup:
-    return element("td", text, class_=f"n {kind}".strip())
+def _number(text: Child, label: str) -> Markup:
+    """Return a cell that holds a number; `label` stands before it where the table has no head."""
+    return element("td", text, class_="n", data_label=label)
 
 
 def _name(*children: Child) -> Markup:
@@ -93,23 +95,22 @@ def _header(data: ReportData) -> Markup:
     )  # fmt: skip
     failures = [str(one) for one in manifest.get("failures", ())]
     bounds = ", ".join(_bound(metric, value) for metric, value in manifest.get("tolerance", {}).items())
-    if failures:
-        status = element("p", f"Outside the tolerance ({bounds})." if bounds else "Not verified.", class_="status bad")
-        return element(
-            "header",
-            heading,
-            status,
-            element("ul", *(element("li", clip(one)) for one in failures[:_NOTES]), class_="failures"),
-        )
-    checked = f"Run beside its source on {_samples(manifest)}"
-    text = f"{checked}, and within the tolerance ({bounds})." if bounds else f"{checked}."
-    return element("header", heading, element("p", text, class_="status"))
+    checked = f"run beside its source on {_samples(manifest)}"
+    tolerance = f" Tolerance: {bounds}." if bounds else ""
+    if not failures:
+        return element("header", heading, element("p", f"Verified: {checked}.{tolerance}", class_="status"))
+    return element(
+        "header",
+        heading,
+        element("p", f"Outside the tolerance: {checked}.{tolerance}", class_="status bad"),
+        element("ul", *(element("li", clip(one)) for one in failures[:_NOTES]), class_="failures"),
+    )
 
 
 def _bound(metric: str, value: float) -> str:
     bound = units.percent(value) if metric == "top1" else f"{value:g}{' dB' if metric == 'sqnr' else ''}"
     sign = "≥" if "at least" in METRICS.get(metric, "") else "≤"
-    return f"{metric.replace('_', ' ')}{' loss' if metric == 'top1' else ''} {sign} {bound}"
+    return f"{_METRIC_NAMES.get(metric, metric)} {sign} {bound}".replace(" ", _NO_BREAK)
 
 
 def _samples(manifest: Mapping[str, Any]) -> str:
@@ -123,15 +124,19 @@ def _figures(lines: Sequence[Comparison]) -> Markup:
 
 def _figure(line: Comparison) -> Markup:
     kind = "worse" if line.good is False else ""
-    number, _, word = line.change.partition(" ") if line.change else (line.after, "", "")
-    if line.change == "the same":
-        number, word = line.change, ""
-    big = element("div", number, element("span", f" {word}") if word else None, class_=f"big {kind}".strip())
+    number, word = line.change, ""
+    if not line.change:
+        # An output is compared with itself before: only the figure after tells something.
+        number, word = line.after, "SQNR" if line.after.endswith(" dB") else ""
+    elif line.change != "the same":
+        number, _, word = line.change.partition(" ")
+    big = element(
+        "div", number.replace("-", "−"), element("span", f" {word}") if word else None, class_=f"big {kind}".strip()
+    )
     drawing = bar(line.share, kind=kind) if line.share is not None else None
-    # An output is compared with itself before: only the figure after tells something.
-    both = f"{line.before} → {line.after}" if line.change else ""
+    both = f"{line.before} → {line.after}" if line.change else None
     remark = element("div", clip(line.remark, 120), class_="unit") if line.remark else None
-    return element("div", element("dt", line.label), element("dd", big, drawing, both or None, remark))
+    return element("div", element("dt", line.label), element("dd", big, drawing, both, remark))
 
 
 def _passes(passes: Sequence[PassFacts]) -> Markup | None:
@@ -153,10 +158,10 @@ def _pass_row(one: PassFacts) -> Markup:
         else f"{one.nodes_before:,} → {one.nodes_after:,}"
     )  # fmt: skip
     return _row(
-        element("td", element("code", one.name), told, class_="name wide"),
-        _number(f"{one.changed:,}" if one.changed else "–"),
-        _number(nodes),
-        _number(units.seconds_text(one.seconds)),
+        _name(element("code", one.name), told),
+        _number(f"{one.changed:,}" if one.changed else "–", "changed"),
+        _number(nodes, "nodes"),
+        _number(units.seconds_text(one.seconds), "time"),
     )
 
 
@@ -172,7 +177,10 @@ def _verification(manifest: Mapping[str, Any]) -> Markup | None:
     if rated:
         parts.append(_table(columns, (_output_row(one, top1=top1) for one in rated[:_OUTPUTS])))
     if exact:
-        rows = (_row(_name(element("code", clip(one.name))), _number(_share(one.match))) for one in exact[:_OUTPUTS])
+        rows = (
+            _row(_name(element("code", clip(one.name))), _number(_share(one.match), "equal"))
+            for one in exact[:_OUTPUTS]
+        )
         parts.append(_table(("output of integers", ">equal"), rows))
     if len(rated) > _OUTPUTS or len(exact) > _OUTPUTS:
         parts.append(_cut(len(verification.outputs)))
@@ -191,10 +199,10 @@ def _output_row(one: OutputFigures, *, top1: bool) -> Markup:
             element("code", clip(one.name)),
             *(element("span", clip(text), class_="note wrong" if one.broken else "note") for text in troubles),
         ),
-        _number(units.decibels(None if infinite else one.sqnr_db, exact=infinite)),
-        _number("–" if one.cosine is None else f"{one.cosine:.5f}"),
-        _number("–" if one.max_abs_error is None else f"{one.max_abs_error:.3g}"),
-        *((_number(_share(one.top1_agreement)),) if top1 else ()),
+        _number(units.decibels(None if infinite else one.sqnr_db, exact=infinite), "SQNR"),
+        _number("–" if one.cosine is None else f"{one.cosine:.5f}", "cosine"),
+        _number("–" if one.max_abs_error is None else f"{one.max_abs_error:.3g}", "max error"),
+        *((_number(_share(one.top1_agreement), "same top-1"),) if top1 else ()),
     )
 
 
@@ -226,26 +234,37 @@ def _layers(layers: Sequence[TensorError]) -> Markup | None:
     if not layers:
         return None
     rated = [one.sqnr_db for one in layers if one.sqnr_db is not None]
-    worst = sorted(
-        (one for one in layers if one.sqnr_db is not None and not one.exact), key=lambda one: one.sqnr_db or 0.0
-    )
     parts: list[Child] = []
     if len(layers) > 2 and rated:
         parts.append(_profile_figure(layers, rated))
+    broken = [one for one in layers if one.broken]
+    if broken:
+        names = ", ".join(clip(one.name, 60) for one in broken[:_NOTES])
+        parts.append(element("p", f"NaN or infinite values arise in {len(broken)} tensors: {names}.", class_="wrong"))
+    worst = sorted((one for one in layers if _own_error(one)), key=lambda one: one.sqnr_db or 0.0)
     if worst:
-        largest = _relative(worst[0])
-        rows = (_layer_row(one, largest) for one in worst[:_LAYERS])
-        parts.append(_table(("layer", "", ">error", ">SQNR"), rows))
-    shown = min(len(worst), _LAYERS)
-    parts.append(
-        element(
-            "p",
-            f"The {shown} worst of {len(layers):,} compared tensors. The error is the power of the difference over "
-            "that of the source, as a ratio of amplitudes; it includes what came in from the layers before.",
-            class_="note",
+        largest = _relative(worst[0].sqnr_db or 0.0)
+        parts.append(
+            _table(
+                ("tensor", "", ">error", ">SQNR"), [_layer_row(one, largest) for one in worst[:_LAYERS]], kind="layers"
+            )
         )
-    )
+        parts.append(
+            element(
+                "p",
+                f"The worst of {len(layers):,} tensors that source and result both have, without those that only pass "
+                "an error on. The error is the amplitude of the difference over that of the source; the light part of "
+                "a bar was there already in what the node reads.",
+                class_="note",
+            )
+        )
     return _section("Where the error arises", *parts)
+
+
+def _own_error(one: TensorError) -> bool:
+    if one.sqnr_db is None or one.exact:
+        return False
+    return one.loss_db is None or abs(one.loss_db) >= _PASSED_ON_DB
 
 
 def _profile_figure(layers: Sequence[TensorError], rated: Sequence[float]) -> Markup:
@@ -253,24 +272,26 @@ def _profile_figure(layers: Sequence[TensorError], rated: Sequence[float]) -> Ma
     high = max(10 * -(-max(rated) // 10), low + 10)
     values = [high if one.sqnr_db is None else one.sqnr_db for one in layers]
     label = f"SQNR by depth: from {layers[0].name} to {layers[-1].name}, least {min(rated):.1f} dB"
-    axis = element(
-        "div", *(element("span", f"{at:.0f}", class_="unit") for at in (high, (high + low) / 2, low)), class_="axis"
-    )
-    caption = element("figcaption", element("span", "SQNR in dB, first layer"), element("span", "last layer"))
-    return element("figure", axis, profile(values, low, high, clip(label)), caption)
+    marks = (high, (high + low) / 2, low)
+    axis = element("div", *(element("span", f"{at:.0f}", class_="unit") for at in marks), class_="axis")
+    ends = element("span", "first layer"), element("span", "SQNR in dB"), element("span", "last layer")
+    return element("figure", axis, profile(values, low, high, clip(label)), element("figcaption", *ends))
 
 
-def _relative(one: TensorError) -> float:
-    return float(10 ** (-(one.sqnr_db or 0.0) / 20))
+def _relative(sqnr_db: float) -> float:
+    return float(10 ** (-sqnr_db / 20))
 
 
 def _layer_row(one: TensorError, largest: float) -> Markup:
-    error = _relative(one)
+    sqnr = one.sqnr_db or 0.0
+    error = _relative(sqnr)
+    inherited = 0.0 if one.loss_db is None else min(_relative(sqnr + one.loss_db), error)
+    drawing = split_bar([("soft", inherited), ("", error - inherited), ("none", max(largest - error, 0.0))])
     return _row(
-        _name(element("code", clip(one.name, 80)), element("span", one.op_type, class_="note")),
-        element("td", bar(error / largest), class_="wide hide"),
-        _number(f"{100 * error:.2g} %" if error < 1 else f"{100 * error:.0f} %"),
-        _number(units.decibels(one.sqnr_db)),
+        _name(element("code", clip(one.name, 80)), " ", element("span", one.op_type, class_="unit")),
+        element("td", drawing, class_="drawn"),
+        _number(f"{100 * error:.2g} %" if error < 1 else f"{100 * error:.0f} %", "error"),
+        _number(units.decibels(one.sqnr_db), "SQNR"),
     )
 
 
@@ -278,31 +299,31 @@ def _kernels(kernels: Mapping[str, Any] | None) -> Markup | None:
     if not kernels:
         return None
     groups = [
-        ("fill", "in integers", kernels["integer"]),
+        ("", "in integers", kernels["integer"]),
         ("soft", "in float", kernels["float"]),
         ("rest", "moving and converting data", kernels["other"]),
     ]
-    amounts = [(kind, float(sum(group.values()))) for kind, _, group in groups]
-    key = [
-        element("li", f"{int(amount)} {text}", class_=kind)
-        for (kind, text, _), (_, amount) in zip(groups, amounts, strict=True)
-        if amount
-    ]
-    rows = [
-        _row(_name(element("code", op)), text, _number(f"{count:,}"))
-        for _, text, group in groups
-        for op, count in sorted(group.items(), key=lambda item: (-item[1], item[0]))[:_GROUPS]
+    facts = [
+        child
+        for kind, text, counts in groups
+        if counts
+        for child in (
+            element("dt", f"{sum(counts.values()):,} {text}", class_=f"swatch {kind}".strip()),
+            element("dd", _counted(counts)),
+        )
     ]
     return _section(
         "What really runs",
-        split_bar(amounts),
-        element("ul", *key, class_="key"),
-        element(
-            "details",
-            element("summary", element("span", "All kernels after the runtime's own optimisation", class_="note")),
-            _table(("kernel", "arithmetic", ">number"), rows),
-        ),
+        split_bar([(kind, float(sum(counts.values()))) for kind, _, counts in groups]),
+        element("dl", *facts, class_="facts"),
+        element("p", "Counted after the runtime's own fusions, as it runs on this machine.", class_="note"),
     )
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    rest = f" and {len(ordered) - _GROUPS} more operators" if len(ordered) > _GROUPS else ""
+    return ", ".join(f"{count:,} {clip(op, 60)}" for op, count in ordered[:_GROUPS]) + rest
 
 
 def _left_alone(manifest: Mapping[str, Any]) -> Markup | None:
@@ -357,22 +378,18 @@ def _again(data: ReportData) -> Markup:
     files = [
         _row(
             _name(element("code", clip(name))),
-            _number(units.bytes_text(entry["bytes"])),
-            element("td", element("code", str(entry["sha256"])[:16]), class_="hide"),
+            _number(units.bytes_text(entry["bytes"]), "size"),
+            element("td", element("code", str(entry["sha256"])), class_="hash"),
         )
         for name, entry in itertools.islice(manifest["files"].items(), _GROUPS)
     ]
     return _section(
         "How to do it again",
-        element("pre", element("code", data.command)) if data.command else None,
+        element("pre", element("code", data.command), class_="command") if data.command else None,
+        element("p", "The same input, options and seed give the same files, byte for byte.", class_="note"),
         element("dl", *(one for key, value in facts.items() for one in _fact(key, value)), class_="facts"),
-        _table(("file", ">size", "SHA-256"), files),
+        _table(("file", ">size", "SHA-256"), files, kind="files"),
         recipe,
-        element(
-            "p",
-            "The same input, options and seed give the same files, byte for byte.",
-            class_="note",
-        ),
     )
 
 

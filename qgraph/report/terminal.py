@@ -133,9 +133,10 @@ def before_after_rich(manifest: Mapping[str, Any], bench: Mapping[str, Any] | No
     lines = comparisons(manifest, bench)
     widths = _widths(lines)
     styles = {True: "green", False: "yellow", None: ""}
-    text = Text(f"  {'':<{widths[0]}}  {'before':>{widths[1]}}  {'after':>{widths[2]}}", style="dim")
+    text = Text()
+    text.append(f"  {'':<{widths[0]}}  {'before':>{widths[1]}}  {'after':>{widths[2]}}", style="dim")
     for line in lines:
-        plain = Text("\n" + _comparison_line(line, widths), style="default")
+        plain = Text("\n" + _comparison_line(line, widths))
         if line.change:
             plain.highlight_words([line.change], styles[line.good])
         if line.remark:
