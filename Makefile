@@ -44,8 +44,8 @@ demo:
 	@$(MAKE) install VENV=$(VENV) EXTRA=demo
 	@mkdir -p $(DEMO)
 	$(BIN)/python -P -m qgraph.models digits_cnn -o $(DEMO)
-	$(BIN)/qgraph compile $(DEMO)/digits_cnn.onnx --target cpu-int8 --calib $(DEMO)/calibration.npz \
-	    --verify-data $(DEMO)/held_back.npz --labels labels -o $(DEMO)/digits_cnn.cpu-int8 --force
+	$(BIN)/qgraph compile $(DEMO)/digits_cnn.onnx --target cpu-int8 --calib $(DEMO)/digits_cnn_calib.npz \
+	    --verify-data $(DEMO)/digits_cnn_heldout.npz -o $(DEMO)/digits_cnn.cpu-int8 --force
 
 # The types are those of the installed package, so mypy must not find the checkout's own folders first.
 test: install

@@ -28,19 +28,26 @@ _MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
+    """Run the command line and return its exit status.
+
+    Args:
+        arguments: without the program's name. When None, those of the process, which is then ours: signals are
+            handled and what libraries log is silenced.
+    """
     debug = bool(os.environ.get("QGRAPH_DEBUG"))
-    if not debug:
-        _silence_libraries()
-    # Ending like this runs the clean-up of half-written artifacts, which the default of the signal does not.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    if arguments is None:
+        arguments = sys.argv[1:]
+        # The signal's default would end us without the clean-up of what is half written.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+        if not debug:
+            warnings.simplefilter("ignore")
+            logging.disable(logging.ERROR)
     try:
-        return _invoke(sys.argv[1:] if arguments is None else list(arguments))
+        return _invoke(list(arguments))
     except click.UsageError as error:
         return _usage_error(error)
     except BrokenPipeError:
-        # Whoever read our standard output has gone; the interpreter would complain once more when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_output()
         return BROKEN_PIPE
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
@@ -49,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error), BAD_INPUT)
     except OSError as error:
+        _abandon_output()
         if debug or error.errno not in _MENDABLE:
             return _fault(error, debug=debug)
         place = f"{error.filename}: " if error.filename is not None else ""
@@ -67,9 +75,12 @@ def _invoke(arguments: list[str]) -> int:
     return int(status or 0)
 
 
-def _silence_libraries() -> None:
-    warnings.simplefilter("ignore")
-    logging.disable(logging.ERROR)
+def _abandon_output() -> None:
+    """Drop what standard output cannot take: the interpreter would try once more when it ends, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage_error(error: click.UsageError) -> int:

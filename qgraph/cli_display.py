@@ -63,8 +63,9 @@ class Display:
             self.step(event.stage, event.text)
 
     def table(self, table: Table) -> None:
-        """Show a table."""
-        self.line(to_text(table))
+        """Show a table, which takes the place of the step that led to it."""
+        self.close()
+        self._write(to_text(table))
 
     def artifact(self, artifact: Artifact) -> None:
         """Show what has been compiled: the before/after table, then where it lies."""
@@ -131,7 +132,7 @@ class Live(Display):
 
     def table(self, table: Table) -> None:
         """Show a table with rules."""
-        self._end_progress()
+        self.close()
         self._print(to_rich(table))
 
     def _before_after(self, artifact: Artifact) -> None:

@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 _WORST = 15
+_FACTS = {"needs_calibration": "needs data", "prepare": "prepare passes", "lower": "lower passes"}
 
 
 def catalog_table(kind: Kind, entries: Sequence[Entry]) -> Table:
@@ -47,8 +48,8 @@ def show_entry(display: Display, entry: Entry) -> None:
         display.line(f"\n{entry.summary}")
     display.line(f"\n{entry.text}\n")
     for name, value in entry.facts.items():
-        shown = {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
-        display.step(name.replace("_", " "), str(shown) or "(nothing)")
+        shown = ("yes" if value else "no") if isinstance(value, bool) else str(value)
+        display.step(_FACTS.get(name, name), shown or "no passes")
     display.step("implemented by", entry.home)
     display.line()
     if not entry.options:
@@ -118,13 +119,13 @@ def bench_table(measured: Measured) -> Table:
             one.name,
             seconds_text(one.seconds),
             ratio_text(timed.ratio(timed.candidates[0].name, one.name)),
-            f"{one.rows_per_second:.4g}/s",
+            f"{count_text(one.rows_per_second)}/s",
             "–" if one.peak_bytes is None else bytes_text(one.peak_bytes),
             bytes_text(measured.sizes[one.name]),
         )
         for one in timed.candidates
     )
-    threads = f"{timed.threads} threads" if timed.threads else "the runtime's choice of threads"
+    threads = f"{timed.threads} thread{'s' * (timed.threads > 1)}" if timed.threads else "default threads"
     where = f"{timed.machine.cpu}, {timed.machine.cores} cores, {timed.machine.runtime}"
     return Table(
         ("", ">latency", ">speed", ">rows", ">memory", ">size"),

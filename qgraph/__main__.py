@@ -1,0 +1,7 @@
+"""`python -m qgraph` is the command `qgraph`."""
+
+import sys
+
+from qgraph.cli import main
+
+sys.exit(main())
