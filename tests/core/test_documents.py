@@ -1,0 +1,39 @@
+"""What the documents show works as shown."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from qgraph.pipeline import Pipeline
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def code_blocks(document: str) -> list[str]:
+    """Return the Python examples of a document."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_pass_that_contributors_start_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (code,) = code_blocks("CONTRIBUTING.md")
+    (tmp_path / "documented_pass.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    documented = importlib.import_module("documented_pass")
+    model = ir.from_onnx_text("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[N, 4] x) => (float[N, 4] y, bool[N, 4] mask)
+        {
+            a = Dropout (x)
+            b = Relu (a)
+            y, mask = Dropout (b)
+        }
+    """)
+    report = Pipeline([documented.DropDropout()]).run(model)
+    assert [node.op_type for node in model.graph] == ["Identity", "Relu", "Dropout"]
+    assert (report.changed, report.notes) == (1, ("1 Dropout removed",))
+    assert [one.reason for one in report.skipped] == ["its mask is read"]
