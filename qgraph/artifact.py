@@ -28,7 +28,7 @@ from qgraph.errors import UserError
 from qgraph.report.terminal import before_after
 from qgraph.targets.base import Session, Target
 
-__all__ = ["Artifact", "ArtifactReport", "artifact_bytes", "open_artifact", "sha256", "staging", "write_manifest"]
+__all__ = ["Artifact", "ArtifactReport", "open_artifact", "sha256", "staging", "write_manifest"]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -71,6 +71,11 @@ class Artifact:
         bench = self.path / "bench.json"
         return ArtifactReport(self.manifest, _read_json(bench) if bench.is_file() else None)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values: path, whether it is verified, manifest, and timings where there are any."""
+        report = self.report
+        return {"path": str(self.path), "verified": self.verified, "manifest": report.manifest, "bench": report.bench}
+
     def session(self, *, threads: int = 0) -> Session:
         """Open the model for running, like an ONNX Runtime session.
 
@@ -88,11 +93,6 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def artifact_bytes(manifest: Mapping[str, Any]) -> int:
-    """Return the bytes of all deployable files."""
-    return sum(entry["bytes"] for name, entry in manifest["files"].items() if name != "recipe.toml")
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ import onnx_ir as ir
 import qgraph
 import qgraph.ir
 from qgraph import registry, spec
-from qgraph.artifact import Artifact, artifact_bytes, open_artifact, refuse_existing, sha256, staging, write_manifest
+from qgraph.artifact import Artifact, open_artifact, refuse_existing, sha256, staging, write_manifest
 from qgraph.errors import ToleranceError, UserError
 from qgraph.pipeline import Context, Feeds, Pipeline, Report, Samples, Skipped, specs_from_tables
 from qgraph.report.data import ReportData
@@ -78,6 +78,20 @@ class Data:
     def of(cls, data: Data | str | Path | Iterable[Feeds]) -> Data:
         """Wrap a bare source."""
         return data if isinstance(data, Data) else cls(data)
+
+    def open(self, inputs: Any) -> Any:
+        """Open the samples for a model whose inputs are `inputs`, and check that they fit.
+
+        Raises:
+            UserError: the source cannot be read, is empty, or does not fit the inputs.
+        """
+        return open_samples(
+            self.source,
+            inputs,
+            preprocess=self.preprocess,
+            tokenizer=Path(self.tokenizer) if self.tokenizer is not None else None,
+            rename=self.rename,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,9 +174,10 @@ def compile(  # noqa: A001 - the name that users look for
     folder = _output(output, source_path, chosen)
     refuse_existing(folder, force=force)
     plan = _plan(passes, recipe)
+    overrides = _parse_settings(settings)
     run = _Run(chosen, context or Context(), observer or _ignore, source_path)
     with staging(folder, force=force) as stage, _scratch_source(model, run) as source:
-        built, plan = run.build(source, plan, settings, shapes or {}, calibration, verify_data, tune=tune)
+        built, plan = run.build(source, plan, overrides, shapes or {}, calibration, verify_data, tune=tune)
         files = _lower(chosen, built, stage)
         run.event("lower", _lowered(built, files))
         manifest, failures = run.prove(source, stage, plan, tolerance or {})
@@ -171,7 +186,8 @@ def compile(  # noqa: A001 - the name that users look for
     artifact = Artifact(folder, manifest)
     if failures:
         raise ToleranceError(
-            f"{folder} is outside the tolerance: {'; '.join(failures)}. It is kept, marked unverified."
+            f"{folder} is outside the tolerance: {'; '.join(failures)}. It is kept, marked unverified.",
+            artifact,
         )
     return artifact
 
@@ -255,7 +271,7 @@ class _Run:
         self,
         source: Path,
         plan: Plan,
-        settings: Sequence[str],
+        overrides: Sequence[tuple[str, str, spec.Value]],
         shapes: Mapping[str, Sequence[int]],
         calibration: Data | str | Path | Iterable[Feeds] | None,
         verify_data: Data | str | Path | Iterable[Feeds] | None,
@@ -270,7 +286,6 @@ class _Run:
         self.source_facts = _source_facts(self.source_name, source, model)
         self.event("load", _loaded(self.source_facts, model))
 
-        overrides = _parse_settings(settings)
         prepare = _override(plan.prepare if plan.prepare is not None else self.target.prepare_passes(), overrides)
         self._run_part("prepare", prepare, model)
 
@@ -297,14 +312,14 @@ class _Run:
         inputs = signature(model)
         if calibration is not None:
             data = Data.of(calibration)
-            opened = _open(data, inputs)
+            opened = data.open(inputs)
             calibrating, held_back = split(opened, HELD_BACK, self.context.seed)
             self.context = dataclasses.replace(self.context, calibration=calibrating, _analyses={})
             self.samples, self.data_kind = held_back, "held-back samples"
             self.labels = held_back.labels(data.labels)
         if verify_data is not None:
             data = Data.of(verify_data)
-            opened = _open(data, inputs)
+            opened = data.open(inputs)
             self.samples, self.data_kind = opened, "samples of the verification data"
             self.labels = opened.labels(data.labels)
 
@@ -386,16 +401,6 @@ class _Run:
         (stage / "report.html").write_text(render(data), encoding="utf-8")
 
 
-def _open(data: Data, inputs: Any) -> Any:
-    return open_samples(
-        data.source,
-        inputs,
-        preprocess=data.preprocess,
-        tokenizer=Path(data.tokenizer) if data.tokenizer is not None else None,
-        rename=data.rename,
-    )
-
-
 def _bench(before: Session, after: Session, samples: Samples) -> Benchmark:
     feeds = []
     for feed in samples:
@@ -406,14 +411,10 @@ def _bench(before: Session, after: Session, samples: Samples) -> Benchmark:
 
 
 def _parse_settings(settings: Sequence[str]) -> list[tuple[str, str, spec.Value]]:
-    parsed = []
-    for text in settings:
-        target, equals, value = text.partition("=")
-        name, dot, option = target.partition(".")
-        if not (equals and dot and name and option):
-            raise UserError(f"--set takes PASS.OPTION=VALUE, not '{text}'")
-        (one,) = spec.parse_specs(f"{name}{{{option}={value}}}")
-        parsed.append((name, option, one.options[option]))
+    """Parse "pass.option=value" texts, and refuse unknown passes and options before any work is done."""
+    parsed = [spec.parse_setting(text) for text in settings]
+    for name, option, _ in parsed:
+        spec.require_option(registry.find("pass", name), name, option)
     return parsed
 
 
@@ -484,13 +485,7 @@ def _source_facts(name: str, source: Path, model: ir.Model) -> dict[str, Any]:
 
     With external data, the bytes are those of all files, and the hash is that of the files' hashes.
     """
-    beside = {
-        Path(value.const_value.path)
-        for graph in qgraph.ir.all_graphs(model)
-        for value in graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    }
-    files = [source, *sorted(beside)]
+    files = [source, *qgraph.ir.data_files(model)]
     hashes = [sha256(path) for path in files]
     digest = hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
     return {"name": name, "bytes": sum(path.stat().st_size for path in files), "sha256": digest}
@@ -558,15 +553,10 @@ def verify(
         samples = random_feeds(input_signature(before), context.seed, count=RANDOM_SAMPLES)
     else:
         wrapped = Data.of(data)
-        samples = _open(wrapped, signature(model))
+        samples = wrapped.open(signature(model))
         labels = samples.labels(wrapped.labels)
     result = verify_sessions(before, after, samples, labels=labels, progress=context.progress)
     failures = result.meets(opened.manifest["tolerance"] if tolerance is None else tolerance)
     if failures:
-        raise ToleranceError(f"{opened.path} is outside the tolerance: {'; '.join(failures)}")
+        raise ToleranceError(f"{opened.path} is outside the tolerance: {'; '.join(failures)}", result)
     return result
-
-
-def size_of(manifest: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the bytes of the source and of the artifact's deployable files."""
-    return int(manifest["source"]["bytes"]), artifact_bytes(manifest)
