@@ -12,6 +12,7 @@ from collections.abc import Iterable
 __all__ = ["Child", "Markup", "clip", "element", "join", "printable"]
 
 _LONGEST = 240
+_KEPT = "\n\t\u00a0"
 
 
 class Markup(str):
@@ -27,9 +28,9 @@ _VOID = frozenset({"br", "meta", "rect", "line", "path", "polyline", "polygon"})
 
 
 def printable(text: str) -> str:
-    """Replace what is not printable, line breaks and tabs apart, by its escape."""
+    """Replace what is not printable, line breaks, tabs and no-break spaces apart, by its escape."""
     return "".join(
-        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape", "backslashreplace").decode()
+        char if char.isprintable() or char in _KEPT else char.encode("unicode_escape", "backslashreplace").decode()
         for char in text
     )
 

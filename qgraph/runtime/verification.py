@@ -69,18 +69,18 @@ class OutputFigures:
         return not self.remark and not self.broken and (self.sqnr_db == math.inf or self.match == 1.0)
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values; an infinite SQNR is null with `exact` true."""
+        """Return JSON values; an infinite SQNR is null, and the largest error beside it 0."""
         return {
             **dataclasses.asdict(self),
             "sqnr_db": None if self.sqnr_db == math.inf else self.sqnr_db,
-            "exact": self.exact or self.sqnr_db == math.inf,
+            "exact": self.exact,
         }
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> OutputFigures:
         """Read what `to_json` wrote."""
         values = {field.name: document[field.name] for field in dataclasses.fields(cls)}
-        if document["exact"] and document["match"] is None:
+        if document["max_abs_error"] == 0:
             values["sqnr_db"] = math.inf
         return cls(**values)
 
