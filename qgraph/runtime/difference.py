@@ -146,7 +146,7 @@ def difference(
     """
     if not len(samples):
         raise UserError("there are no samples to compare on")
-    before, after = qgraph.ir.load(source), qgraph.ir.load(_model_file(result))
+    before, after = qgraph.ir.load(_model_file(source)), qgraph.ir.load(_model_file(result))
     _ignore_dropout(before)
     _ignore_dropout(after)
     with tempfile.TemporaryDirectory(prefix="qgraph-") as folder:

@@ -1,0 +1,232 @@
+"""Errors layer by layer: matched by name and by metadata, in slices, against direct runs."""
+
+import json
+import re
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import qgraph.ir
+from qgraph.errors import UserError
+from qgraph.runtime import difference as module
+from qgraph.runtime.difference import Difference, TensorError, Unmatched, difference
+from qgraph.runtime.session import open_session
+
+SOURCE = """<ir_version: 10, opset_import: ["" : 20]>
+g (float[n, 4] x) => (float[n, 4] y)
+<float[1] half = {0.5}> {
+    a = Mul(x, half)
+    b = Tanh(a)
+    c = Shape(b)
+    d = Sub(b, half)
+    y = Add(d, a)
+}"""
+
+
+def write(tmp_path, name, text):
+    path = tmp_path / f"{name}.onnx"
+    qgraph.ir.save(ir.from_onnx_text(text), path)
+    return path
+
+
+def rename(old, new, text):
+    return re.sub(rf"\b{old}\b", new, text)
+
+
+def samples(count=3, rows=5):
+    random = np.random.default_rng(0)
+    return [{"x": random.normal(size=(rows, 4)).astype(np.float32)} for _ in range(count)]
+
+
+def run_all(path, names, feed):
+    """Run a model with inner tensors as outputs, by another road than the code under test."""
+    import onnx
+
+    model = onnx.load(path)
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return open_session(model.SerializeToString(), threads=1).run(None, feed)
+
+
+def expected_sqnr(source, result, pairs, feeds):
+    signal = dict.fromkeys(pairs, 0.0)
+    noise = dict.fromkeys(pairs, 0.0)
+    for feed in feeds:
+        before, after = run_all(source, list(pairs), feed), run_all(result, list(pairs.values()), feed)
+        for name, one, two in zip(pairs, before, after, strict=True):
+            signal[name] += float(np.sum(one.astype(np.float64) ** 2))
+            noise[name] += float(np.sum((one.astype(np.float64) - two) ** 2))
+    return {name: 10 * np.log10(signal[name] / noise[name]) for name in pairs if noise[name]}
+
+
+def test_a_model_beside_itself_is_exact_everywhere(tmp_path):
+    path = write(tmp_path, "m", SOURCE)
+    found = difference(path, path, samples(), threads=1)
+    assert [one.name for one in found.tensors] == ["a", "b", "d", "y"]
+    assert all(one.exact and one.sqnr_db is None and one.max_abs_error == 0 for one in found.tensors)
+    assert found.unmatched == ()
+    assert found.samples == 3
+
+
+def test_errors_equal_those_of_direct_runs_and_losses_follow_the_graph(tmp_path):
+    path = write(tmp_path, "m", SOURCE)
+    changed = write(tmp_path, "c", SOURCE.replace("b = Tanh(a)", "s = Softsign(a) b = Tanh(s)"))
+    found = difference(path, changed, samples(), threads=1)
+    by_name = {one.name: one for one in found.tensors}
+    for name, sqnr in expected_sqnr(path, changed, {n: n for n in ("b", "d", "y")}, samples()).items():
+        assert by_name[name].sqnr_db == pytest.approx(sqnr, rel=6e-4)
+    assert by_name["a"].exact
+    assert by_name["b"].loss_db is None  # what it reads is exact
+    assert by_name["d"].loss_db == pytest.approx(by_name["b"].sqnr_db - by_name["d"].sqnr_db, abs=0.01)
+    assert by_name["y"].loss_db == pytest.approx(by_name["d"].sqnr_db - by_name["y"].sqnr_db, abs=0.01)
+    assert by_name["b"].op_type == "Tanh"
+
+
+def test_a_loss_is_seen_through_tensors_that_the_result_does_not_have(tmp_path):
+    path = write(tmp_path, "m", SOURCE)
+    changed = write(tmp_path, "c", rename("d", "e", SOURCE.replace("b = Tanh(a)", "b = Softsign(a)")))
+    found = difference(path, changed, samples(), threads=1)
+    by_name = {one.name: one for one in found.tensors}
+    assert [one.name for one in found.unmatched] == ["d"]
+    assert by_name["y"].loss_db == pytest.approx(by_name["b"].sqnr_db - by_name["y"].sqnr_db, abs=0.01)
+
+
+QUANTIZED = """<ir_version: 10, opset_import: ["" : 20]>
+g (float[n, 4] x) => (float[n, 4] y)
+<float[1] half = {0.5}, float scale = {0.05}, int8 zero = {0}> {
+    a = Mul(x, half)
+    b = Tanh(a)
+    q = QuantizeLinear(b, scale, zero)
+    other = DequantizeLinear(q, scale, zero)
+    d = Sub(other, half)
+    y = Add(d, a)
+}"""
+
+
+def test_a_quantized_tensor_is_compared_after_dequantization(tmp_path):
+    path, quantized = write(tmp_path, "m", SOURCE), write(tmp_path, "q", QUANTIZED)
+    found = difference(path, quantized, samples(), threads=1)
+    by_name = {one.name: one for one in found.tensors}
+    expected = expected_sqnr(path, quantized, {"b": "other"}, samples())
+    assert by_name["b"].sqnr_db == pytest.approx(expected["b"], rel=6e-4)
+    assert not by_name["b"].exact
+
+
+def test_metadata_name_the_tensor_that_stands_for_one_of_the_source(tmp_path):
+    path = write(tmp_path, "m", SOURCE)
+    model = ir.from_onnx_text(rename("b", "renamed", SOURCE))
+    next(value for node in model.graph for value in node.outputs if value.name == "renamed").metadata_props[
+        "qgraph.source"
+    ] = "b"
+    qgraph.ir.save(model, tmp_path / "r.onnx")
+    found = difference(path, tmp_path / "r.onnx", samples(), threads=1)
+    assert [one.name for one in found.tensors] == ["a", "b", "d", "y"]
+    assert found.unmatched == ()
+
+
+def test_tensors_without_counterpart_or_of_another_shape_are_listed(tmp_path):
+    path = write(tmp_path, "m", SOURCE)
+    changed = write(
+        tmp_path,
+        "c",
+        """<ir_version: 10, opset_import: ["" : 20]>
+        g (float[n, 4] x) => (float[n, 4] y)
+        <float[1] half = {0.5}> {
+            b = Transpose <perm = [1, 0]> (x)
+            y = Mul(x, half)
+        }""",
+    )
+    found = difference(path, changed, samples(), threads=1)
+    assert [one.name for one in found.tensors] == ["y"]
+    assert found.unmatched == (
+        Unmatched("a", "Mul", "the result has no such tensor: fused or removed"),
+        Unmatched("d", "Sub", "the result has no such tensor: fused or removed"),
+        Unmatched("b", "Tanh", "the result's tensor has another shape or type"),
+    )
+
+
+@pytest.mark.parametrize("memory", [1, 500, 1 << 30])
+def test_slices_do_not_change_the_figures(tmp_path, memory):
+    path, quantized = write(tmp_path, "m", SOURCE), write(tmp_path, "q", QUANTIZED)
+    whole = difference(path, quantized, samples(), threads=1)
+    assert difference(path, quantized, samples(), memory=memory, threads=1) == whole
+
+
+def test_slices_fit_the_bound_for_the_largest_feed(tmp_path, monkeypatch):
+    path = write(tmp_path, "m", SOURCE)
+    feeds = [*samples(1, rows=2), *samples(1, rows=50), *samples(1, rows=3)]
+    held = []
+    compare = module._compare
+
+    def watched(pairs, *rest):
+        held.append(len(pairs))
+        return compare(pairs, *rest)
+
+    monkeypatch.setattr(module, "_compare", watched)
+    one_tensor = 2 * 50 * 4 * 4  # both sides, rows, columns, bytes
+    difference(path, path, feeds, memory=2 * one_tensor, threads=1)
+    assert held == [2, 2]
+
+
+def test_progress_counts_slices_times_samples(tmp_path):
+    path = write(tmp_path, "m", SOURCE)
+    calls = []
+    difference(path, path, samples(2), memory=1, threads=1, progress=lambda *call: calls.append(call))
+    assert calls == [("diff", done, 8) for done in range(1, 9)]
+
+
+def test_training_dropout_does_not_make_noise(tmp_path):
+    text = """<ir_version: 10, opset_import: ["" : 20]>
+    g (float[n, 4] x) => (float[n, 4] y)
+    <float ratio = {0.5}, bool training = {1}> {
+        a = Tanh(x)
+        b = Dropout(a, ratio, training)
+        y = Neg(b)
+    }"""
+    path = write(tmp_path, "m", text)
+    found = difference(path, path, samples(), threads=1)
+    assert [one.name for one in found.tensors] == ["a", "b", "y"]
+    assert all(one.exact for one in found.tensors)
+
+
+def test_values_that_become_nan_come_first(tmp_path):
+    path = write(tmp_path, "m", SOURCE)
+    broken = write(tmp_path, "c", SOURCE.replace("d = Sub(b, half)", "l = Log(b) d = Sub(l, half)"))
+    found = difference(path, broken, samples(), threads=1)
+    worst = found.worst_first()
+    assert {one.name for one in worst[:2]} == {"d", "y"}
+    assert all(one.broken for one in worst[:2])
+    assert worst[-1].exact
+
+
+def test_worst_first_orders_by_sqnr_with_exact_ones_last():
+    def tensor(name, sqnr=None, **more):
+        return TensorError(name, name, "Op", sqnr, **more)
+
+    tensors = (tensor("fine", 40.0), tensor("exact", exact=True), tensor("bad", 3.0), tensor("undefined"))
+    assert [one.name for one in Difference(1, tensors).worst_first()] == ["undefined", "bad", "fine", "exact"]
+
+
+def test_json_round_trip(tmp_path):
+    path, quantized = write(tmp_path, "m", SOURCE), write(tmp_path, "q", QUANTIZED)
+    found = difference(path, quantized, samples(), threads=1)
+    assert Difference.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False))) == found
+
+
+def test_the_folder_of_an_artifact_stands_for_its_model(tmp_path):
+    path = write(tmp_path, "m", SOURCE)
+    folder = tmp_path / "artifact"
+    folder.mkdir()
+    with pytest.raises(UserError, match=r"holds no model\.onnx"):
+        difference(path, folder, samples())
+    path.rename(folder / "model.onnx")
+    assert difference(folder, folder, samples(), threads=1).tensors
+
+
+def test_samples_that_do_not_fit_are_the_users_fault(tmp_path):
+    path = write(tmp_path, "m", SOURCE)
+    with pytest.raises(UserError, match="no samples"):
+        difference(path, path, [])
+    with pytest.raises(UserError, match="the source cannot run the samples"):
+        difference(path, path, [{"z": np.zeros(3, np.float32)}])
