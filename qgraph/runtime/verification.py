@@ -298,7 +298,7 @@ def _rows(feeds: Feeds, outputs: Sequence[Any]) -> int:
 def _checked_labels(labels: np.ndarray) -> np.ndarray:
     if not np.issubdtype(labels.dtype, np.integer) or not labels.ndim:
         raise UserError(f"labels must be class indices in an integer array, not {labels.dtype} of shape {labels.shape}")
-    return labels
+    return labels.astype(np.int64)
 
 
 def _scored(labels: np.ndarray, rows: int, comparisons: Sequence[_Comparison]) -> _Comparison | None:
