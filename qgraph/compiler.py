@@ -419,19 +419,14 @@ def _parse_settings(settings: Sequence[str]) -> list[tuple[str, str, spec.Value]
 
 
 def _override(pipeline: Pipeline, overrides: Sequence[tuple[str, str, spec.Value]]) -> Pipeline:
-    if not overrides:
-        return pipeline
-    return Pipeline(
-        dataclasses.replace(one, **_overriding(one, overrides)) if any(o[0] == one.name for o in overrides) else one
-        for one in pipeline
-    )
+    return Pipeline(_overridden(one, overrides) for one in pipeline)
 
 
-def _overriding(one: Any, overrides: Sequence[tuple[str, str, spec.Value]]) -> dict[str, Any]:
-    """Convert the overrides of one pass by building it anew with them."""
-    options = {**spec.to_spec(one).options, **{option: value for name, option, value in overrides if name == one.name}}
-    built = spec.build(type(one), spec.Spec(one.name, options))
-    return {field.name: getattr(built, field.name) for field in dataclasses.fields(built)}
+def _overridden(one: Any, overrides: Sequence[tuple[str, str, spec.Value]]) -> Any:
+    changes = {option: value for name, option, value in overrides if name == one.name}
+    if not changes:
+        return one
+    return spec.build(type(one), spec.Spec(one.name, {**spec.to_spec(one).options, **changes}))
 
 
 def _refuse_unused(overrides: Sequence[tuple[str, str, spec.Value]], parts: Sequence[Pipeline]) -> None:
