@@ -18,12 +18,12 @@ from qgraph.analysis.cost import ModelCost, cost
 from qgraph.artifact import Artifact, open_artifact
 from qgraph.compiler import Data
 from qgraph.errors import UserError
+from qgraph.feeds import InputSpec, signature
 from qgraph.pipeline import Context, Feeds
 from qgraph.report.data import deployable_bytes
 from qgraph.runtime.benchmark import Benchmark, compare, peak_memory
 from qgraph.runtime.difference import Difference, difference
 from qgraph.runtime.session import TensorSpec, first_line, open_session, random_feeds
-from qgraph.samples import signature
 from qgraph.targets.base import Session
 
 __all__ = ["Inspection", "Measured", "OutputArray", "Outputs", "bench", "diff", "inspect", "run"]
@@ -143,12 +143,15 @@ def run(
     return Outputs(len(results), seconds, arrays, output, values)
 
 
-def _inputs(artifact: Artifact) -> Any:
+def _inputs(artifact: Artifact) -> Sequence[InputSpec]:
     """Return the inputs as samples are checked against."""
     model = artifact.path / "model.onnx"
     if model.is_file():
         return signature(qgraph.ir.load(model))
-    return [TensorSpec(**one) for one in artifact.manifest["inputs"]]
+    return tuple(
+        InputSpec(one["name"], one["dtype"], tuple(axis if isinstance(axis, int) else None for axis in one["shape"]))
+        for one in artifact.manifest["inputs"]
+    )
 
 
 def _run_one(session: Session, feed: Feeds, number: int) -> list[Any]:

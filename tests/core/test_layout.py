@@ -18,6 +18,8 @@ LAYERS = (
     ("ir",),
     ("pipeline",),
     ("targets.base",),
+    ("feeds",),
+    ("sample_arrays", "sample_images", "sample_texts"),
     ("samples",),
     ("runtime",),
     ("analysis",),
