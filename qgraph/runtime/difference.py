@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,16 +25,16 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
+from qgraph.analysis.probes import Probe, kinds, main_values, raw_outputs, size_outputs
 from qgraph.errors import UserError
 from qgraph.pipeline import Feeds, Progress, Samples
 from qgraph.runtime.metrics import ErrorSums, round_figure
-from qgraph.runtime.session import first_line, open_session, output_signature
+from qgraph.runtime.session import first_line
 
 __all__ = ["Difference", "TensorError", "Unmatched", "difference"]
 
 SOURCE_KEY = "qgraph.source"
-_FLOATS = frozenset({"float16", "float32", "float64"})
-_SIZE = "/qgraph_size"
+_FLOATS = frozenset({"bfloat16", "float16", "float32", "float64"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +118,7 @@ def _badness(one: TensorError) -> tuple[int, float]:
 
 class _Pair(NamedTuple):
     source: ir.Value
+    name: str
     result: str
 
 
@@ -135,7 +135,7 @@ def difference(
 
     Args:
         source: the model as it was given.
-        result: the compiled ONNX model, or the artifact's folder that holds it as model.onnx.
+        result: the compiled ONNX model; for either, a folder that holds one as model.onnx.
         samples: feeds.
         memory: bound in bytes on the tensors held at once; one tensor alone may be larger.
         threads: of the sessions; 0 lets the runtime choose.
@@ -149,21 +149,23 @@ def difference(
     before, after = qgraph.ir.load(_model_file(source)), qgraph.ir.load(_model_file(result))
     _ignore_dropout(before)
     _ignore_dropout(after)
-    with tempfile.TemporaryDirectory(prefix="qgraph-") as folder:
-        probe = _Probe(before, Path(folder) / "source.onnx", threads)
-        floats = _float_tensors(before, probe)
-        pairs, unmatched = _match(floats, after)
-        sizes = probe.sizes([pair.source for pair in pairs], _largest(before, samples))
-        slices = list(_slices(pairs, sizes, memory))
-        other = _Probe(after, Path(folder) / "result.onnx", threads)
-        sums: dict[str, ErrorSums] = {}
-        for number, some in enumerate(slices):
-            done, total = number * len(samples), len(slices) * len(samples)
-            sums.update(_compare(some, probe, other, samples, _Steps(progress, done, total)))
+    largest = _largest(before, samples)
+    fed = frozenset(largest)
+    pairs, unmatched = _match(_float_tensors(before, fed), after)
+    sizes = _sizes(before, [pair.name for pair in pairs], largest, threads)
+    slices = list(_slices(pairs, sizes, memory))
+    sums: dict[str, ErrorSums] = {}
+    for number, some in enumerate(slices):
+        probes = (
+            Probe(before, raw_outputs([pair.name for pair in some]), fed, threads=threads),
+            Probe(after, raw_outputs(_results(some)), fed, threads=threads),
+        )
+        steps = _Steps(progress, number * len(samples), len(slices) * len(samples))
+        sums.update(_compare(some, probes, samples, steps))
     unmatched += [
-        Unmatched(pair.source.name or "", _op(pair.source), "the result's tensor has another shape or type")
+        Unmatched(pair.name, _op(pair.source), "the result's tensor has another shape or type")
         for pair in pairs
-        if pair.source.name not in sums
+        if pair.name not in sums
     ]
     return Difference(len(samples), tuple(_errors(before, sums)), tuple(unmatched))
 
@@ -197,77 +199,41 @@ def _ignore_dropout(model: ir.Model) -> None:
             qgraph.ir.replace_node(node, ir.node("Identity", [node.inputs[0]], name=node.name))
 
 
-class _Probe:
-    """Opens one model again and again with other inner tensors as outputs."""
-
-    def __init__(self, model: ir.Model, path: Path, threads: int) -> None:
-        self.model = model
-        self.path = path
-        self.threads = threads
-        self.outputs = list(model.graph.outputs)
-
-    def open(self, values: Sequence[ir.Value]) -> Any:
-        """Open a session that gives `values` and nothing else."""
-        self.model.graph.outputs[:] = list(dict.fromkeys(values))
-        try:
-            qgraph.ir.save(self.model, self.path)
-            return open_session(self.path, threads=self.threads)
-        finally:
-            self.model.graph.outputs[:] = self.outputs
-
-    def sizes(self, values: Sequence[ir.Value], feed: Feeds) -> list[int]:
-        """Return the number of elements of each value for one feed; only counts are held, not the values."""
-        graph = self.model.graph
-        nodes = [_size_of(value, f"{value.name}{_SIZE}{i}") for i, value in enumerate(values)]
-        if not nodes:
-            return []
-        graph.extend(nodes)
-        try:
-            return [int(size) for size in _run(self.open([node.outputs[0] for node in nodes]), feed, "the source")]
-        finally:
-            graph.remove(nodes, safe=False)
-
-
-def _size_of(value: ir.Value, name: str) -> ir.Node:
-    return ir.node("Size", [value], outputs=[ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64))])
-
-
-def _run(session: Any, feed: Feeds, who: str) -> list[Any]:
+def _run(probe: Probe, feed: Feeds, who: str) -> list[np.ndarray]:
     try:
-        return list(session.run(None, feed))
+        return probe.run(feed)
     except MemoryError:
         raise
     except Exception as error:
         raise UserError(f"{who} cannot run the samples: {first_line(error)}") from error
 
 
-def _float_tensors(model: ir.Model, probe: _Probe) -> list[ir.Value]:
+def _float_tensors(model: ir.Model, fed: frozenset[str]) -> list[ir.Value]:
     """Return the float tensors that the main graph's nodes compute, in order."""
     values = [value for node in model.graph for value in node.outputs if value.name and node.op_type != "Constant"]
-    untyped = [value for value in values if value.dtype is None]
-    found = {}
-    if untyped:
-        found = {spec.name: spec.dtype for spec in output_signature(probe.open(untyped))}
-    return [value for value in values if _dtype_name(value, found) in _FLOATS]
+    known = kinds(model, [value.name for value in values if value.name], fed)
+    return [value for value in values if value.name and known[value.name].dtype is not None]
 
 
-def _dtype_name(value: ir.Value, found: Mapping[str, str]) -> str:
-    if value.dtype is None:
-        return found.get(value.name or "", "")
-    return {"FLOAT": "float32", "DOUBLE": "float64"}.get(value.dtype.name, value.dtype.name.lower())
+def _sizes(model: ir.Model, names: Sequence[str], feed: Feeds, threads: int) -> list[int]:
+    """Return the number of elements of each tensor for one feed; the tensors themselves are not kept."""
+    if not names:
+        return []
+    counts = _run(Probe(model, size_outputs(names), frozenset(feed), threads=threads), feed, "the source")
+    return [int(count) for count in counts]
 
 
 def _match(floats: Sequence[ir.Value], after: ir.Model) -> tuple[list[_Pair], list[Unmatched]]:
-    values = {value.name: value for node in after.graph for value in node.outputs if value.name}
-    values |= {value.name: value for value in after.graph.inputs if value.name}
+    values = main_values(after)
     told = {value.metadata_props[SOURCE_KEY]: value for value in values.values() if SOURCE_KEY in value.metadata_props}
     pairs, unmatched = [], []
     for value in floats:
-        standing = told.get(value.name or "", values.get(value.name or ""))
+        name = value.name or ""
+        standing = told.get(name, values.get(name))
         if standing is None:
-            unmatched.append(Unmatched(value.name or "", _op(value), "the result has no such tensor: fused or removed"))
+            unmatched.append(Unmatched(name, _op(value), "the result has no such tensor: fused or removed"))
         else:
-            pairs.append(_Pair(value, _dequantized(standing).name or ""))
+            pairs.append(_Pair(value, name, _dequantized(standing).name or ""))
     return pairs, unmatched
 
 
@@ -303,26 +269,26 @@ def _slices(pairs: Sequence[_Pair], sizes: Sequence[int], memory: int) -> Iterat
         yield some
 
 
+def _results(pairs: Sequence[_Pair]) -> list[str]:
+    """Return the result's tensors, each once: one may stand for several of the source."""
+    return list(dict.fromkeys(pair.result for pair in pairs))
+
+
 def _compare(
-    pairs: Sequence[_Pair], probe: _Probe, other: _Probe, samples: Samples, steps: _Steps
+    pairs: Sequence[_Pair], probes: tuple[Probe, Probe], samples: Samples, steps: _Steps
 ) -> dict[str, ErrorSums]:
-    values = {value.name: value for node in other.model.graph for value in node.outputs}
-    values |= {value.name: value for value in other.model.graph.inputs}
-    before, after = probe.open([pair.source for pair in pairs]), other.open([values[pair.result] for pair in pairs])
-    sums = {pair.source.name or "": ErrorSums() for pair in pairs}
-    after_names = [spec.name for spec in output_signature(after)]
+    sums = {pair.name: ErrorSums() for pair in pairs}
     for number, feed in enumerate(samples):
-        ones = _run(before, feed, "the source")
-        others = dict(zip(after_names, _run(after, feed, "the result"), strict=True))
+        ones = _run(probes[0], feed, "the source")
+        twos = dict(zip(_results(pairs), _run(probes[1], feed, "the result"), strict=True))
         for pair, one in zip(pairs, ones, strict=True):
-            two = others[pair.result]
-            name = pair.source.name or ""
-            if name not in sums:
+            if pair.name not in sums:
                 continue
+            two = twos[pair.result]
             if not isinstance(two, np.ndarray) or two.dtype.name not in _FLOATS or one.shape != two.shape:
-                del sums[name]
+                del sums[pair.name]
                 continue
-            sums[name].add(one, two)
+            sums[pair.name].add(one, two)
         steps(number + 1)
     return sums
 

@@ -125,6 +125,18 @@ def test_metadata_name_the_tensor_that_stands_for_one_of_the_source(tmp_path):
     assert found.unmatched == ()
 
 
+def test_one_tensor_of_the_result_may_stand_for_two_of_the_source(tmp_path):
+    path = write(tmp_path, "m", SOURCE)
+    text = (
+        rename("other", "d", QUANTIZED)
+        .replace("d = Sub(d, half)", "e = Sub(d, half)")
+        .replace("Add(d, a)", "Add(e, a)")
+    )
+    quantized = write(tmp_path, "q", text)
+    found = difference(path, quantized, samples(), threads=1)
+    assert [one.name for one in found.tensors] == ["a", "b", "d", "y"]
+
+
 def test_tensors_without_counterpart_or_of_another_shape_are_listed(tmp_path):
     path = write(tmp_path, "m", SOURCE)
     changed = write(
