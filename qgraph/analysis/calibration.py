@@ -25,6 +25,9 @@ __all__ = ["METHODS", "Calibration", "Range", "calibrate"]
 METHODS: Mapping[str, type[Observer]] = {
     "minmax": observers.MinMax,
     "moving-average": observers.MovingAverage,
+    "percentile": observers.Percentile,
+    "entropy": observers.Entropy,
+    "mse": observers.MeanSquaredError,
 }
 """Observers by the names that options call them."""
 

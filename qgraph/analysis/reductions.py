@@ -7,6 +7,7 @@ x -> ReduceMax -> high     x -> Reshape -> Gather(places) -> sample
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -75,7 +76,8 @@ def read(requests: Sequence[Request], outputs: Sequence[np.ndarray]) -> Iterator
         low, high, total = next(remaining), next(remaining), next(remaining)
         sample = next(remaining) if request.sample else np.empty((low.size, 0), np.float32)
         # A total may overflow although every element is finite, but it cannot hide NaN.
-        suspect = bool(np.isnan(total)) or not (np.isfinite(low).all() and np.isfinite(high).all())
+        finite = math.isfinite(low.min()) and math.isfinite(high.max())
+        suspect = math.isnan(total.item()) or not finite
         yield request, _observation(request, low, high, sample, suspect=suspect)
 
 

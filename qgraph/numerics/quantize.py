@@ -70,9 +70,9 @@ def scale_and_zero_point(low: ArrayLike, high: ArrayLike, scheme: Scheme) -> Par
     """
     lows, highs = np.asarray(low, np.float64), np.asarray(high, np.float64)
     if not (np.isfinite(lows).all() and np.isfinite(highs).all()):
-        raise ValueError(f"the range {low} to {high} is not finite")
+        raise ValueError(f"the range {lows} to {highs} is not finite")
     if (lows > highs).any():
-        raise ValueError(f"the range {low} to {high} is empty")
+        raise ValueError(f"the range {lows} to {highs} is empty")
     lows, highs = np.minimum(lows, 0.0), np.maximum(highs, 0.0)
     if scheme.symmetric:
         exact = np.maximum(lows / (scheme.qmin - scheme.centre), highs / (scheme.qmax - scheme.centre))
