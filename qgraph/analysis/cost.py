@@ -1,7 +1,7 @@
 """What a model holds and what it takes to run: operators, weights by precision, multiply-adds, activations.
 
-Weights are never read: their shapes and types are enough. Shapes come from the model itself and from ONNX's shape
-inference on a copy in which the inputs' dynamic axes are given sizes. What cannot be known is not guessed: a node
+Weights are never read: their shapes and types are enough. Shapes follow from the inputs, whose dynamic axes are given
+sizes; an initializer that a caller may override counts as constant. What cannot be known is not guessed: a node
 without a figure has the reason instead. A loop's body and both branches of an If are counted once. Model-local
 functions are inlined first.
 
@@ -12,7 +12,6 @@ as none.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ import onnx_ir.passes.common
 
 import qgraph.ir
 from qgraph.analysis.multiply_adds import UnknownCostError, multiply_adds
+from qgraph.analysis.shapes import Shapes
 
 __all__ = ["ModelCost", "NodeCost", "Port", "cost", "precision"]
 
@@ -30,6 +30,7 @@ FIRST_AXIS = 1
 OTHER_AXES = 16
 
 _SHORT = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "DOUBLE": "fp64"}
+_NUMPY_NAMES = {"FLOAT": "float32", "DOUBLE": "float64"}
 _PACKED = {"MatMulNBits": 1, "GatherBlockQuantized": 0}
 """Operators whose weights of `bits` bits lie packed in uint8, and the input that holds them."""
 
@@ -133,10 +134,10 @@ def cost(model: ir.Model, axes: Mapping[str, int] | None = None) -> ModelCost:
     copy = model.clone()
     if copy.functions:
         onnx_ir.passes.common.InlinePass()(copy)
-    sizes = _axis_sizes(copy, axes or {})
-    _bind(copy, sizes)
-    _infer(copy)
-    nodes = tuple(_node_cost(node, path) for node, path in _walk(copy.graph, ""))
+    copy.graph.inputs[:] = [value for value in copy.graph.inputs if value.name not in copy.graph.initializers]
+    sizes = _fix_axes(copy, axes or {})
+    sizer = _Sizer(copy)
+    nodes = tuple(_node_cost(node, path, sizer) for node, path in _walk(copy.graph, ""))
     weights, parameters = _weights(copy)
     return ModelCost(
         producer=f"{model.producer_name or ''} {model.producer_version or ''}".strip(),
@@ -153,7 +154,7 @@ def cost(model: ir.Model, axes: Mapping[str, int] | None = None) -> ModelCost:
         weights=dict(_most_frequent(weights)),
         multiply_adds=sum(node.multiply_adds or 0 for node in nodes),
         activation_bytes=sum(node.activation_bytes or 0 for node in nodes),
-        peak_activation_bytes=_peak(copy.graph),
+        peak_activation_bytes=_peak(copy.graph, sizer),
         nodes=nodes,
     )
 
@@ -163,54 +164,50 @@ def _most_frequent(counts: Mapping[str, int]) -> list[tuple[str, int]]:
 
 
 def _port(value: ir.Value) -> Port:
-    dtype = str(value.type) if value.dtype is None or not isinstance(value.type, ir.TensorType) else value.dtype.name
+    dtype = value.dtype.name if isinstance(value.type, ir.TensorType) and value.dtype is not None else str(value.type)
     shape = None if value.shape is None else tuple(_axis(axis) for axis in value.shape)
-    return Port(value.name or "", dtype.lower(), shape)
+    return Port(value.name or "", _NUMPY_NAMES.get(dtype, dtype.lower()), shape)
 
 
 def _axis(axis: int | ir.SymbolicDim) -> int | str | None:
     return axis if isinstance(axis, int) else axis.value
 
 
-def _axis_sizes(model: ir.Model, wished: Mapping[str, int]) -> dict[str, int]:
-    """Return a size for every dynamic axis of the inputs; an axis without a name gets one."""
+def _fix_axes(model: ir.Model, wished: Mapping[str, int]) -> dict[str, int]:
+    """Give every dynamic axis of the inputs a size, in place, and return the sizes by name."""
     sizes: dict[str, int] = {}
     for value in model.graph.inputs:
         if value.shape is None:
             continue
+        fixed = []
         for position, axis in enumerate(value.shape):
-            if isinstance(axis, int):
-                continue
-            name = axis.value or f"{value.name}[{position}]"
-            sizes.setdefault(name, wished.get(name, OTHER_AXES if position else FIRST_AXIS))
-            value.shape[position] = name
+            if not isinstance(axis, int):
+                name = axis.value or f"{value.name}[{position}]"
+                axis = sizes.setdefault(name, wished.get(name, OTHER_AXES if position else FIRST_AXIS))
+            fixed.append(axis)
+        value.shape = ir.Shape(fixed)
     return sizes
 
 
-def _bind(model: ir.Model, sizes: Mapping[str, int]) -> None:
-    """Write the sizes into every shape; axes of other names become unknown."""
-    for value in _values(model):
-        if value.shape is not None:
-            value.shape = ir.Shape(
-                [axis if isinstance(axis, int) else sizes.get(axis.value or "") for axis in value.shape]
-            )
+class _Sizer:
+    """Shapes and bytes of values, or why they are not known."""
 
+    def __init__(self, model: ir.Model) -> None:
+        self._shapes = Shapes(model).run()
 
-def _values(model: ir.Model) -> Iterator[ir.Value]:
-    for graph in qgraph.ir.all_graphs(model):
-        yield from graph.inputs
-    for node in qgraph.ir.walk(model):
-        yield from node.outputs
+    def shape(self, value: ir.Value) -> list[int]:
+        dims = self._shapes.dims(value)
+        if dims is not None and all(isinstance(axis, int) for axis in dims):
+            return [axis for axis in dims if isinstance(axis, int)]
+        reason = self._shapes.reasons.get(value, "it depends on values that are computed at run time")
+        raise UnknownCostError(f"the shape of '{value.name}' is not known: {reason}")
 
-
-def _infer(model: ir.Model) -> None:
-    # A model that inference cannot read is still counted; its nodes then say which shape is missing.
-    logger = logging.getLogger("onnx_onnx_ir.passes.common.shape_inference")
-    disabled, logger.disabled = logger.disabled, True
-    try:
-        onnx_ir.passes.common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
-    finally:
-        logger.disabled = disabled
+    def bytes(self, value: ir.Value) -> int:
+        elements = math.prod(self.shape(value))
+        dtype = self._shapes.dtype(value)
+        if dtype is None or dtype == ir.DataType.STRING:
+            raise UnknownCostError(f"'{value.name}' holds no numbers of known size")
+        return math.ceil(elements * dtype.itemsize)
 
 
 def _walk(graph: ir.Graph, path: str) -> Iterator[tuple[ir.Node, str]]:
@@ -227,20 +224,19 @@ def _walk(graph: ir.Graph, path: str) -> Iterator[tuple[ir.Node, str]]:
                     yield from _walk(one, f"{inner}[{number}]")
 
 
-def _node_cost(node: ir.Node, path: str) -> NodeCost:
-    reasons = []
+def _node_cost(node: ir.Node, path: str, sizer: _Sizer) -> NodeCost:
+    reasons: list[str] = []
     macs: int | None = None
+    activations: int | None = None
     try:
-        macs = multiply_adds(node)
+        macs = multiply_adds(node, sizer.shape)
     except UnknownCostError as error:
         reasons.append(str(error))
-    activations: int | None = 0
-    if node.op_type != "Constant":
-        sizes = {value.name: tensor_bytes(value) for value in node.outputs if value.name}
-        missing = [name for name, size in sizes.items() if size is None]
-        activations = None if missing else sum(size or 0 for size in sizes.values())
-        if missing and not reasons:
-            reasons.append(f"the shape of '{missing[0]}' is not known")
+    try:
+        outputs = [] if node.op_type == "Constant" else [value for value in node.outputs if value.name]
+        activations = sum(sizer.bytes(value) for value in outputs)
+    except UnknownCostError as error:
+        reasons.append(str(error))
     domain = node.domain if node.domain not in ("", "ai.onnx") else ""
     return NodeCost(
         name=qgraph.ir.node_label(node),
@@ -249,17 +245,8 @@ def _node_cost(node: ir.Node, path: str) -> NodeCost:
         multiply_adds=macs,
         weight_bytes=sum(_constant_bytes(value) for value in node.inputs if value is not None),
         activation_bytes=activations,
-        reason="; ".join(reasons),
+        reason="; ".join(dict.fromkeys(reasons)),
     )
-
-
-def tensor_bytes(value: ir.Value) -> int | None:
-    """Return the bytes of a tensor, or None where its type or shape is not known."""
-    if value.dtype is None or value.shape is None or not value.shape.is_static():
-        return None
-    if value.dtype == ir.DataType.STRING:
-        return None
-    return math.ceil(math.prod(value.shape.numpy()) * value.dtype.itemsize)
 
 
 def _constant_tensor(value: ir.Value) -> ir.TensorProtocol | None:
@@ -309,31 +296,23 @@ def _packed_bits(model: ir.Model) -> dict[ir.Value, int]:
     return found
 
 
-def _peak(graph: ir.Graph) -> int | None:
+def _peak(graph: ir.Graph, sizer: _Sizer) -> int | None:
     """Return the most bytes of activations that live at once, each from its making to its last reading."""
-    live: dict[ir.Value, int] = {}
-    for value in graph.inputs:
-        if value.name not in graph.initializers:
-            size = tensor_bytes(value)
-            if size is None:
-                return None
-            live[value] = size
     last = _last_readers(graph)
     kept = set(graph.outputs)
-    now = peak = sum(live.values())
-    for position, node in enumerate(graph):
-        if node.op_type == "Constant":
-            continue
-        for value in node.outputs:
-            size = tensor_bytes(value) if value.name else 0
-            if size is None:
-                return None
-            live[value] = size
-            now += size
-        peak = max(peak, now)
-        for used in {*node.inputs, *node.outputs}:
-            if used is not None and used in live and used not in kept and last.get(used, position) <= position:
-                now -= live.pop(used)
+    try:
+        live = {value: sizer.bytes(value) for value in graph.inputs}
+        now = peak = sum(live.values())
+        for position, node in enumerate(graph):
+            made = [] if node.op_type == "Constant" else [value for value in node.outputs if value.name]
+            live |= {value: sizer.bytes(value) for value in made}
+            now += sum(live[value] for value in made)
+            peak = max(peak, now)
+            for value in {*node.inputs, *made}:
+                if value in live and value not in kept and last.get(value, position) <= position:
+                    now -= live.pop(value)
+    except UnknownCostError:
+        return None
     return peak
 
 

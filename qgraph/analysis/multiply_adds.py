@@ -7,7 +7,7 @@ state. Operators that only move or map elements count as zero; an operator that 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
@@ -18,7 +18,11 @@ class UnknownCostError(Exception):
     """The multiply-adds cannot be known; the message says why."""
 
 
-def multiply_adds(node: ir.Node) -> int:
+ShapeOf = Callable[[ir.Value], Sequence[int]]
+"""Gives the shape of a value, or raises `UnknownCostError`."""
+
+
+def multiply_adds(node: ir.Node, shape_of: ShapeOf) -> int:
     """Return the multiply-adds of one run of `node`, without those of its subgraphs.
 
     Raises:
@@ -26,42 +30,48 @@ def multiply_adds(node: ir.Node) -> int:
     """
     rule = _RULES.get(node.op_type)
     if rule is not None:
-        return rule(node)
+        return rule(_Operands(node, shape_of))
     if node.domain in ("", "ai.onnx", "ai.onnx.ml") or node.op_type in _FREE_EXTRAS:
         return 0
     raise UnknownCostError(f"operator {node.op_type} of domain '{node.domain}' is not known")
 
 
-def _shape(node: ir.Node, position: int) -> list[int]:
-    value = node.inputs[position] if position < len(node.inputs) else None
-    if value is None:
-        raise UnknownCostError(f"input {position} is missing")
-    return _static(value)
+class _Operands:
+    """A node with the shapes of what it reads and writes."""
+
+    def __init__(self, node: ir.Node, shape_of: ShapeOf) -> None:
+        self.node = node
+        self.domain = node.domain
+        self._shape_of = shape_of
+
+    def shape(self, position: int) -> list[int]:
+        """Return the shape of an input."""
+        value = self.node.inputs[position] if position < len(self.node.inputs) else None
+        if value is None:
+            raise UnknownCostError(f"input {position} is missing")
+        return list(self._shape_of(value))
+
+    def out(self) -> list[int]:
+        """Return the shape of the first output."""
+        return list(self._shape_of(self.node.outputs[0]))
+
+    def option(self, name: str) -> int:
+        """Return an integer attribute, 0 where it is not set."""
+        return int(self.node.attributes.get_int(name, 0) or 0)
 
 
-def _out(node: ir.Node) -> list[int]:
-    return _static(node.outputs[0])
-
-
-def _static(value: ir.Value) -> list[int]:
-    shape = value.shape if value.const_value is None else value.const_value.shape
-    if shape is None or not all(isinstance(axis, int) for axis in shape):
-        raise UnknownCostError(f"the shape of '{value.name}' is not known")
-    return [axis for axis in shape if isinstance(axis, int)]
-
-
-def _product(left: int, right: int) -> Callable[[ir.Node], int]:
+def _product(left: int, right: int) -> Callable[[_Operands], int]:
     """Return the rule of a batched matrix product whose operands are the inputs at these positions."""
 
-    def rule(node: ir.Node) -> int:
-        a, b = _shape(node, left), _shape(node, right)
+    def rule(of: _Operands) -> int:
+        a, b = of.shape(left), of.shape(right)
         if not a or not b:
             raise UnknownCostError("a matrix product of scalars")
-        inner = a[-2] if node.attributes.get_int("transA", 0) and len(a) > 1 else a[-1]
+        inner = a[-2] if of.option("transA") and len(a) > 1 else a[-1]
         rows = math.prod(a) // inner if inner else 0
         columns = 1
         if len(b) > 1:
-            columns = b[-2] if node.attributes.get_int("transB", 0) else b[-1]
+            columns = b[-2] if of.option("transB") else b[-1]
         if len(b) > 2 and math.prod(a[:-2]) < math.prod(b[:-2]):
             # The batch axes of `a` are broadcast.
             rows = (a[-2] if len(a) > 1 else 1) * math.prod(b[:-2])
@@ -70,39 +80,39 @@ def _product(left: int, right: int) -> Callable[[ir.Node], int]:
     return rule
 
 
-def _convolution(weight: int) -> Callable[[ir.Node], int]:
-    return lambda node: math.prod(_out(node)) * math.prod(_shape(node, weight)[1:])
+def _convolution(weight: int) -> Callable[[_Operands], int]:
+    return lambda of: math.prod(of.out()) * math.prod(of.shape(weight)[1:])
 
 
-def _transposed_convolution(node: ir.Node) -> int:
-    return math.prod(_shape(node, 0)) * math.prod(_shape(node, 1)[1:])
+def _transposed_convolution(of: _Operands) -> int:
+    return math.prod(of.shape(0)) * math.prod(of.shape(1)[1:])
 
 
-def _packed_product(node: ir.Node) -> int:
-    return math.prod(_shape(node, 0)) * node.attributes.get_int("N", 0)
+def _packed_product(of: _Operands) -> int:
+    return math.prod(of.shape(0)) * of.option("N")
 
 
-def _recurrent(node: ir.Node) -> int:
-    steps, batch, width = _shape(node, 0)
-    directions, gates_times_hidden, _ = _shape(node, 1)
-    hidden = _shape(node, 2)[-1]
+def _recurrent(of: _Operands) -> int:
+    steps, batch, width = of.shape(0)
+    directions, gates_times_hidden, _ = of.shape(1)
+    hidden = of.shape(2)[-1]
     return steps * batch * directions * gates_times_hidden * (width + hidden)
 
 
-def _einsum(node: ir.Node) -> int:
-    equation = node.attributes.get_string("equation", "").replace(" ", "")
+def _einsum(of: _Operands) -> int:
+    equation = of.node.attributes.get_string("equation", "").replace(" ", "")
     if "." in equation:
         raise UnknownCostError("an Einsum with an ellipsis")
     sizes: dict[str, int] = {}
     terms = equation.partition("->")[0].split(",")
     for position, term in enumerate(terms):
-        sizes.update(zip(term, _shape(node, position), strict=True))
+        sizes.update(zip(term, of.shape(position), strict=True))
     return math.prod(sizes.values()) * (len(terms) - 1)
 
 
-def _attention(node: ir.Node) -> int:
+def _attention(of: _Operands) -> int:
     """Count `Attention` of ONNX or `MultiHeadAttention`: Q, K, V come in projected, [B, S, width] or [B, H, S, d]."""
-    q, k, v = (_shape(node, position) for position in range(3))
+    q, k, v = (of.shape(position) for position in range(3))
     if not len(q) == len(k) == len(v):
         raise UnknownCostError("packed operands of an attention")
     queries, keys = q[-2], k[-2]
@@ -110,18 +120,18 @@ def _attention(node: ir.Node) -> int:
     return queries * keys * per_pair
 
 
-def _projected_attention(node: ir.Node) -> int:
+def _projected_attention(of: _Operands) -> int:
     """Count `Attention` and `QAttention` of ONNX Runtime: input [B, S, D], weight [D, 3 W] holds the projections."""
-    batch, length, width = _shape(node, 0)
-    columns = _shape(node, 1)[-1]
+    batch, length, width = of.shape(0)
+    columns = of.shape(1)[-1]
     return batch * length * width * columns + 2 * batch * length * length * (columns // 3)
 
 
-def _either_attention(node: ir.Node) -> int:
-    return _projected_attention(node) if node.domain == "com.microsoft" else _attention(node)
+def _either_attention(of: _Operands) -> int:
+    return _projected_attention(of) if of.domain == "com.microsoft" else _attention(of)
 
 
-_RULES: dict[str, Callable[[ir.Node], int]] = {
+_RULES: dict[str, Callable[[_Operands], int]] = {
     "MatMul": _product(0, 1),
     "Gemm": _product(0, 1),
     "FusedMatMul": _product(0, 1),
