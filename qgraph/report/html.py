@@ -24,10 +24,11 @@ __all__ = ["render"]
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _LAYERS = 20
 _PASSED_ON_DB = 0.05
-_OUTPUTS = 100
-_GROUPS = 100
-_NAMES = 200
+_OUTPUTS = 60
+_GROUPS = 60
+_NAMES = 500
 _NOTES = 12
+_RECIPE = 40_000
 _NO_BREAK = "\u00a0"
 _METRIC_NAMES = {"sqnr": "SQNR", "max_abs": "max error", "top1": "top-1 loss"}
 _PARTS = {"prepare": "Prepare", "compress": "Compress", "lower": "Lower"}
@@ -143,7 +144,7 @@ def _passes(passes: Sequence[PassFacts]) -> Markup | None:
     if not passes:
         return None
     rows: list[Markup] = []
-    for part, group in itertools.groupby(passes, key=lambda one: one.part):
+    for part, group in itertools.groupby(passes[:_NAMES], key=lambda one: one.part):
         rows.append(element("tr", element("td", _PARTS.get(part, part), colspan=4), class_="group"))
         rows += [_pass_row(one) for one in group]
     return _section("What was done", _table(("pass", ">changed", ">nodes", ">time"), rows))
@@ -158,7 +159,7 @@ def _pass_row(one: PassFacts) -> Markup:
         else f"{one.nodes_before:,} → {one.nodes_after:,}"
     )  # fmt: skip
     return _row(
-        _name(element("code", one.name), told),
+        _name(element("code", clip(one.name, 60)), told),
         _number(f"{one.changed:,}" if one.changed else "–", "changed"),
         _number(nodes, "nodes"),
         _number(units.seconds_text(one.seconds), "time"),
@@ -344,18 +345,24 @@ def _reasons(entries: Sequence[Mapping[str, str]]) -> list[Markup]:
     for entry in entries:
         groups.setdefault(str(entry["reason"]), []).append(str(entry["node"]))
     ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
-    written = [
-        element(
-            "details",
-            element("summary", element("span", clip(reason)), element("span", f"{len(nodes):,}", class_="unit")),
-            element(
-                "ul", *(element("li", element("code", clip(node, 120))) for node in nodes[:_NAMES]), class_="names"
-            ),
-            _cut(len(nodes)) if len(nodes) > _NAMES else None,
-        )
-        for reason, nodes in ordered[:_GROUPS]
-    ]
+    # The rarer reasons come first to their share: the longest list is the one that may be cut.
+    left = _NAMES
+    shown: dict[str, int] = {}
+    for reason, nodes in reversed(ordered[:_GROUPS]):
+        shown[reason] = min(len(nodes), left)
+        left -= shown[reason]
+    written = [_reason(reason, nodes, shown[reason]) for reason, nodes in ordered[:_GROUPS]]
     return [*written, *([_cut(len(ordered))] if len(ordered) > _GROUPS else [])]
+
+
+def _reason(reason: str, nodes: Sequence[str], shown: int) -> Markup:
+    names = [element("li", element("code", clip(node, 100))) for node in nodes[:shown]]
+    return element(
+        "details",
+        element("summary", element("span", clip(reason)), element("span", f"{len(nodes):,}", class_="unit")),
+        element("ul", *names, class_="names"),
+        _cut(len(nodes)) if len(nodes) > shown else None,
+    )
 
 
 def _again(data: ReportData) -> Markup:
@@ -364,7 +371,7 @@ def _again(data: ReportData) -> Markup:
         element(
             "details",
             element("summary", element("span", "recipe.toml")),
-            element("pre", element("code", clip(data.recipe, 100_000))),
+            element("pre", element("code", clip(data.recipe, _RECIPE))),
         )
         if data.recipe
         else None

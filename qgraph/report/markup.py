@@ -36,7 +36,8 @@ def printable(text: str) -> str:
 
 
 def clip(text: str, longest: int = _LONGEST) -> str:
-    """Shorten `text` in its middle to `longest` characters."""
+    """Make `text` printable and shorten it in its middle to `longest` characters."""
+    text = printable(text)
     if len(text) <= longest:
         return text
     half = (longest - 1) // 2

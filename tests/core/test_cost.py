@@ -1,8 +1,6 @@
 """Costs against figures worked out by hand, and against published ones where the real models are at hand."""
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -199,7 +197,6 @@ def test_initializers_that_may_be_overridden_are_weights_and_no_inputs():
     assert found.activation_bytes == 64
 
 
-@pytest.mark.assets
 @pytest.mark.parametrize(
     ("file", "millions"),
     [
@@ -208,10 +205,7 @@ def test_initializers_that_may_be_overridden_are_weights_and_no_inputs():
         ("squeezenet1.0/squeezenet1.0_fp32.onnx", 349.2),
     ],
 )
-def test_published_multiply_adds_of_real_models(file, millions):
-    path = Path(os.environ.get("QGRAPH_ASSETS", "../shared/assets")) / file
-    if not path.is_file():
-        pytest.skip(f"needs {file} of the assets that QGRAPH_ASSETS names")
-    found = cost(qgraph.ir.load(path))
+def test_published_multiply_adds_of_real_models(assets, file, millions):
+    found = cost(qgraph.ir.load(assets / file))
     assert found.unknown == []
     assert found.multiply_adds / 1e6 == pytest.approx(millions, rel=0.001)
