@@ -16,6 +16,8 @@ from qgraph.numerics.schemes import Scheme
 __all__ = ["Histogram", "entropy_threshold", "mse_range", "percentile_range"]
 
 _LEAST_FACTOR = 0.1
+_MARGIN = 1.0 + 2.0**-20
+"""Keeps the peak off the upper edge of the last bin, which does not belong to it."""
 
 
 class Histogram:
@@ -51,7 +53,7 @@ class Histogram:
         place /= width[:, None]
         place += self.half
         np.floor(place, out=place)
-        # The peak itself lies on the upper edge of the last bin, and belongs into it.
+        # Only what rounding has moved lies outside.
         np.clip(place, 0, 2 * self.half - 1, out=place)
         place += np.arange(len(rows))[:, None] * self.counts.shape[1]
         flat = place.reshape(-1).astype(np.int64)
@@ -62,8 +64,8 @@ class Histogram:
 
     def _grow(self, peak: np.ndarray) -> None:
         fresh = (self.width == 0.0) & (peak > 0.0)
-        self.width[fresh] = peak[fresh] / self.half
-        while (short := peak > self.width * self.half).any():
+        self.width[fresh] = peak[fresh] / self.half * _MARGIN
+        while (short := (peak >= self.width * self.half) & (peak > 0.0)).any():
             pairs = self.counts[short].reshape(-1, self.half, 2).sum(axis=2)
             grown = np.zeros((len(pairs), 2 * self.half), np.int64)
             grown[:, self.half // 2 : self.half // 2 + self.half] = pairs

@@ -35,6 +35,7 @@ BIAS_LIMIT = 1 << 30
 _TINY = float(np.finfo(np.float32).tiny)
 _CHUNK = 1 << 15
 _LOWEST_CLIP = 0.1
+_FREE_BIAS_STEP = 2.0**-23
 
 
 class Parameters(NamedTuple):
@@ -161,17 +162,23 @@ def dequantize(quantized: Quantized) -> np.ndarray:
     return work
 
 
-def weight_scale_for_bias(weight_scale: np.ndarray, input_scale: float, bias: np.ndarray) -> np.ndarray:
+def weight_scale_for_bias(
+    weight_scale: np.ndarray, input_scale: float, bias: np.ndarray, free: np.ndarray | None = None
+) -> np.ndarray:
     """Return weight scales raised, where they must be, until the bias fits into int32 at input_scale * weight_scale.
 
     A channel whose weights are all but zero has a scale so small that its bias would overflow. Such a channel loses
     nothing by a coarser weight scale. The bound leaves half of int32 to the sum of products. Call this before the
     weight is quantized.
 
+    A channel whose weights are zero has scale 1, at which its bias would be rounded to multiples of `input_scale`.
+    Name such channels in `free`: they get the scale that keeps their bias to 24 bits.
+
     Args:
         weight_scale: float32, () or (channels,).
         input_scale: of the activation that the weight is multiplied with.
         bias: real numbers, (channels,).
+        free: bool, in the shape of `weight_scale`; none are free when None.
 
     Returns:
         float32 in the shape of `weight_scale`.
@@ -183,6 +190,9 @@ def weight_scale_for_bias(weight_scale: np.ndarray, input_scale: float, bias: np
     largest = np.abs(_checked(bias).astype(np.float64))
     if weight_scale.ndim == 0:
         largest = largest.max(initial=0.0)
+    if free is not None:
+        fine = np.maximum(largest * _FREE_BIAS_STEP / float(input_scale), _TINY)
+        weight_scale = np.where(free & (largest > 0.0), fine, weight_scale).astype(np.float32)
     needed = np.maximum(largest / BIAS_LIMIT, _TINY) / float(input_scale)
     with np.errstate(over="ignore"):
         raised = np.nextafter(needed.astype(np.float32), np.float32(np.inf), dtype=np.float32)
@@ -206,7 +216,8 @@ def quantize_bias(bias: np.ndarray, input_scale: float, weight_scale: np.ndarray
         ValueError: a scale is not positive and finite, or a bias does not fit: `weight_scale_for_bias` makes it fit.
     """
     _require_scales(weight_scale, input_scale)
-    scale = np.asarray(np.float32(input_scale) * np.asarray(weight_scale, np.float32))
+    with np.errstate(over="ignore"):
+        scale = np.asarray(np.float32(input_scale) * np.asarray(weight_scale, np.float32))
     if (scale < _TINY).any() or not np.isfinite(scale).all():
         raise ValueError(f"the bias's scale {scale.min()} is out of the range of float32")
     with np.errstate(over="ignore"):
