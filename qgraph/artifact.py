@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -107,23 +107,41 @@ def staging(output: Path, *, force: bool) -> Iterator[Path]:
         UserError: `output` exists and may not be replaced, or cannot be written.
     """
     refuse_existing(output, force=force)
+    made = [parent for parent in output.parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
     except OSError as error:
+        _remove_empty(made)
         raise UserError(f"{output} cannot be written: {error.strerror}. Choose another folder with -o.") from None
     try:
-        try:
+        with _told_of(folder, output):
             yield folder
-        except OSError as error:
-            if error.filename is not None and not str(error.filename).startswith(str(folder)):
-                raise
-            raise UserError(
-                f"{output} cannot be written: {error.strerror or error}. Nothing was left behind."
-            ) from None
         _replace(folder, output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        _remove_empty(made)
+
+
+@contextlib.contextmanager
+def _told_of(folder: Path, output: Path) -> Iterator[None]:
+    """Let what goes wrong in the temporary `folder` name `output`, the only place that the user knows."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None and not str(error.filename).startswith(str(folder)):
+            raise
+        raise UserError(f"{output} cannot be written: {error.strerror or error}. Nothing was left behind.") from None
+    except UserError as error:
+        if str(folder) not in str(error):
+            raise
+        raise UserError(f"{str(error).replace(str(folder), str(output))}. Nothing was left behind.") from error
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def refuse_existing(output: Path, *, force: bool) -> None:

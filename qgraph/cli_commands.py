@@ -93,7 +93,7 @@ def compile_command(
                 model,
                 target,
                 output=output,
-                calibration=common.optional_data(calib),
+                calibration=common.optional_data(calib, labelled=verify_data is None),
                 verify_data=common.optional_data(verify_data),
                 passes=passes,
                 recipe=recipe,

@@ -73,15 +73,15 @@ class Common:
     as_json: bool = False
     quiet: bool = False
 
-    def data(self, source: str) -> Data:
-        """Return where samples come from and how they are read."""
+    def data(self, source: str, *, labelled: bool = True) -> Data:
+        """Return where samples come from and how they are read; unless `labelled`, --labels is not about them."""
         from qgraph.compiler import Data
 
-        return Data(source, self.rename, self.preprocess, self.tokenizer, self.labels)
+        return Data(source, self.rename, self.preprocess, self.tokenizer, self.labels if labelled else None)
 
-    def optional_data(self, source: str | None) -> Data | None:
+    def optional_data(self, source: str | None, *, labelled: bool = True) -> Data | None:
         """Return the same, or None where no source was given."""
-        return None if source is None else self.data(source)
+        return None if source is None else self.data(source, labelled=labelled)
 
     def display(self) -> Display:
         """Open the display that suits standard error."""

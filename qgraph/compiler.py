@@ -127,7 +127,7 @@ class Plan:
 
 def default_output(model: Path, target: str) -> Path:
     """Return MODEL.TARGET beside the model."""
-    return model.with_name(f"{model.name.removesuffix('.onnx')}.{target}")
+    return model.parent / f"{model.name.removesuffix('.onnx')}.{target}"
 
 
 def compile(  # noqa: A001 - the name that users look for

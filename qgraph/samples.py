@@ -206,7 +206,23 @@ def _called(path: str) -> Callable[[], Iterable[Any]]:
             sys.path.remove(here)
     if not callable(found):
         raise UserError(f"{path} is not callable: it must be a function that yields feeds")
-    return found  # type: ignore[no-any-return]
+    return lambda: _guarded(path, found)
+
+
+def _guarded(path: str, function: Callable[[], Any]) -> Any:
+    """Call the user's function; what goes wrong in it, now or while it yields, is the user's to mend."""
+    try:
+        feeds = function()
+    except Exception as error:
+        raise UserError(f"{path} failed: {type(error).__name__}: {error}") from error
+    return _guarded_iterator(path, feeds) if isinstance(feeds, Iterator) else feeds
+
+
+def _guarded_iterator(path: str, feeds: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from feeds
+    except Exception as error:
+        raise UserError(f"{path} failed: {type(error).__name__}: {error}") from error
 
 
 class _Feeds:

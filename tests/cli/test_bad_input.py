@@ -16,7 +16,14 @@ import numpy as np
 import onnx
 import pytest
 
+from qgraph import cli
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def on_path(folder: Path) -> str:
+    """Return PYTHONPATH with `folder` in front."""
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -27,21 +34,41 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.fixture
-def refused(work: Path, qgraph: Run) -> Callable[..., str]:
-    """Return a function that runs the command and returns its one line, having checked what all failures share."""
+def told(status: int, out: str, err: str) -> str:
+    """Check what all refusals share, and return the one line without its `error: `."""
+    assert (status, out) == (2, ""), err
+    last = err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "a fault of qgraph" not in err
+    return last.removeprefix("error: ")
 
-    def run(*arguments: str | Path, status: int = 2, **settings) -> str:
+
+@pytest.fixture
+def refused(work: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """Return a function that runs the command in this process and returns the one line that it ends with.
+
+    The folder is the same afterwards, to the byte: nothing is left behind and the input is unchanged.
+    """
+    monkeypatch.chdir(work)
+
+    def run(*arguments: str | Path) -> str:
+        before = contents(work)
+        status = cli.main(list(map(str, arguments)))
+        assert contents(work) == before
+        return told(status, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refused_process(work: Path, qgraph: Run):
+    """Return the same for the command as a process of its own."""
+
+    def run(*arguments: str | Path, **settings) -> str:
         before = contents(work)
         done = qgraph(*arguments, **settings)
-        assert done.returncode == status, done.stderr
-        assert done.stdout == ""
         assert contents(work) == before
-        last = done.stderr.splitlines()[-1]
-        assert last.startswith("error: ")
-        assert "Traceback" not in done.stderr
-        assert "qgraph, not of your input" not in done.stderr
-        return last.removeprefix("error: ")
+        return told(done.returncode, done.stdout, done.stderr)
 
     return run
 
@@ -91,6 +118,18 @@ COMPILE = ("compile", "model.onnx", "-t", "cpu-int8", "--calib", "calib.npz")
 )
 def test_usage(refused, arguments: tuple[str, ...], message: str):
     assert message in refused(*arguments)
+
+
+def test_processes_end_as_told(refused_process, work: Path, artifact: Path):
+    assert "there is no target 'cpu-int9'" in refused_process("compile", "model.onnx", "-t", "cpu-int9")
+    assert "there is no pass 'qdqq'" in refused_process(*COMPILE, "--passes", "qdqq")
+    assert "'qdq' has no option 'x'" in refused_process(*COMPILE, "--set", "qdq.x=1")
+    assert "/proc/a cannot be written: " in refused_process(*COMPILE, "-o", "/proc/a")
+    assert "exists. Pass --force" in refused_process(*COMPILE, "-o", artifact)
+    np.savez(work / "calib.npz", X=np.zeros((8, 64), np.float32))
+    assert "has no array for input 'x' (it has: 'X')" in refused_process(*COMPILE)
+    (work / "model.onnx").write_bytes((work / "model.onnx").read_bytes()[:5000])
+    assert "model.onnx is not a valid ONNX model" in refused_process(*COMPILE)
 
 
 @pytest.mark.parametrize(
@@ -174,12 +213,12 @@ def test_an_output_that_exists(refused, work: Path, artifact: Path):
     assert line == "calib.npz exists. Pass --force to replace it, or another file with -o."
 
 
-def test_a_disk_that_fills_up(refused):
+def test_a_disk_that_fills_up(refused_process):
     def small_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 
-    line = refused("compile", "model.onnx", "-t", "cpu-fp32", preexec_fn=small_files)
-    assert "model.cpu-fp32 cannot be written: File too large" in line
+    line = refused_process("compile", "model.onnx", "-t", "cpu-fp32", preexec_fn=small_files)
+    assert "model.cpu-fp32/model.onnx cannot be written: File too large. Nothing was left behind." == line
 
 
 def test_a_full_standard_output(work: Path):
@@ -233,7 +272,7 @@ def test_signals_leave_nothing_behind(work: Path, number: signal.Signals, status
             "-q",
         ],
         cwd=work,
-        env={**os.environ, "PYTHONPATH": str(work), "PYTHONDONTWRITEBYTECODE": "1"},
+        env={**os.environ, "PYTHONPATH": on_path(work), "PYTHONDONTWRITEBYTECODE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -142,7 +142,7 @@ def test_bench_compares_with_the_source(qgraph: Run, work: Path, artifact: Path)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert [one["name"] for one in document["candidates"]] == ["before", "after"]
-    assert document["batch"] == "x 4x64"
+    assert document["batch"] == "4 x 64"
     assert document["threads"] == 1
     assert document["sizes"]["before"] == (work / "model.onnx").stat().st_size
     assert document["sizes"]["after"] < 0.5 * document["sizes"]["before"]

@@ -101,8 +101,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def qgraph(site: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(site)}
-    command = [sys.executable, "-P", "-c", "import sys; from qgraph.cli import main; sys.exit(main())", *arguments]
+    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-P", "-m", "qgraph", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
