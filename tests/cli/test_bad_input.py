@@ -218,7 +218,7 @@ def test_a_disk_that_fills_up(refused_process):
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 
     line = refused_process("compile", "model.onnx", "-t", "cpu-fp32", preexec_fn=small_files)
-    assert "model.cpu-fp32/model.onnx cannot be written: File too large. Nothing was left behind." == line
+    assert line == "model.cpu-fp32/model.onnx cannot be written: File too large. Nothing was left behind."
 
 
 def test_a_full_standard_output(work: Path):
