@@ -287,7 +287,7 @@ def _layer_row(one: TensorError, largest: float) -> Markup:
     sqnr = one.sqnr_db or 0.0
     error = _relative(sqnr)
     inherited = 0.0 if one.loss_db is None else min(_relative(sqnr + one.loss_db), error)
-    drawing = split_bar([("soft", inherited), ("", error - inherited), ("none", max(largest - error, 0.0))])
+    drawing = split_bar([("soft", inherited), ("", error - inherited), ("none", largest - error)])
     return _row(
         _name(element("code", clip(one.name, 80)), " ", element("span", one.op_type, class_="unit")),
         element("td", drawing, class_="drawn"),

@@ -119,7 +119,7 @@ def compare(
     feeds: Sequence[Feeds],
     *,
     seconds: float = 1.0,
-    rounds: int = 50,
+    rounds: int = 100,
     threads: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Benchmark:

@@ -47,18 +47,36 @@ def test_what_is_no_model_is_refused_in_one_line(tmp_path, content):
     assert "ONNXRuntimeError" not in str(refused.value)
 
 
-def test_an_unknown_operator_is_refused_without_the_runtime_writing_a_log(tmp_path):
-    path = tmp_path / "odd.onnx"
-    path.write_bytes(model_bytes(DOUBLE_RELU.replace("a = Relu(x)", "a = NoSuchOperator(x)")))
-    code = (
-        "import sys; from pathlib import Path; from qgraph.errors import UserError\n"
-        "from qgraph.runtime.session import open_session\n"
-        "try:\n    open_session(Path(sys.argv[1]))\n"
-        "except UserError as error:\n    print(error)"
+def test_the_runtime_writes_no_log_of_its_own(tmp_path):
+    unknown, failing = tmp_path / "unknown.onnx", tmp_path / "failing.onnx"
+    unknown.write_bytes(model_bytes(DOUBLE_RELU.replace("a = Relu(x)", "a = NoSuchOperator(x)")))
+    failing.write_bytes(
+        model_bytes(
+            """<ir_version: 10, opset_import: ["" : 20]>
+            g (float[n] x, int64[k] shape) => (float[a, b] y) { y = Reshape(x, shape) }"""
+        )
     )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
-    assert "NoSuchOperator" in done.stdout
+    code = """if True:
+        import sys
+        from pathlib import Path
+        import numpy as np
+        from qgraph.errors import UserError
+        from qgraph.runtime.session import first_line, open_session
+        try:
+            open_session(Path(sys.argv[1]))
+        except UserError as error:
+            print(error)
+        try:
+            open_session(Path(sys.argv[2])).run(None, {"x": np.ones(3, np.float32), "shape": np.array([2, 2])})
+        except Exception as error:
+            print(first_line(error))
+    """
+    command = [sys.executable, "-c", code, str(unknown), str(failing)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""
+    opened, ran = done.stdout.splitlines()
+    assert "NoSuchOperator" in opened
+    assert "Reshape" in ran
 
 
 def test_without_the_runtime_the_extra_is_named(monkeypatch):
