@@ -135,7 +135,7 @@ class _Sessions:
             self._reducing[key] = Probe(self._model, add, self._fed, threads=self._threads)
         try:
             outputs = self._reducing[key].run(feed)
-        except Exception:  # noqa: BLE001 - the runtime's errors have no common base; it reduces no empty tensor
+        except Exception:  # noqa: BLE001 - the runtime's errors have no common base; some reduce no empty tensor
             return self._observe_raw(key, index, feed)
         return {request.tensor: one for request, one in reductions.read(requests, outputs)}
 

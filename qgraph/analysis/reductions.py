@@ -70,11 +70,13 @@ def reduced_outputs(requests: Sequence[Request], kinds: Mapping[str, Kind]) -> A
 
 
 def read(requests: Sequence[Request], outputs: Sequence[np.ndarray]) -> Iterator[tuple[Request, Observation]]:
-    """Read what the graph of `reduced_outputs` gave for one feed."""
+    """Read what the graph of `reduced_outputs` gave for one feed. Empty tensors are left out."""
     remaining = iter(outputs)
     for request in requests:
         low, high, total = next(remaining), next(remaining), next(remaining)
         sample = next(remaining) if request.sample else np.empty((low.size, 0), np.float32)
+        if low.size == 0 or (low.min() > high.max() and total.item() == 0.0):
+            continue  # the least of nothing is infinity, the largest minus infinity
         # A total may overflow although every element is finite, but it cannot hide NaN.
         finite = math.isfinite(low.min()) and math.isfinite(high.max())
         suspect = math.isnan(total.item()) or not finite
