@@ -22,22 +22,23 @@ class Clock:
 
 
 class Timed:
-    """Takes `seconds` for each row; every fourth run is disturbed."""
+    """Takes `seconds` for each row; every so many runs, one is disturbed."""
 
-    def __init__(self, clock, seconds, log, name):
-        self.clock, self.seconds, self.log, self.name, self.runs = clock, seconds, log, name, 0
+    def __init__(self, clock, seconds, log, name, every):
+        self.clock, self.seconds, self.log, self.name, self.every, self.runs = clock, seconds, log, name, every, 0
 
     def run(self, output_names, feeds):
         self.runs += 1
         self.log.append(self.name)
-        disturbed = 5 if self.runs % 4 == 0 else 1
+        disturbed = 5 if self.runs % self.every == 0 else 1
         self.clock.now += self.seconds * len(feeds["x"]) * disturbed
         return []
 
 
-def setup(before=0.010, after=0.004):
+def setup(before=0.010, after=0.004, every=4):
     clock, log = Clock(), []
-    return clock, log, {"before": Timed(clock, before, log, "before"), "after": Timed(clock, after, log, "after")}
+    times = {"before": before, "after": after}
+    return clock, log, {name: Timed(clock, seconds, log, name, every) for name, seconds in times.items()}
 
 
 def feeds(*rows):
@@ -75,7 +76,7 @@ def test_a_model_slower_than_the_time_allowed_is_still_run_once():
 
 
 def test_few_feeds_are_spread_over_all():
-    clock, _, candidates = setup(before=0.1, after=0.1)
+    clock, _, candidates = setup(before=0.1, after=0.1, every=100)
     timed = compare(candidates, feeds(1, 1, 1, 2, 3, 3, 3, 3), seconds=1.3, clock=clock)
     assert timed["before"].feeds == pytest.approx((0.1, 0.3))
 
