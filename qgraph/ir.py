@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,12 @@ from qgraph.onnx_file import MappedTensor, forget_pages
 
 __all__ = [
     "all_graphs",
+    "bypass",
     "check",
     "constant",
     "count_nodes",
     "data_files",
+    "discard",
     "forget_names",
     "forget_pages",
     "fresh_name",
@@ -31,6 +33,7 @@ __all__ = [
     "inner_graphs",
     "insert_before",
     "is_op",
+    "lazy",
     "load",
     "node_label",
     "only_consumer",
@@ -48,7 +51,8 @@ EXTERNAL_ABOVE = 256 * 1024 * 1024
 def load(path: str | os.PathLike[str]) -> ir.Model:
     """Load an ONNX model; weights stay in their file, mapped, until something reads them.
 
-    IR versions from 3 and every opset that the installed onnx knows; nodes out of order are sorted.
+    IR versions from 3 and every opset that the installed onnx knows. Nodes out of order are sorted, and names in
+    subgraphs that hide a name outside are changed.
 
     Raises:
         UserError: the file is missing, is not ONNX, is truncated or inconsistent, is of a version that is not known,
@@ -56,6 +60,8 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     """
     path = Path(path)
     model = onnx_file.read(path)
+    _rename_hidden(model.graph, model.graph, set())
+    forget_names(model)
     problem = check(model)
     if problem is None:
         return model
@@ -68,6 +74,22 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     if problem is not None:
         raise UserError(f"{path} is invalid: {problem}")
     return model
+
+
+def _rename_hidden(graph: ir.Graph, main: ir.Graph, outside: set[str]) -> None:
+    """Rename what a subgraph defines under a name of an enclosing graph, so that values may be moved between them."""
+    nested = [inner for node in graph for inner in inner_graphs(node)]
+    if not nested and not outside:
+        return
+    values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+    for value in values:
+        if value.name in outside:
+            value.name = fresh_name(main, value.name)
+    own = {value.name for value in values if value.name} - outside
+    outside |= own
+    for inner in nested:
+        _rename_hidden(inner, main, outside)
+    outside -= own
 
 
 def save(model: ir.Model, path: str | os.PathLike[str], *, external_above: int = EXTERNAL_ABOVE) -> None:
@@ -297,6 +319,44 @@ def replace_node(old: ir.Node, new: ir.Node | list[ir.Node], outputs: list[ir.Va
         after.name = name
         before.replace_all_uses_with(after, replace_graph_outputs=True)
     graph.remove(old, safe=True)
+
+
+def bypass(node: ir.Node, value: ir.Value) -> bool:
+    """Let `value` take the place of the only used output of `node`, and remove the node; tell whether it was possible.
+
+    A graph output keeps its name, type and shape: `value` takes them over. This is not possible, and nothing is
+    changed, if `value` is an input, an initializer, another graph output, or of an enclosing graph.
+    """
+    output = node.outputs[0]
+    if output.is_graph_output():
+        producer = value.producer()
+        if producer is None or producer.graph is not node.graph or value.is_graph_output():
+            return False
+        name, output.name = output.name, None
+        value.name, value.type, value.shape = name, output.type or value.type, output.shape or value.shape
+    output.replace_all_uses_with(value, replace_graph_outputs=True)
+    discard(node)
+    return True
+
+
+def discard(node: ir.Node) -> None:
+    """Remove a node whose outputs nobody reads, and what its subgraphs read from outside."""
+    for graph in inner_graphs(node):
+        for inner in graph.all_nodes():
+            for index in range(len(inner.inputs)):
+                inner.replace_input_with(index, None)
+    if node.graph is None:
+        raise ValueError(f"{node_label(node)} is in no graph")
+    node.graph.remove(node, safe=True)
+
+
+def lazy(function: Callable[[], np.ndarray], dtype: ir.DataType, shape: Sequence[int]) -> ir.LazyTensor:
+    """Return a tensor that `function` computes when it is read or written, each time anew."""
+
+    def compute() -> ir.TensorProtocol:
+        return ir.tensor(np.ascontiguousarray(function()), dtype=dtype)
+
+    return ir.LazyTensor(compute, dtype=dtype, shape=ir.Shape(shape))
 
 
 def check(model: ir.Model) -> str | None:

@@ -217,6 +217,10 @@ def _refuse(proto: onnx.ModelProto) -> None:
             f"the initializer '{tensor.values.name}' is stored sparse, which is not supported: store it dense "
             "(compression to sparse weights is a pass's work)"
         )
+    names = [tensor.name for tensor in proto.graph.initializer]
+    if len(set(names)) < len(names):
+        twice = next(name for index, name in enumerate(names) if name in names[:index])
+        raise UserError(f"the initializer '{twice}' is there twice: export the model again")
     for value in [*proto.graph.input, *proto.graph.output]:
         if value.type.HasField("map_type"):
             raise UserError(f"'{value.name}' is a map, which is not supported: export without ZipMap")
