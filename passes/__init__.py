@@ -6,9 +6,16 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "DeduplicateInitializers": "deduplicate_initializers",
     "DynamicInt8": "dynamic_int8",
+    "FoldConstants": "fold_constants",
     "FuseAttention": "fuse_attention",
+    "InferShapes": "infer_shapes",
+    "LiftConstants": "lift_constants",
+    "MergeDuplicates": "merge_duplicates",
     "Qdq": "qdq",
+    "RemoveIdentity": "remove_identity",
+    "RemoveUnused": "remove_unused",
 }
 
 __all__ = list(_HOMES)
