@@ -6,12 +6,17 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "ConvertOpset": "convert_opset",
     "DeduplicateInitializers": "deduplicate_initializers",
     "DynamicInt8": "dynamic_int8",
+    "FoldBatchNorm": "fold_batch_norm",
     "FoldConstants": "fold_constants",
     "FuseAttention": "fuse_attention",
+    "GemmToMatmulAdd": "gemm_to_matmul_add",
     "InferShapes": "infer_shapes",
+    "InlineFunctions": "inline_functions",
     "LiftConstants": "lift_constants",
+    "MatmulAddToGemm": "matmul_add_to_gemm",
     "MergeDuplicates": "merge_duplicates",
     "Qdq": "qdq",
     "RemoveIdentity": "remove_identity",
