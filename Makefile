@@ -1,21 +1,21 @@
 # Plain POSIX make. Everything happens in $(VENV), which is made when it is not there; remove it to start afresh.
 #
-#   make demo     install, compile a shipped model to int8 and print what that changed
-#   make test     install with the test tools, then lint, types and the whole test suite
+#   make demo     install, compile a shipped model to 8-bit integers and print what that changed
+#   make test     install with the test tools, then lint, types and every test
 #   make bench    measure against the other quantizers (benchmarks/RESULTS.md)
+#   make format   mend what the linter can mend by itself
+#   make clean    remove everything that was made
 
 .POSIX:
-.PHONY: all demo test bench format clean install
+.PHONY: all demo test bench format clean install-demo install-dev
 
 VENV = .venv
 BIN = $(VENV)/bin
-EXTRA = dev
 DEMO = build/demo
-# The first of these that runs, is 3.11 or newer and can make a virtual environment; constraints.txt was tested on 3.11.
+CHECKED = qgraph passes targets models tests benchmarks
+# The first of these that is 3.11 or newer and can make a virtual environment; constraints.txt was tested on 3.11.
 PYTHON = python3.11
 PYTHONS = $(PYTHON) python3.12 python3.13 python3 python
-SOURCES = pyproject.toml constraints.txt LICENSE README.md qgraph passes targets models
-CHECKED = qgraph passes targets models tests benchmarks
 
 all: test
 
@@ -28,38 +28,30 @@ $(BIN)/python:
 	done; \
 	echo 'qgraph needs Python 3.11 or newer; name yours: make PYTHON=/path/to/python3.11' >&2; exit 1
 
-# Installs again when a source differs from what was installed; a stale build/lib would bring deleted modules back.
-install: $(BIN)/python
-	@now=$$(find $(SOURCES) -type f ! -name '*.pyc' ! -path '*.egg-info/*' | LC_ALL=C sort | xargs cksum | cksum); \
-	if [ "$$now" != "$$(cat $(VENV)/.installed-$(EXTRA) 2>/dev/null)" ]; then \
-	    set -e; \
-	    rm -rf build/lib build/bdist.* $(VENV)/.installed-*; \
-	    echo "pip install -c constraints.txt '.[$(EXTRA)]'"; \
-	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[$(EXTRA)]'; \
-	    rm -rf build/lib build/bdist.*; \
-	    echo "$$now" > $(VENV)/.installed-$(EXTRA); \
-	fi
+install-demo: $(BIN)/python
+	@.ci/install $(VENV) demo
 
-demo:
-	@$(MAKE) install VENV=$(VENV) EXTRA=demo
+install-dev: $(BIN)/python
+	@.ci/install $(VENV) dev
+
+demo: install-demo
 	@mkdir -p $(DEMO)
-	$(BIN)/python -P -m qgraph.models digits_cnn -o $(DEMO)
+	@$(BIN)/python -P -m qgraph.models digits_cnn -o $(DEMO) >/dev/null
 	$(BIN)/qgraph compile $(DEMO)/digits_cnn.onnx --target cpu-int8 --calib $(DEMO)/digits_cnn_calib.npz \
 	    --verify-data $(DEMO)/digits_cnn_heldout.npz -o $(DEMO)/digits_cnn.cpu-int8 --force
 
 # The types are those of the installed package, so mypy must not find the checkout's own folders first.
-test: install
+test: install-dev
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
 	@mkdir -p build
 	mypy=$$(cd $(BIN) && pwd)/mypy; cd build && "$$mypy" --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p qgraph
 	$(BIN)/pytest
 
-bench: install
+bench: install-dev
 	$(BIN)/python benchmarks/run.py
 
-format:
-	@$(MAKE) install VENV=$(VENV) EXTRA=dev
+format: install-dev
 	$(BIN)/ruff check --fix $(CHECKED)
 	$(BIN)/ruff format $(CHECKED)
 
