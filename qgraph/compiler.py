@@ -344,7 +344,7 @@ class _Run:
         verification = verify_sessions(before, after, samples, labels=self.labels, progress=self.context.progress)
         failures = verification.meets(tolerance)
         self.event("verify", f"{len(samples)} {self.data_kind}   {verification.summary()}")
-        self.bench = _bench(before, after, samples)
+        self.bench = _bench(before, after, samples, self.context.threads)
         (stage / "recipe.toml").write_text(_recipe(self.target, plan), encoding="utf-8")
         manifest = write_manifest(stage, self._facts(before, plan, verification, tolerance, failures))
         self.event("bench", f"{self.bench.ratio('before', 'after'):.2f}x the speed of the source")
@@ -401,13 +401,13 @@ class _Run:
         (stage / "report.html").write_text(render(data), encoding="utf-8")
 
 
-def _bench(before: Session, after: Session, samples: Samples) -> Benchmark:
+def _bench(before: Session, after: Session, samples: Samples, threads: int) -> Benchmark:
     feeds = []
     for feed in samples:
         feeds.append(feed)
         if len(feeds) == BENCH_FEEDS:
             break
-    return compare({"before": before, "after": after}, feeds, seconds=BENCH_SECONDS)
+    return compare({"before": before, "after": after}, feeds, seconds=BENCH_SECONDS, threads=threads)
 
 
 def _parse_settings(settings: Sequence[str]) -> list[tuple[str, str, spec.Value]]:

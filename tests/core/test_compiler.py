@@ -151,8 +151,10 @@ def test_passes_replace_the_compress_part_alone(model: Path, tmp_path: Path) -> 
 
 
 def test_a_setting_for_a_pass_that_is_not_there_is_told(model: Path, samples: Path) -> None:
-    with pytest.raises(UserError, match="has no pass 'nothing'"):
+    with pytest.raises(UserError, match="there is no pass 'nothing'"):
         qgraph.compile(model, "cpu-int8", calibration=samples, settings=["nothing.at=all"])
+    with pytest.raises(UserError, match="has no pass 'onnx-ir'"):
+        qgraph.compile(model, "cpu-int8", calibration=samples, settings=["onnx-ir.of=module:Class"])
     with pytest.raises(UserError, match=r"PASS\.OPTION=VALUE"):
         qgraph.compile(model, "cpu-int8", calibration=samples, settings=["qdq"])
     assert not default_output(model, "cpu-int8").exists()
