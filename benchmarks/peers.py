@@ -100,13 +100,19 @@ def ort_dynamic(model: Path, calibration: Path, output: Path) -> Remarks:
     return []
 
 
-def _onnxsim(quantize: Callable[[Any, Any, Path], Any]) -> Callable[[Path, Path, Path], Remarks]:
+def _onnxsim(quantize: Callable[[Any, Any, Path], Any], *, first: bool = False) -> Callable[..., Remarks]:
+    """Quantize and then simplify, which drops the float weights that quantizing leaves behind.
+
+    Simplifying `first` as well folds batch norms, but turns the products of a sentence encoder into Gemm, which
+    ONNX Runtime then runs at half the speed of float.
+    """
+
     def run(model: Path, calibration: Path, output: Path) -> Remarks:
         import onnx
         import onnxsim  # type: ignore[import-not-found]  # not among our dependencies
 
-        simplified, _ = onnxsim.simplify(str(model))
-        onnx.save(quantize(onnxsim, simplified, calibration), output)
+        source = onnxsim.simplify(str(model))[0] if first else onnx.load(model)
+        onnx.save(onnxsim.simplify(quantize(onnxsim, source, calibration))[0], output)
         return []
 
     return run
@@ -137,6 +143,7 @@ TOOLS: dict[str, Callable[[Path, Path, Path], Remarks]] = {
     "ort-static-percentile-per-tensor": _ort_static("Percentile", per_channel=False),
     "ort-dynamic": ort_dynamic,
     "onnxsim-static": _onnxsim(_onnxsim_static),
+    "onnxsim-simplify-static": _onnxsim(_onnxsim_static, first=True),
     "onnxsim-dynamic": _onnxsim(_onnxsim_dynamic),
     "onnxsim-dynamic-fused": _onnxsim(_onnxsim_dynamic_fused),
 }

@@ -55,9 +55,9 @@ class Settings:
         if isinstance(task, data.Sentences):
             tools: tuple[str, ...] = SENTENCE_TOOLS
         elif isinstance(task, data.Signals):
-            tools = ("ort-static-minmax", "ort-dynamic", "onnxsim-static")
+            tools = ("ort-static-minmax", "ort-dynamic", "onnxsim-simplify-static")
         else:
-            tools = (*(STATIC[:1] if self.quick else STATIC), "onnxsim-static")
+            tools = (*(STATIC[:1] if self.quick else STATIC), "onnxsim-simplify-static")
         return [tool for tool in (*tools, OURS) if self.tools is None or tool in self.tools]
 
 
@@ -235,7 +235,7 @@ def main() -> None:
         tasks = data.select(options.only or (QUICK_MODELS if options.quick else ",".join(data.TASKS)))
     except ValueError as error:
         parser.error(str(error))
-    work = options.keep or Path(tempfile.mkdtemp(prefix="qgraph-bench-"))
+    work = (options.keep or Path(tempfile.mkdtemp(prefix="qgraph-bench-"))).resolve()
     settings = Settings(
         work,
         options.quick,

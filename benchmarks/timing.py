@@ -53,11 +53,13 @@ class Process:
 def run_process(command: Sequence[str], log: Path, *, threads: int = THREADS, limit: float = 900) -> Process:
     """Run `command` to its end, or kill it after `limit` seconds; what it writes to standard error goes to `log`.
 
+    Its working directory is that of `log`, since some tools drop files where they stand.
+
     A tiny launcher stands between, because a new process inherits the peak memory of the one that starts it.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
     launcher = [sys.executable, "-S", "-c", _LAUNCHER, str(log), str(limit), *command]
-    done = subprocess.run(launcher, check=True, capture_output=True, text=True, env=environment)
+    done = subprocess.run(launcher, check=True, capture_output=True, text=True, env=environment, cwd=log.parent)
     status, seconds, peak = json.loads(done.stdout)
     return Process(status, seconds, peak, log.read_text(errors="replace").strip())
 
