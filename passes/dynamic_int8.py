@@ -1,0 +1,445 @@
+"""8-bit weights, and activations quantized as they come.
+
+    y = MatMul(x, W) + b     =>    y = DynamicQuantizeMatMul(x, W8, scales, , b)
+    where x has more readers =>    x8, s, z = DynamicQuantizeLinear(x), once
+                                   y = MatMulIntegerToFloat(x8, W8, s, scales, z, , b)
+    y = Gemm(x, W, b)        =>    the same, W laid out [in, out]
+    y = LSTM(x, W, R, ...)   =>    y = DynamicQuantizeLSTM(x, W8, R8, ...)
+    y = Gather(T, i)         =>    y = GatherBlockQuantized(T8, i, scales)      T [rows, columns], along the rows
+
+Weights are symmetric int8, with one scale for each output column; x is uint8 with one scale and zero point for the
+tensor, found at run time, so no calibration is needed. The operators are ONNX Runtime's own (com.microsoft).
+
+A result has no shape afterwards unless it is a graph output: where ONNX Runtime knows the shapes, it fuses the Add
+and LayerNormalization that follow into SkipLayerNormalization, which takes more than twice their time on a CPU.
+
+Left in float: products of two activations, weights that are computed, left factors, of another type than float32, of
+more than two dimensions, smaller than `min_elements` or read by somebody who stays in float, convolutions, GRU and
+RNN, what `exclude` names. A second run finds nothing.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+import qgraph.ir
+from qgraph.numerics.quantize import Parameters, minmax_parameters, mse_parameters, quantize
+from qgraph.numerics.schemes import INT8_WEIGHT, UINT8_WEIGHT, Scheme
+from qgraph.pipeline import Context, Pass, Report, Skipped
+
+__all__ = ["DynamicInt8"]
+
+_MICROSOFT = "com.microsoft"
+_BLOCKS = (128, 64, 32, 16)
+"""Elements of an embedding's row that share a scale: the largest that divides the row."""
+_LAZY_ABOVE = 1 << 20
+"""Weights of more elements are quantized when the file is written."""
+_NO_KERNEL = {
+    "Conv": "convolutions have no integer kernel for activations quantized at run time; 'qdq' quantizes them",
+    "ConvTranspose": "convolutions have no integer kernel for activations quantized at run time; 'qdq' quantizes them",
+    "GRU": "there is no integer kernel for GRU",
+    "RNN": "there is no integer kernel for RNN",
+    "Attention": "its products are of activations with activations",
+}
+_LSTM_INPUTS = 8
+_LSTM_ATTRIBUTES = (
+    "activation_alpha",
+    "activation_beta",
+    "activations",
+    "clip",
+    "direction",
+    "hidden_size",
+    "input_forget",
+)
+
+
+class _UnfitError(Exception):
+    """The reason why a node stays in float."""
+
+
+@dataclass(frozen=True)
+class DynamicInt8(Pass):
+    """Store weights in 8 bits and multiply in integers, with activations quantized at run time."""
+
+    name: ClassVar[str] = "dynamic-int8"
+    per_channel: bool = field(default=True, metadata={"help": "one scale for each output column, not for the tensor"})
+    method: Literal["minmax", "mse"] = field(default="minmax", metadata={"help": "how weight scales are found"})
+    reduce_range: bool = field(default=False, metadata={"help": "7-bit weights, for x86 processors without VNNI"})
+    embeddings: bool = field(default=True, metadata={"help": "store the tables of Gather in 8 bits too"})
+    min_elements: int = field(default=4096, metadata={"help": "smaller weights stay in float"})
+    exclude: tuple[str, ...] = field(default=(), metadata={"help": "patterns (*, ?) of names of nodes to leave alone"})
+
+    def apply(self, model: ir.Model, context: Context) -> Report:
+        """Quantize; `skipped` has every node with a weight or a product that stays in float."""
+        del context
+        layers: list[_Layer] = []
+        skipped: list[Skipped] = []
+        for node in qgraph.ir.walk(model):
+            try:
+                layer = self._layer(node)
+            except _UnfitError as reason:
+                skipped.append(Skipped(qgraph.ir.node_label(node), str(reason)))
+                continue
+            if layer is not None:
+                layers.append(layer)
+        layers, shared = _without_shared(layers)
+        skipped += shared
+        if not layers:
+            return Report(skipped=skipped)
+        rewriter = _Rewriter(self, model)
+        counts = Counter(layer.node.op_type for layer in layers)
+        rewriter.run(layers)
+        model.graph.opset_imports.setdefault(_MICROSOFT, 1)
+        notes = [f"{count} {op_type} in 8 bits" for op_type, count in sorted(counts.items())]
+        return Report(changed=len(layers), skipped=skipped, notes=notes)
+
+    def _layer(self, node: ir.Node) -> _Layer | None:
+        """Return what is to be quantized of a node, or None if it is of no concern here."""
+        if node.domain not in ("", "ai.onnx"):
+            return None
+        if node.op_type in _NO_KERNEL:
+            raise _UnfitError(_NO_KERNEL[node.op_type])
+        find = _FINDERS.get(node.op_type)
+        if find is None or (node.op_type == "Gather" and not (self.embeddings and _is_embedding(node))):
+            return None
+        label = qgraph.ir.node_label(node)
+        if any(fnmatch.fnmatchcase(label, pattern) for pattern in self.exclude):
+            raise _UnfitError("it is excluded")
+        layer = find(node)
+        for index in layer.weights:
+            weight = node.inputs[index]
+            assert weight is not None
+            _require_weight(weight, self.min_elements)
+        return layer
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A node to rewrite.
+
+    Attributes:
+        node: the node.
+        weights: which of its inputs are stored in 8 bits.
+        last: the node whose output the new one takes over: `node`, or the Add of a bias behind it.
+        bias: what that Add adds, or a Gemm's bias.
+        bias_factor: what the bias is to be multiplied by.
+        transposed: the weight is laid out [out, in].
+        factor: what the weight is to be multiplied by.
+    """
+
+    node: ir.Node
+    weights: tuple[int, ...]
+    last: ir.Node
+    bias: ir.Value | None = None
+    bias_factor: float = 1.0
+    transposed: bool = False
+    factor: float = 1.0
+
+
+# --- what can be quantized --------------------------------------------------------------------------------------------
+
+
+def _matmul(node: ir.Node) -> _Layer:
+    left, right = node.inputs
+    if right is None or not _is_constant(right):
+        constant = left is not None and _is_constant(left)
+        raise _UnfitError("its constant is the left factor" if constant else "it multiplies activations")
+    _require_matrix(right)
+    _require_rows(left)
+    add = qgraph.ir.only_consumer(node.outputs[0])
+    if add is not None and qgraph.ir.is_op(add, "Add") and add.graph is node.graph:
+        other = add.inputs[1] if add.inputs[0] is node.outputs[0] else add.inputs[0]
+        if _is_bias(other, _dims(right)[1]):
+            return _Layer(node, (1,), add, other)
+    return _Layer(node, (1,), node)
+
+
+def _gemm(node: ir.Node) -> _Layer:
+    weight = node.inputs[1]
+    if weight is None or not _is_constant(weight):
+        raise _UnfitError("it multiplies activations")
+    _require_matrix(weight)
+    if node.attributes.get_int("transA", 0):
+        raise _UnfitError("its input is transposed")
+    transposed = bool(node.attributes.get_int("transB", 0))
+    columns = _dims(weight)[0 if transposed else 1]
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None and not _is_bias(bias, columns):
+        raise _UnfitError("its bias is not a constant for each output column")
+    alpha, beta = (node.attributes.get_float(name, 1.0) for name in ("alpha", "beta"))
+    return _Layer(node, (1,), node, bias, beta, transposed, alpha)
+
+
+def _lstm(node: ir.Node) -> _Layer:
+    if any(value is None or not _is_constant(value) for value in node.inputs[1:3]):
+        raise _UnfitError("its weights are computed")
+    if node.attributes.get_int("layout", 0):
+        raise _UnfitError("its batch comes first, which the integer kernel cannot do")
+    return _Layer(node, (1, 2), node, transposed=True)
+
+
+def _gather(node: ir.Node) -> _Layer:
+    table = node.inputs[0]
+    assert table is not None
+    if not any(_dims(table)[1] % block == 0 for block in _BLOCKS):
+        raise _UnfitError(f"the {_dims(table)[1]} columns of its table are not a multiple of {_BLOCKS[-1]}")
+    return _Layer(node, (0,), node)
+
+
+def _is_embedding(node: ir.Node) -> bool:
+    """Tell whether a Gather looks up rows of a float matrix."""
+    table = node.inputs[0]
+    if table is None or not _is_constant(table) or table.dtype not in _FLOATS:
+        return False
+    return len(_dims(table)) == 2 and node.attributes.get_int("axis", 0) in (0, -2)
+
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+_FINDERS: dict[str, Callable[[ir.Node], _Layer]] = {"MatMul": _matmul, "Gemm": _gemm, "LSTM": _lstm, "Gather": _gather}
+
+
+def _is_constant(value: ir.Value) -> bool:
+    return value.const_value is not None and not value.is_graph_input()
+
+
+def _dims(value: ir.Value) -> tuple[int, ...]:
+    assert value.const_value is not None
+    return tuple(value.const_value.shape.numpy())
+
+
+def _require_matrix(weight: ir.Value) -> None:
+    if len(_dims(weight)) != 2:
+        raise _UnfitError(f"its weight has {len(_dims(weight))} dimensions, not 2")
+
+
+def _require_rows(value: ir.Value | None) -> None:
+    if value is not None and value.shape is not None and len(value.shape) < 2:
+        raise _UnfitError("its input is a vector")
+
+
+def _require_weight(weight: ir.Value, min_elements: int) -> None:
+    tensor = weight.const_value
+    assert tensor is not None
+    if tensor.dtype != ir.DataType.FLOAT:
+        raise _UnfitError(f"its weight is {tensor.dtype.name.lower()}, not float32")
+    if tensor.size < max(min_elements, 1):
+        raise _UnfitError(f"its weight has {tensor.size} elements: too few to gain anything")
+    if weight.is_graph_output():
+        raise _UnfitError("its weight is an output of the model")
+
+
+def _is_bias(value: ir.Value | None, columns: int) -> bool:
+    """Tell whether a constant adds one number to each of `columns` and leaves the rank of a matrix alone."""
+    if value is None or not _is_constant(value) or value.dtype != ir.DataType.FLOAT:
+        return False
+    dims = _dims(value)
+    return len(dims) <= 2 and all(dim == 1 for dim in dims[:-1]) and (not dims or dims[-1] in (1, columns))
+
+
+def _without_shared(layers: Sequence[_Layer]) -> tuple[list[_Layer], list[Skipped]]:
+    """Leave out layers whose weight also serves a node that stays in float: storing it twice gains nothing."""
+    kept, skipped = list(layers), list[Skipped]()
+    while True:
+        nodes = {layer.node for layer in kept}
+        shared = {layer.node: reader for layer in kept if (reader := _float_reader(layer, nodes)) is not None}
+        if not shared:
+            return kept, skipped
+        for node, reader in shared.items():
+            reason = f"its weight is read by '{qgraph.ir.node_label(reader)}' too, which stays in float"
+            skipped.append(Skipped(qgraph.ir.node_label(node), reason))
+        kept = [layer for layer in kept if layer.node not in shared]
+
+
+def _float_reader(layer: _Layer, quantized: set[ir.Node]) -> ir.Node | None:
+    weights = [layer.node.inputs[index] for index in layer.weights]
+    readers = (use.node for weight in weights if weight is not None for use in weight.uses())
+    return next((reader for reader in readers if reader not in quantized), None)
+
+
+# --- the rewriting ----------------------------------------------------------------------------------------------------
+
+
+class _Rewriter:
+    def __init__(self, options: DynamicInt8, model: ir.Model) -> None:
+        self._options = options
+        self._model = model
+        self._graph = model.graph
+        self._weights: dict[tuple[object, ...], list[ir.Value]] = {}
+        self._inputs: dict[tuple[ir.Value, ir.Graph], Sequence[ir.Value]] = {}
+
+    def run(self, layers: Sequence[_Layer]) -> None:
+        products = [layer for layer in layers if layer.node.op_type in ("MatMul", "Gemm")]
+        readers = Counter((layer.node.inputs[0], layer.node.graph) for layer in products)
+        displaced = [layer.node.inputs[index] for layer in layers for index in layer.weights]
+        displaced += [layer.bias for layer in layers]
+        for layer in layers:
+            if layer.node.op_type == "Gather":
+                new = self._embedding(layer)
+            elif layer.node.op_type == "LSTM":
+                new = self._recurrence(layer)
+            else:
+                new = self._product(layer, shared=readers[layer.node.inputs[0], layer.node.graph] > 1)
+            self._replace(layer, new)
+        self._drop(displaced)
+
+    def _product(self, layer: _Layer, *, shared: bool) -> ir.Node:
+        x, weight = layer.node.inputs[:2]
+        assert x is not None
+        assert weight is not None
+        values, scale = self._matrix(weight, layer)
+        bias = self._bias(layer, _dims(values)[1])
+        if not shared:
+            return self._new("DynamicQuantizeMatMul", [x, values, scale, None, bias], layer.node)
+        integers, input_scale, zero_point = self._quantized_input(x, layer.node)
+        inputs = [integers, values, input_scale, scale, zero_point, None, bias]
+        return self._new("MatMulIntegerToFloat", inputs, layer.node)
+
+    def _bias(self, layer: _Layer, columns: int) -> ir.Value | None:
+        """Return the bias as [columns]."""
+        if layer.bias is None or (_dims(layer.bias) == (columns,) and layer.bias_factor == 1.0):
+            return layer.bias
+        array = qgraph.ir.constant(layer.bias)
+        assert array is not None
+        spread = np.broadcast_to(array.reshape(-1) * np.float32(layer.bias_factor), (columns,))
+        return self._constant(f"{layer.bias.name}_spread", np.ascontiguousarray(spread))
+
+    def _quantized_input(self, x: ir.Value, before: ir.Node) -> Sequence[ir.Value]:
+        """Return x in uint8, its scale and its zero point; they are computed before the first node that needs them."""
+        graph = before.graph
+        assert graph is not None
+        key = (x, graph)
+        if key not in self._inputs:
+            node = ir.node("DynamicQuantizeLinear", [x], num_outputs=3)
+            node.name = qgraph.ir.fresh_name(self._graph, f"{x.name}_quantize")
+            types = (ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.UINT8)
+            for output, part, dtype in zip(node.outputs, ("uint8", "scale", "zero_point"), types, strict=True):
+                output.name = qgraph.ir.fresh_name(self._graph, f"{x.name}_{part}")
+                output.type = ir.TensorType(dtype)
+            qgraph.ir.insert_before(before, node)
+            self._inputs[key] = node.outputs
+        return self._inputs[key]
+
+    def _embedding(self, layer: _Layer) -> ir.Node:
+        table, indices = layer.node.inputs[:2]
+        assert table is not None
+        block = next(size for size in _BLOCKS if _dims(table)[1] % size == 0)
+        scheme = UINT8_WEIGHT.per_group(2, 1, block)
+        key = (table, "embedding")
+        if key not in self._weights:
+            self._weights[key] = self._store(table, f"{table.name}", lambda array: array, scheme)
+        values, scale = self._weights[key]
+        attributes = {"bits": 8, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
+        return self._new("GatherBlockQuantized", [values, indices, scale], layer.node, attributes)
+
+    def _recurrence(self, layer: _Layer) -> ir.Node:
+        node = layer.node
+        inputs: list[ir.Value | None] = [*node.inputs, *[None] * (_LSTM_INPUTS - len(node.inputs))]
+        parameters: list[ir.Value] = []
+        for index in layer.weights:
+            weight = node.inputs[index]
+            assert weight is not None
+            key = (weight, "recurrence")
+            if key not in self._weights:
+                self._weights[key] = self._gates(weight)
+            inputs[index], *rest = self._weights[key]
+            parameters += rest
+        attributes = {name: node.attributes[name] for name in _LSTM_ATTRIBUTES if name in node.attributes}
+        new = self._new("DynamicQuantizeLSTM", [*inputs, *parameters], node, outputs=len(node.outputs))
+        new.attributes.update({name: ir.Attr(name, one.type, one.value) for name, one in attributes.items()})
+        return new
+
+    def _gates(self, weight: ir.Value) -> list[ir.Value]:
+        """Return a weight [directions, gates, in] as int8 [directions, in, gates], its scales and its zero points."""
+        scheme = self._scheme()
+        scheme = Scheme(scheme.bits, narrow=scheme.narrow, block_shape=(1, -1, 1 if self._options.per_channel else -1))
+        values, scale = self._store(weight, f"{weight.name}", lambda array: array.transpose(0, 2, 1), scheme)
+        zeros = self._constant(f"{weight.name}_zero_point", np.zeros(_dims(scale), np.int8))
+        return [values, scale, zeros]
+
+    def _matrix(self, weight: ir.Value, layer: _Layer) -> list[ir.Value]:
+        """Return a weight as int8 [in, out] and its scales."""
+        key = (weight, layer.transposed, layer.factor)
+        if key not in self._weights:
+            scheme = self._scheme().per_channel(2, 1) if self._options.per_channel else self._scheme()
+            factor = np.float32(layer.factor)
+
+            def layout(array: np.ndarray) -> np.ndarray:
+                array = array.T if layer.transposed else array
+                return array if factor == 1.0 else array * factor
+
+            self._weights[key] = self._store(weight, f"{weight.name}", layout, scheme)
+        return self._weights[key]
+
+    def _scheme(self) -> Scheme:
+        return Scheme(bits=7, narrow=True) if self._options.reduce_range else INT8_WEIGHT
+
+    def _store(
+        self, weight: ir.Value, name: str, layout: Callable[[np.ndarray], np.ndarray], scheme: Scheme
+    ) -> list[ir.Value]:
+        """Add the integers and the scales of a weight to the model."""
+        tensor = weight.const_value
+        assert tensor is not None
+        array = layout(tensor.numpy())
+        parameters = (mse_parameters if self._options.method == "mse" else minmax_parameters)(array, scheme)
+        dtype = ir.DataType.from_numpy(scheme.dtype)
+        integers: np.ndarray | ir.LazyTensor
+        if array.size > _LAZY_ABOVE:
+            integers = qgraph.ir.lazy(lambda: _integers(tensor, layout, scheme, parameters), dtype, array.shape)
+        else:
+            integers = _integers(tensor, layout, scheme, parameters)
+        values = qgraph.ir.initializer(self._graph, f"{name}_{scheme.dtype}", integers)
+        scale = qgraph.ir.initializer(self._graph, f"{name}_scale", _kernel_scale(parameters, array.shape, scheme))
+        return [values, scale]
+
+    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
+        return qgraph.ir.initializer(self._graph, name, array)
+
+    def _new(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        like: ir.Node,
+        attributes: dict[str, int] | None = None,
+        outputs: int = 1,
+    ) -> ir.Node:
+        while inputs[-1] is None:
+            inputs = inputs[:-1]
+        return ir.node(op_type, inputs, attributes, domain=_MICROSOFT, num_outputs=outputs, name=like.name)
+
+    def _replace(self, layer: _Layer, new: ir.Node) -> None:
+        last = layer.last
+        declared = [output.is_graph_output() for output in last.outputs]
+        qgraph.ir.replace_node(last, new)
+        if layer.node is not last:
+            qgraph.ir.discard(layer.node)
+        for output, keeps_shape in zip(new.outputs, declared, strict=True):
+            if not keeps_shape:
+                output.shape = None
+
+    def _drop(self, displaced: Sequence[ir.Value | None]) -> None:
+        unread = {value for value in displaced if value is not None and not value.uses()}
+        for graph in qgraph.ir.all_graphs(self._model):
+            for name in [name for name, value in graph.initializers.items() if value in unread]:
+                del graph.initializers[name]
+
+
+def _integers(
+    tensor: ir.TensorProtocol, layout: Callable[[np.ndarray], np.ndarray], scheme: Scheme, parameters: Parameters
+) -> np.ndarray:
+    return np.ascontiguousarray(quantize(layout(tensor.numpy()), scheme, parameters).values)
+
+
+def _kernel_scale(parameters: Parameters, shape: tuple[int, ...], scheme: Scheme) -> np.ndarray:
+    """Return scales as the kernels want them: for a weight of three dimensions [directions, columns or one]."""
+    if len(shape) < 3:
+        return np.asarray(parameters.scale)
+    grid = scheme.grid(shape)
+    scale = np.asarray(parameters.scale).reshape(grid[0], grid[2])
+    return scale if grid[2] > 1 else scale[:, 0]
