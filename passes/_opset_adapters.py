@@ -116,11 +116,9 @@ def _scan_9(node: ir.Node, build: Builder) -> None:
     build.refuse(node, "Scan of opset 8 has a batch axis and sequence lengths, which exist no more")
 
 
-def _dropout_10(node: ir.Node, build: Builder) -> None:
-    _drop_outputs(node, build, "its mask is read, which was not boolean")
-
-
 def _dropout_12(node: ir.Node, build: Builder) -> None:
+    """The mask was all false at inference as runtimes computed it, and no boolean before 10; now it is all true."""
+    _drop_outputs(node, build, "its mask is read, which means something else now")
     ratio = node.attributes.pop("ratio", None)
     if ratio is not None:
         node.resize_inputs(2)
@@ -229,7 +227,7 @@ _BY_OPERATOR: Mapping[str, Sequence[tuple[int, Adapter]]] = {
     "BatchNormalization": [(9, _batch_norm_9), (14, _batch_norm_14)],
     "Clip": [(11, _clip_11)],
     "DFT": [(20, _dft_20)],
-    "Dropout": [(10, _dropout_10), (12, _dropout_12)],
+    "Dropout": [(12, _dropout_12)],
     "GridSample": [(20, _grid_sample_20)],
     "GroupNormalization": [(21, _group_norm_21)],
     "Hardmax": [(13, _softmax_13)],

@@ -7,8 +7,8 @@
 
 Up from opset 7, in place, without writing the model anywhere. A model of a later opset than `version` stays as it is.
 Values stay the same as ONNX Runtime computes them. What cannot be converted stops the pass with the node's name:
-Scan of opset 8, BatchNormalization with statistics for every element or read in training mode, a Dropout mask read
-as a number, Resize of opset 10 with computed scales in nearest mode, operators that onnx does not know.
+Scan of opset 8, BatchNormalization with statistics for every element or read in training mode, a Dropout mask that
+is read, Resize of opset 10 with computed scales in nearest mode, operators that onnx does not know.
 """
 
 from __future__ import annotations
