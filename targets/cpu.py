@@ -18,7 +18,7 @@ from qgraph.targets.base import Kernels, Session, Target
 __all__ = ["CpuFp32", "CpuInt8"]
 
 _PREPARE = (
-    "lift-constants,remove-unused,remove-identity,infer-shapes,fold-constants,"
+    "inline-functions,lift-constants,convert-opset{version=21},fold-constants,remove-identity,fold-batch-norm,"
     "deduplicate-initializers,merge-duplicates,remove-unused"
 )
 
@@ -61,7 +61,7 @@ class CpuInt8(_OnnxRuntimeCpu):
         """Return static quantization for convolutional graphs."""
         del context
         convolutional = any(qgraph.ir.is_op(node, "Conv") for node in qgraph.ir.walk(model))
-        return Pipeline.parse("qdq" if convolutional else "dynamic-int8")
+        return Pipeline.parse("qdq" if convolutional else "fuse-attention,dynamic-int8")
 
     def kernels(self, folder: Path) -> Kernels:
         """Count the kernels of the graph as ONNX Runtime has fused it."""
