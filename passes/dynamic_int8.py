@@ -10,8 +10,9 @@
 Weights are symmetric int8, with one scale for each output column; x is uint8 with one scale and zero point for the
 tensor, found at run time, so no calibration is needed. The operators are ONNX Runtime's own (com.microsoft).
 
-A result has no shape afterwards unless it is a graph output: where ONNX Runtime knows the shapes, it fuses the Add
-and LayerNormalization that follow into SkipLayerNormalization, which takes more than twice their time on a CPU.
+What is computed from the results has no shape afterwards, graph outputs excepted: where ONNX Runtime is told the
+shapes, it fuses Add and LayerNormalization into SkipLayerNormalization, which takes more than twice their time on a
+CPU. It cannot infer the shapes itself behind its own operators.
 
 Left in float: products of two activations, weights that are computed, left factors, of another type than float32, of
 more than two dimensions, smaller than `min_elements` or read by somebody who stays in float, convolutions, GRU and
@@ -288,6 +289,7 @@ class _Rewriter:
                 new = self._product(layer, shared=readers[layer.node.inputs[0], layer.node.graph] > 1)
             self._replace(layer, new)
         self._drop(displaced)
+        _forget_shapes(self._model)
 
     def _product(self, layer: _Layer, *, shared: bool) -> ir.Node:
         x, weight = layer.node.inputs[:2]
@@ -414,20 +416,26 @@ class _Rewriter:
         return ir.node(op_type, inputs, attributes, domain=_MICROSOFT, num_outputs=outputs, name=like.name)
 
     def _replace(self, layer: _Layer, new: ir.Node) -> None:
-        last = layer.last
-        declared = [output.is_graph_output() for output in last.outputs]
-        qgraph.ir.replace_node(last, new)
-        if layer.node is not last:
+        qgraph.ir.replace_node(layer.last, new)
+        if layer.node is not layer.last:
             qgraph.ir.discard(layer.node)
-        for output, keeps_shape in zip(new.outputs, declared, strict=True):
-            if not keeps_shape:
-                output.shape = None
 
     def _drop(self, displaced: Sequence[ir.Value | None]) -> None:
         unread = {value for value in displaced if value is not None and not value.uses()}
         for graph in qgraph.ir.all_graphs(self._model):
             for name in [name for name, value in graph.initializers.items() if value in unread]:
                 del graph.initializers[name]
+
+
+def _forget_shapes(model: ir.Model) -> None:
+    """Forget the shapes of the results of ONNX Runtime's own operators, and of what is computed from them."""
+    behind: set[ir.Value] = set()
+    for node in qgraph.ir.walk(model):
+        if node.domain == _MICROSOFT or any(value in behind for value in node.inputs):
+            behind.update(node.outputs)
+            for output in node.outputs:
+                if not output.is_graph_output():
+                    output.shape = None
 
 
 def _integers(
