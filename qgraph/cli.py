@@ -47,7 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.UsageError as error:
         return _usage_error(error)
     except BrokenPipeError:
-        _abandon_output()
         return BROKEN_PIPE
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
@@ -56,7 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error), BAD_INPUT)
     except OSError as error:
-        _abandon_output()
         if debug or error.errno not in _MENDABLE:
             return _fault(error, debug=debug)
         place = f"{error.filename}: " if error.filename is not None else ""
@@ -73,14 +71,6 @@ def _invoke(arguments: list[str]) -> int:
         status = leaving.exit_code
     sys.stdout.flush()
     return int(status or 0)
-
-
-def _abandon_output() -> None:
-    """Drop what standard output cannot take: the interpreter would try once more when it ends, and complain."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage_error(error: click.UsageError) -> int:

@@ -165,6 +165,20 @@ def test_calibration_that_is_none(refused, work: Path, source: str):
     assert source.partition(":")[0] in line
 
 
+def test_calibration_code_that_fails(refused, work: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    late = "def late():\n    yield {'x': np.zeros((1, 64), np.float32)}\n    1 / 0\n"
+    (work / "failing_feeds.py").write_text(f"import numpy as np\n{late}def once():\n    1 / 0\n")
+    for name in ("late", "once"):
+        line = refused("compile", "model.onnx", "-t", "cpu-int8", "--calib", f"failing_feeds:{name}")
+        assert line == f"failing_feeds:{name} failed: ZeroDivisionError: division by zero"
+
+
+def test_folders_made_for_the_output_go_again(refused, work: Path):
+    np.savez(work / "calib.npz", X=np.zeros((8, 64), np.float32))
+    assert "calib.npz" in refused(*COMPILE, "-o", "new/folder/artifact")
+
+
 def test_a_renamed_array_needs_the_right_names(refused, work: Path):
     np.savez(work / "calib.npz", data=np.zeros((8, 64), np.float32))
     assert "data" in refused(*COMPILE, "--map", "dada=x")

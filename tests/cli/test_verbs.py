@@ -161,7 +161,7 @@ def test_inspect_counts(qgraph: Run, artifact: Path):
     compiled = qgraph("inspect", artifact)
     assert compiled.returncode == 0, compiled.stderr
     assert re.search(r"^artifact +for cpu-int8, verified", compiled.stderr, re.MULTILINE)
-    assert re.search(r"^int8 +18\.9 kB", compiled.stderr, re.MULTILINE)
+    assert re.search(r"^int8 +16\.4 kB", compiled.stderr, re.MULTILINE)
 
 
 def test_diff_names_the_layers(qgraph: Run, artifact: Path):
