@@ -194,6 +194,11 @@ class Bench:
         return {tool: float(np.median(seconds)) for tool, seconds in json.loads(result.read_text()).items()}
 
 
+def _imports_mib(modules: str, work: Path) -> float:
+    """Return the peak memory of a process that only imports `modules`."""
+    return timing.run_process([sys.executable, "-c", f"import {modules}"], work / "log.txt").peak_mib
+
+
 def _size_mb(model: Path) -> float:
     weights = model.with_name(model.name + ".data")
     return (model.stat().st_size + (weights.stat().st_size if weights.is_file() else 0)) / 1e6
@@ -236,13 +241,22 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     work = (options.keep or Path(tempfile.mkdtemp(prefix="qgraph-bench-"))).resolve()
+    work.mkdir(parents=True, exist_ok=True)
     settings = Settings(
         work,
         options.quick,
         frozenset(options.tools.split(",")) if options.tools else None,
         _onnxsim_python(),
     )
-    results: dict[str, Any] = {"machine": timing.machine(), "quick": options.quick, "models": {}}
+    results: dict[str, Any] = {
+        "machine": timing.machine(),
+        "quick": options.quick,
+        "imports_mib": {
+            "ort-static": _imports_mib("onnxruntime.quantization", work),
+            OURS: _imports_mib("qgraph.compiler, onnxruntime", work),
+        },
+        "models": {},
+    }
     try:
         for task in tasks:
             results["models"][task.name] = Bench(task, settings).run()

@@ -1,0 +1,131 @@
+"""The benchmark's own measuring: wrong scales or a wrong verdict there would make every figure worthless."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import metrics
+import report
+import timing
+
+
+def test_sqnr_is_twenty_decibels_for_a_tenth_of_noise() -> None:
+    signal = np.array([[3.0, -4.0]])
+    assert metrics.sqnr_db(signal, signal * 1.1) == pytest.approx(20)
+    assert metrics.sqnr_db(signal, signal) == 200
+    assert metrics.sqnr_db(signal, signal * np.nan) == float("-inf")
+
+
+def test_spearman_pairs_first_and_second_sentences() -> None:
+    angles = np.array([0.0, 0.0, 0.0, 0.1, 0.5, 1.0])
+    embeddings = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    assert metrics.spearman_x100(embeddings, np.array([5, 3, 1])) == pytest.approx(100)
+    assert metrics.spearman_x100(embeddings, np.array([1, 3, 5])) == pytest.approx(-100)
+
+
+def test_mean_pool_leaves_padding_out() -> None:
+    hidden = np.array([[[3.0, 0.0], [0.0, 4.0], [9.0, 9.0]]])
+    np.testing.assert_allclose(metrics.mean_pool(hidden, np.array([[1, 1, 0]])), [[0.6, 0.8]])
+
+
+def _box(kind: int, score: float, x: float, size: float = 0.2) -> list[float]:
+    return [kind, score, x, 0.1, x + size, 0.1 + size]
+
+
+def test_average_precision_of_a_perfect_a_missed_and_a_doubled_detection() -> None:
+    truth = [np.array([[7, 0.1, 0.1, 0.3, 0.3]]), np.array([[7, 0.5, 0.1, 0.7, 0.3]])]
+    perfect = [np.array([_box(7, 0.9, 0.1)]), np.array([_box(7, 0.8, 0.5)])]
+    assert metrics.average_precision_50(perfect, truth) == pytest.approx(100)
+    missed = [perfect[0], np.zeros((0, 6))]
+    assert metrics.average_precision_50(missed, truth) == pytest.approx(100 * 51 / 101)
+    doubled = [np.array([_box(7, 0.9, 0.1), _box(7, 0.85, 0.11)]), perfect[1]]
+    assert metrics.average_precision_50(doubled, truth) == pytest.approx(100 * (51 + 50 * 2 / 3) / 101)
+    wrong_class = [np.array([_box(8, 0.9, 0.1)]), np.array([_box(8, 0.8, 0.5)])]
+    assert metrics.average_precision_50(wrong_class, truth) == 0
+
+
+def test_detections_are_decoded_and_thinned_out() -> None:
+    maps = np.zeros((85, 22, 22), np.float32)
+    maps[3:5] = -20
+    for column in (3, 4):
+        maps[0, 5, column] = 1
+        maps[5 + 9, 5, column] = 1 if column == 3 else 0.9
+        maps[3:5, 5, column] = 0
+    (best,) = metrics.decode_fastestdet(maps)
+    np.testing.assert_allclose(best, [9, 1, 3 / 22 - 0.25, 5 / 22 - 0.25, 3 / 22 + 0.25, 5 / 22 + 0.25], atol=1e-6)
+
+
+class _Sleeper:
+    """Takes a given time per run, except that every third run is disturbed."""
+
+    def __init__(self, seconds: float, clock: list[float]) -> None:
+        self.seconds, self.clock, self.runs = seconds, clock, 0
+
+    def run(self, names: None, feed: dict) -> None:
+        self.runs += 1
+        self.clock[0] += self.seconds * (5 if self.runs % 3 == 0 else 1)
+
+
+def test_the_least_of_the_runs_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    seconds = timing.in_turn({"slow": _Sleeper(0.02, clock), "fast": _Sleeper(0.01, clock)}, [{}, {}])
+    assert seconds["slow"] == pytest.approx([0.02, 0.02])
+    assert seconds["fast"] == pytest.approx([0.01, 0.01])
+
+
+def test_a_process_is_measured_without_the_memory_of_its_parent(tmp_path: Path) -> None:
+    held = np.ones(40_000_000)
+    small = timing.run_process([sys.executable, "-S", "-c", "pass"], tmp_path / "log")
+    large = timing.run_process([sys.executable, "-S", "-c", "bytearray(200_000_000)"], tmp_path / "log")
+    failing = timing.run_process([sys.executable, "-S", "-c", "raise SystemExit('why')"], tmp_path / "log")
+    endless = timing.run_process([sys.executable, "-S", "-c", "while True: pass"], tmp_path / "log", limit=0.5)
+    assert small.status == 0
+    assert small.peak_mib < held.nbytes / 2**20 / 4
+    assert 190 < large.peak_mib < 260
+    assert (failing.status, failing.errors) == (1, "why")
+    assert endless.status == -9
+    assert 0.5 <= endless.seconds < 10
+
+
+def _results(kind: str, ours: dict, **peers: dict) -> dict:
+    base = {"failure": None, "remarks": [], "size_mb": 23.0, "seconds": 10.0, "peak_mib": 400.0}
+    tools = {"fp32": {"failure": None, "score": 80.0, "size_mb": 90.0, "speedup": 1.0}}
+    tools |= {name.replace("_", "-"): base | one for name, one in peers.items()} | {"qgraph": base | ours}
+    return {"models": {"m": {"kind": kind, "metric": "", "tools": tools}}}
+
+
+def _verdicts(results: dict) -> dict[str, bool]:
+    return {row.measure.partition(" (")[0]: row.reached for row in report.rows(results)}
+
+
+def test_verdicts_on_a_sentence_encoder() -> None:
+    peers = {
+        "ort_static_minmax": {"score": 40.0, "speedup": 0.5, "seconds": 20.0, "peak_mib": 900.0},
+        "ort_dynamic": {"score": 79.8, "speedup": 2.0},
+    }
+    good = {"score": 79.9, "speedup": 2.4, "size_mb": 23.9}
+    assert all(_verdicts(_results("Sentences", good, **peers)).values())
+    bad = {"score": 79.8, "speedup": 2.3, "size_mb": 24.1, "seconds": 21.0, "peak_mib": 500.0}
+    assert not any(_verdicts(_results("Sentences", bad, **peers)).values())
+
+
+def test_verdicts_on_a_classifier() -> None:
+    peers = {
+        "ort_static_minmax": {"score": 79.0, "speedup": 2.0, "peak_mib": 900.0},
+        "ort_static_entropy": {"score": 79.5, "speedup": 1.9, "seconds": 90.0},
+        "onnxsim_simplify_static": {"score": 81.0, "speedup": 0.9},
+    }
+    assert all(_verdicts(_results("Classifier", {"score": 79.5, "speedup": 1.97}, **peers)).values())
+    bad = {"score": 79.4, "speedup": 1.95, "seconds": 10.1, "peak_mib": 451.0}
+    assert not any(_verdicts(_results("Classifier", bad, **peers)).values())
+
+
+def test_a_failure_is_a_verdict_too() -> None:
+    assert _verdicts(_results("Classifier", {"failure": "error: broken"})) == {"compiles": False}
