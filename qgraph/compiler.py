@@ -343,7 +343,7 @@ class _Run:
         samples = self._verification_samples(before)
         verification = verify_sessions(before, after, samples, labels=self.labels, progress=self.context.progress)
         failures = verification.meets(tolerance)
-        self.event("verify", f"{len(samples)} {self.data_kind}   {verification.summary()}")
+        self.event("verify", f"{verification.samples} {self.data_kind}   {verification.summary()}")
         self.bench = _bench(before, after, samples, self.context.threads)
         (stage / "recipe.toml").write_text(_recipe(self.target, plan), encoding="utf-8")
         manifest = write_manifest(stage, self._facts(before, plan, verification, tolerance, failures))

@@ -48,7 +48,7 @@ class Watch:
 
     def __iter__(self) -> Iterator[tuple[str, Observation]]:
         self.unavailable.clear()
-        samples = self._context.samples("calibration")
+        samples = self._context.samples("static quantization")
         first = next(iter(samples), None)
         if first is None:
             raise UserError("the calibration set is empty: give at least one sample")
