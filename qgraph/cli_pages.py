@@ -174,7 +174,9 @@ def inspection_tables(found: Inspection) -> list[Table]:
 def _facts(found: Inspection) -> list[tuple[str, str]]:
     cost = found.cost
     domains = ", ".join(f"{domain or 'onnx'} {version}" for domain, version in cost.domains.items())
-    unknown = f" (of {len(cost.unknown)} nodes unknown: {cost.unknown[0].reason})" if cost.unknown else ""
+    unknown = (
+        f", without {len(cost.unknown)} nodes of unknown shapes (--json gives the reasons)" if cost.unknown else ""
+    )
     sizes = ", ".join(f"{name}={size}" for name, size in cost.axes.items())
     peak = "unknown" if cost.peak_activation_bytes is None else bytes_text(cost.peak_activation_bytes)
     facts = [
