@@ -10,9 +10,11 @@ size, the weights go to a file beside the graph, as the ONNX specification of ex
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import mmap
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -33,9 +35,12 @@ STREAMED_FROM = 1024
 ALIGNMENT = 64
 """Tensors in a weight file start at multiples of this, so that vector loads from the mapped file are aligned."""
 
+# What onnx_ir warns of while it reads a broken model, `qgraph.ir.load` refuses in words.
+logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
+
 _LARGEST_PROTOBUF = (1 << 31) - 1
 _CHUNK = 1 << 24
-_TEXT_FORMATS = {".json", ".onnxtxt", ".pbtxt", ".prototxt", ".textproto"}
+_TEXT_FORMATS = {".json", ".onnxjson", ".onnxtext", ".onnxtxt", ".pbtxt", ".prototxt", ".textproto", ".txtpb"}
 _OLDEST_IR = 3
 
 
@@ -102,6 +107,11 @@ class MappedTensor(ir.TensorProtocol):
         return self._file.path
 
     @property
+    def offset(self) -> int:
+        """Where in the file they begin."""
+        return self._offset
+
+    @property
     def size(self) -> int:
         """The number of elements."""
         return math.prod(self.shape.numpy())
@@ -154,7 +164,7 @@ def read(path: Path) -> ir.Model:
         raise UserError(f"{path} is a folder: name the .onnx file in it")
     try:
         if path.suffix.lower() in _TEXT_FORMATS:
-            file, proto = None, onnx.load(path, load_external_data=False)
+            file, proto = None, _parse_text(path)
         else:
             file = MappedFile(path)
             proto = _parse(file)
@@ -168,6 +178,12 @@ def read(path: Path) -> ir.Model:
     except Exception as error:
         raise UserError(f"{path} is not a valid ONNX model: {_first_line(error)}") from error
     return model
+
+
+def _parse_text(path: Path) -> onnx.ModelProto:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # onnx calls its text formats experimental
+        return onnx.load(path, load_external_data=False)
 
 
 def _parse(file: MappedFile) -> onnx.ModelProto:
@@ -188,8 +204,8 @@ def _parse(file: MappedFile) -> onnx.ModelProto:
 
 def _first_line(error: BaseException) -> str:
     """Return the innermost cause in one line: the errors of onnx_ir wrap it in a trace of what was being read."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]
 
@@ -206,7 +222,9 @@ def _refuse(proto: onnx.ModelProto) -> None:
             f"{onnx.IR_VERSION} at most: upgrade onnx"
         )
     known = onnx.defs.onnx_opset_version()
-    for opset in proto.opset_import:
+    for opset in [*proto.opset_import, *(opset for function in proto.functions for opset in function.opset_import)]:
+        if opset.domain in ("", "ai.onnx") and opset.version < 1:
+            raise UserError(f"the model is written for opset {opset.version}, which does not exist: export it again")
         if opset.domain in ("", "ai.onnx") and opset.version > known:
             raise UserError(
                 f"the model is written for opset {opset.version}, and the installed onnx {onnx.__version__} knows "

@@ -1,12 +1,15 @@
 """Copies of a graph that give other outputs than the model: tensors inside it, their sizes, or reductions of them.
 
-The weights are handed to ONNX Runtime as views of the model's own arrays. So models of more than 2 GB work, nothing is
-written to disk, and the graph that is serialized has a few bytes for each node.
+Weights that lie in a file beside the model are mapped from there by ONNX Runtime, others are handed over as arrays. So
+models of more than 2 GB work, nothing is written to disk, and the graph that is serialized has a few bytes for each
+node.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -15,6 +18,7 @@ from onnx_ir.passes import common
 
 import qgraph.ir
 from qgraph.errors import UserError
+from qgraph.onnx_file import MappedTensor
 from qgraph.pipeline import Feeds
 
 if TYPE_CHECKING:
@@ -143,10 +147,13 @@ class Probe:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _FATAL_ONLY
         options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.enable_mem_pattern = False  # it plans one block for all shapes seen, and doubles the peak
         if not optimise:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        self._weights = _detach_weights(copy)
+        self._weights, folder = _detach_weights(copy)
+        if folder:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         options.add_external_initializers(list(self._weights), list(self._weights.values()))
         self._names = [value.name for value in outputs]
         self._inputs = [value.name for value in kept if value.name]
@@ -206,23 +213,39 @@ def _runtime_kind(argument: object) -> Kind:
     return Kind(_NUMBERS.get(inner), inner or "unknown", tuple(shape) if shape else None)
 
 
-def _detach_weights(model: ir.Model) -> dict[str, onnxruntime.OrtValue]:
-    """Replace the larger initializers of the main graph by references without data; return the data by name."""
+def _detach_weights(model: ir.Model) -> tuple[dict[str, onnxruntime.OrtValue], str]:
+    """Take the data of the larger initializers out of the main graph.
+
+    Those that lie in files are mapped from there by the runtime, if all in one folder, which is returned. The others
+    are returned by name.
+    """
     import onnxruntime
 
+    folders = Counter[Path]()
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, MappedTensor):
+            folders[value.const_value.path.parent] += value.const_value.nbytes
+    folder = folders.most_common(1)[0][0] if folders else None
     weights = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is None or tensor.nbytes < _INLINE_BELOW or tensor.dtype == ir.DataType.STRING:
+            continue
+        if isinstance(tensor, MappedTensor) and tensor.path.parent == folder:
+            value.const_value = _reference(tensor, name, tensor.path.name, tensor.offset)
             continue
         array = np.ascontiguousarray(tensor.numpy())
         if array.nbytes != tensor.nbytes:
             continue  # packed elements of less than a byte
         bare = array.view(f"u{array.itemsize}") if array.dtype.kind == "V" else array
         weights[name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bare, int(tensor.dtype))
-        shape = ir.Shape(array.shape)
-        value.const_value = ir.ExternalTensor("weights", 0, array.nbytes, tensor.dtype, shape=shape, name=name)
-    return weights
+        value.const_value = _reference(tensor, name, "weights", 0)
+    return weights, "" if folder is None else str(folder.resolve())
+
+
+def _reference(tensor: ir.TensorProtocol, name: str, file: str, offset: int) -> ir.ExternalTensor:
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.ExternalTensor(file, offset, tensor.nbytes, tensor.dtype, shape=shape, name=name)
 
 
 def first_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
+import qgraph.ir
 from qgraph.analysis.probes import AddOutputs, Kind
 from qgraph.numerics.observers import draw, places
 
@@ -37,7 +38,10 @@ class Request:
 
 
 class Observation(NamedTuple):
-    """One feed's tensor: float64 bounds, () or (channels,), the sample, (n,) or (channels, n), and a suspicion."""
+    """One feed's tensor: float64 bounds, () or (channels,), the sample, (n,) or (channels, n), and a suspicion.
+
+    `low` may be 0 for a tensor whose elements all lie above.
+    """
 
     low: np.ndarray
     high: np.ndarray
@@ -134,6 +138,10 @@ class _Writer:
 
 
 def _reductions(writer: _Writer, value: ir.Value, request: Request, kind: Kind) -> list[ir.Value]:
+    if request == Request(request.tensor) and _is_image_not_below_zero(value, kind):
+        highs, means = writer.node("GlobalMaxPool", value), writer.node("GlobalAveragePool", value)
+        low = writer.node("Identity", writer.constant(np.zeros((), np.float32)))
+        return [low, writer.reduce("ReduceMax", highs, None), writer.reduce("ReduceSum", means, None)]
     if kind.dtype != ir.DataType.FLOAT:
         value = writer.node("Cast", value, to=int(ir.DataType.FLOAT))
     axes = None
@@ -146,6 +154,20 @@ def _reductions(writer: _Writer, value: ir.Value, request: Request, kind: Kind) 
     if request.sample:
         outputs.append(_sample(writer, value, axes, request.sample))
     return outputs
+
+
+def _is_image_not_below_zero(value: ir.Value, kind: Kind) -> bool:
+    node = value.producer()
+    if node is None or kind.dtype != ir.DataType.FLOAT or kind.shape is None or len(kind.shape) != 4:
+        return False
+    if qgraph.ir.is_op(node, "Relu", "Sigmoid"):
+        return True
+    if not qgraph.ir.is_op(node, "Clip"):
+        return False
+    if "min" in node.attributes:
+        return node.attributes["min"].as_float() >= 0.0
+    least = qgraph.ir.constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    return least is not None and bool(least.item() >= 0.0)
 
 
 def _sample(writer: _Writer, value: ir.Value, axes: list[int] | None, count: int) -> ir.Value:

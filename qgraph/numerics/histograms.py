@@ -174,20 +174,17 @@ def mse_range(values: np.ndarray, counts: np.ndarray, low: float, high: float, s
     """
     coarse = np.linspace(1.0, _LEAST_FACTOR, 19)
     fine = np.linspace(0.04, -0.04, 9)
-    low_factor, high_factor = 1.0, 1.0
-    for offsets in (None, None, fine, fine):
-        candidates = coarse if offsets is None else np.clip(high_factor + offsets, _LEAST_FACTOR, 1.0)
-        lows = low * (candidates if scheme.symmetric else np.full(len(candidates), low_factor))
-        best = np.argmin(_squared_errors(values, counts, lows, high * candidates, scheme))
-        high_factor = float(candidates[best])
-        if scheme.symmetric:
-            low_factor = high_factor
-            continue
-        candidates = coarse if offsets is None else np.clip(low_factor + offsets, _LEAST_FACTOR, 1.0)
-        highs = np.full(len(candidates), high * high_factor)
-        best = np.argmin(_squared_errors(values, counts, low * candidates, highs, scheme))
-        low_factor = float(candidates[best])
-    return low * low_factor, high * high_factor
+    factors = {"low": 1.0, "high": 1.0}
+    ends = ["high" if high > 0.0 else "low"] if scheme.symmetric or low == 0.0 or high == 0.0 else ["high", "low"]
+    for offsets in (None, fine, fine) if len(ends) > 1 else (None, fine):
+        for end in ends:
+            tried = coarse if offsets is None else np.clip(factors[end] + offsets, _LEAST_FACTOR, 1.0)
+            both = {other: np.full(len(tried), factor) for other, factor in factors.items()} | {end: tried}
+            if scheme.symmetric:
+                both = {"low": tried, "high": tried}
+            best = np.argmin(_squared_errors(values, counts, low * both["low"], high * both["high"], scheme))
+            factors = {other: float(column[best]) for other, column in both.items()}
+    return low * factors["low"], high * factors["high"]
 
 
 def _squared_errors(
