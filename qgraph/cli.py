@@ -91,7 +91,7 @@ def _fault(error: Exception, *, debug: bool) -> int:
 
 def _fail(message: str, status: int) -> int:
     """Print the message as one line and return the status."""
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):
         sys.stderr.write(f"error: {' '.join(message.split())}\n" if status != INTERRUPTED else f"{message}\n")
         sys.stderr.flush()
     return status

@@ -102,8 +102,8 @@ class Display:
         try:
             sys.stderr.write(text + "\n")
             sys.stderr.flush()
-        except BrokenPipeError:
-            # Nobody reads on; the work itself goes on.
+        except OSError:
+            # Nobody reads on, or nothing more fits; the work itself goes on.
             sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
 
 

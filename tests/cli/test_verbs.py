@@ -236,6 +236,14 @@ def test_a_reader_that_leaves_early_is_no_fault():
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_a_full_standard_error_stops_no_work():
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-P", "-m", "qgraph", "targets", "--json"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, text=True)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)
+
+
 def test_a_terminal_gets_a_live_display(work: Path):
     import pty
 
