@@ -21,6 +21,7 @@ _HOMES = {
     "Qdq": "qdq",
     "RemoveIdentity": "remove_identity",
     "RemoveUnused": "remove_unused",
+    "SmoothQuant": "smooth_quant",
 }
 
 __all__ = list(_HOMES)
