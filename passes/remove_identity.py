@@ -204,7 +204,8 @@ def _reconnect(node: ir.Node, value: ir.Value | None) -> None:
 
 def _order(node: ir.Node, shapes: Shapes) -> list[int] | None:
     if "perm" in node.attributes:
-        return list(node.attributes["perm"].as_ints())
+        order = list(node.attributes["perm"].as_ints())
+        return order if sorted(order) == list(range(len(order))) else None
     dims = shapes.dims(node.outputs[0])
     return list(range(len(dims)))[::-1] if dims is not None else None
 

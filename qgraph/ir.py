@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from qgraph import onnx_file
+from qgraph import onnx_file, signatures
 from qgraph.errors import UserError, nearest
 from qgraph.onnx_file import MappedTensor, forget_pages
 
@@ -63,14 +63,14 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     _rename_hidden(model.graph, model.graph, set())
     forget_names(model)
     problem = check(model)
-    if problem is None:
-        return model
-    try:
-        model.graph.sort()
-    except ValueError:
-        problem = f"its nodes form a cycle: {problem}"
-    else:
-        problem = check(model)
+    if problem is not None:
+        try:
+            model.graph.sort()
+        except ValueError:
+            problem = f"its nodes form a cycle: {problem}"
+        else:
+            problem = check(model)
+    problem = problem or next(signatures.problems(model), None)
     if problem is not None:
         raise UserError(f"{path} is invalid: {problem}")
     return model
@@ -401,6 +401,8 @@ class _Checker:
         self.leave(outside)
 
     def node(self, node: ir.Node) -> Iterator[str]:
+        if not all(_is_text(text) for text in (node.op_type, node.name or "", node.domain)):
+            yield f"the name or operator of node {node.name or node.op_type!r} is no text"
         domain = "" if node.domain == "ai.onnx" else node.domain
         if domain not in self.domains:
             yield f"{_described(node)} is of domain '{domain}', which the model does not import"
@@ -421,6 +423,8 @@ class _Checker:
         """Note what the name means from here on, and in `outside` what it meant before this graph."""
         if not value.name:
             return
+        if not _is_text(value.name):
+            yield f"the name {value.name!r} is no text ({where})"
         if value.name in outside:
             yield f"the name '{value.name}' is defined twice (again {where})"
         outside[value.name] = self.scope.get(value.name)
@@ -432,6 +436,11 @@ class _Checker:
                 del self.scope[name]
             else:
                 self.scope[name] = before
+
+
+def _is_text(name: object) -> bool:
+    """Tell whether a name is text: protobuf hands on bytes where a file holds no valid UTF-8."""
+    return isinstance(name, str)
 
 
 def _described(node: ir.Node) -> str:

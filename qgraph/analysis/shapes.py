@@ -34,9 +34,13 @@ SMALL = 1024
 _MOST_DATA = 64
 """Elements are followed symbolically up to this many: shapes are no longer."""
 _NESTED_TRIALS = 3
+_LARGEST_SIZE = (1 << 63) - 1
 
 _RULE_MODULES = (shape_compute, shape_movement)
 """Imported for the rules that they register."""
+
+_INTEGERS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
+"""Types of which the rules follow elements."""
 
 _FAULTS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 """What reading a malformed node raises."""
@@ -82,7 +86,7 @@ class Shapes:
     def dtype(self, value: ir.Value | None) -> ir.DataType | None:
         """Return the element type of a value."""
         fact = self._fact(value) if value is not None else None
-        return fact.dtype if fact is not None else None
+        return fact.dtype if fact is not None and fact.dtype != ir.DataType.UNDEFINED else None
 
     def data(self, value: ir.Value | None) -> Data | None:
         """Return the elements of a small integer or boolean tensor of rank 0 or 1, symbolic ones included."""
@@ -139,10 +143,7 @@ class Shapes:
                 data = None
             dtype = fact.dtype if fact is not None and fact.dtype is not None else output.dtype
             self._facts[output] = Fact(dtype, dims, data)
-            self._arrays.pop(output, None)
-            if data is not None and dtype is not None and all(isinstance(element, int) for element in data.elements):
-                elements = np.array(data.elements, dtype=dtype.numpy())
-                self._arrays[output] = elements.reshape(()) if data.scalar else elements
+            self._arrays[output] = _as_array(data, dtype) if data is not None else self._constant(output)
         self._compute(node)
 
     def _infer(self, node: ir.Node) -> tuple[Sequence[Fact | None], str]:
@@ -164,8 +165,8 @@ class Shapes:
         """Give every unknown size a name of its own: two values may share it later."""
         if dims is None:
             return None
-        if any(isinstance(dim, int) and dim < 0 for dim in dims):
-            self.reasons[value] = "it would have a negative size"
+        if any(isinstance(dim, int) and not 0 <= dim <= _LARGEST_SIZE for dim in dims):
+            self.reasons[value] = "it would have an impossible size"
             return None
         name = value.name or "value"
         return tuple(symbols.symbol(f"{name}.{axis}") if dim is None else dim for axis, dim in enumerate(dims))
@@ -358,6 +359,17 @@ def _from_type(proto: onnx.TypeProto | None, names: Mapping[str, symbols.Dim]) -
         return Fact(dtype, None)
     dims = proto.tensor_type.shape.dim
     return Fact(dtype, tuple(d.dim_value if d.HasField("dim_value") else names.get(d.dim_param) for d in dims))
+
+
+def _as_array(data: Data, dtype: ir.DataType | None) -> np.ndarray | None:
+    """Return elements as an array if all are known numbers of the type."""
+    if dtype not in _INTEGERS or not all(isinstance(element, int) for element in data.elements):
+        return None
+    try:
+        array = np.array(data.elements, dtype=dtype.numpy())
+    except OverflowError:
+        return None
+    return array.reshape(()) if data.scalar else array
 
 
 def _declared(value: ir.Value) -> list[symbols.Dim | None] | None:

@@ -14,7 +14,7 @@ FOLDERS = {"qgraph": "qgraph", "passes": "qgraph.passes", "targets": "qgraph.tar
 
 LAYERS = (
     ("errors", "wire"),
-    ("spec", "registry", "numerics", "onnx_file"),
+    ("spec", "registry", "numerics", "onnx_file", "signatures"),
     ("ir",),
     ("pipeline",),
     ("targets.base",),
