@@ -74,7 +74,8 @@ def _test(node: ir.Node, facts: Facts) -> Sequence[Fact]:
 @rule("Dropout")
 def _dropout(node: ir.Node, facts: Facts) -> Sequence[Fact]:
     dims = dims_of(node, facts)
-    return [Fact(facts.dtype(node.inputs[0]), dims, facts.data(node.inputs[0])), Fact(ir.DataType.BOOL, dims)]
+    # The mask is boolean from opset 10 on only.
+    return [Fact(facts.dtype(node.inputs[0]), dims, facts.data(node.inputs[0])), Fact(None, dims)]
 
 
 @rule("Cast")
