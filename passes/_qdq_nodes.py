@@ -1,0 +1,260 @@
+"""What `qdq` does to a node of each kind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+import qgraph.ir
+from qgraph.analysis.integer_plan import IntegerPlan
+from qgraph.analysis.integer_rules import Kind, data_inputs
+from qgraph.numerics.quantize import Parameters, minmax_parameters, quantize, quantize_bias, weight_scale_for_bias
+from qgraph.passes._qdq_values import QuantizedValues, Schemes
+
+__all__ = ["rewrite"]
+
+_LAZY_ABOVE = 1 << 20
+"""Weights of more elements are quantized when the file is written."""
+_HUGE = 1e30
+
+
+def rewrite(
+    graph: ir.Graph, plan: IntegerPlan, ranges: Mapping[ir.Value, tuple[float, float]], schemes: Schemes
+) -> None:
+    """Quantize what a plan says.
+
+    Args:
+        graph: the main graph.
+        plan: what runs in integers.
+        ranges: least and largest number of each group of the plan.
+        schemes: how to quantize.
+    """
+    _Rewriter(QuantizedValues(graph, plan.group, ranges, schemes.activation), plan, schemes).run()
+
+
+class _Rewriter:
+    def __init__(self, values: QuantizedValues, plan: IntegerPlan, schemes: Schemes) -> None:
+        self._values = values
+        self._plan = plan
+        self._schemes = schemes
+        self._weights: dict[tuple[ir.Value, int, float], tuple[ir.Value, np.ndarray]] = {}
+
+    def run(self) -> None:
+        made = [value for value in self._plan.quantized if self._plan.comes_in_integers(value)]
+        readers = {value: [use for use in value.uses() if use.node not in self._plan.nodes] for value in made}
+        outputs = [(index, value) for index, value in enumerate(self._values.graph.outputs) if value in readers]
+        for node, kind in list(self._plan.nodes.items()):
+            _REWRITES[kind](self, node)
+        for value, uses in readers.items():
+            for node, index in uses:
+                node.replace_input_with(index, self._values.real(value))
+        for index, value in outputs:
+            self._values.become_output(index, value)
+        self._values.drop_replaced()
+
+    # --- operators that keep the scale --------------------------------------------------------------------------------
+
+    def move(self, node: ir.Node) -> None:
+        """Let a node move integers."""
+        source = _input(node, 0)
+        node.replace_input_with(0, self._values.integers(source))
+        if node.op_type == "Pad" and node.attributes.get_string("mode", "constant") == "constant":
+            node.resize_inputs(max(3, len(node.inputs)))
+            node.replace_input_with(2, self._values.stored_parameters(source)[1])
+        self._make_integers(node)
+
+    def look_up(self, node: ir.Node) -> None:
+        """Let a Gather look up rows of integers."""
+        table = _input(node, 0)
+        parameters = self._values.parameters(node.outputs[0])
+        scheme = self._schemes.activation
+        integers = _stored(table, lambda array: quantize(array, scheme, parameters).values, self._values.dtype)
+        self._values.replace_constant(node, 0, self._values.store(f"{table.name}_q", integers))
+        self._make_integers(node)
+
+    def _make_integers(self, node: ir.Node) -> None:
+        for value in node.outputs:
+            if value in self._values:
+                self._values.become_integers(value)
+
+    def clamp(self, node: ir.Node) -> None:
+        """Leave the clamping to the saturation of the quantizer before, or clamp the integers."""
+        source, result = _input(node, 0), node.outputs[0]
+        if qgraph.ir.only_consumer(source) is node and not self._plan_moves(source):
+            self._values.take_over(result, by=source)
+        low, high = _clamp_bounds(node)
+        self._values.define(result, self._clamped(self._values.integers(source), result, low, high))
+        self._remove(node)
+
+    def _plan_moves(self, value: ir.Value) -> bool:
+        return self._plan.nodes.get(value.producer()) in (Kind.MOVER, Kind.CLAMP, Kind.TABLE)  # type: ignore[arg-type]
+
+    def _clamped(self, integers: ir.Value, meaning: ir.Value, low: float, high: float) -> ir.Value:
+        """Return the quantized form of `meaning` from unclamped integers of its scale; often they are that form."""
+        scheme, name = self._schemes.activation, self._values.name(meaning)
+        bounds = np.clip(np.asarray([low, high]), -_HUGE, _HUGE)
+        bounds = quantize(bounds, scheme, self._values.parameters(meaning)).values
+        if (bounds == [scheme.qmin, scheme.qmax]).all():
+            return integers
+        limits = [self._values.store(f"{name}_{end}", bounds[i]) for i, end in enumerate(("low", "high"))]
+        node = self._values.node("Clip", [integers, *limits], f"{name}_clipped_q", meaning, self._values.dtype)
+        self._values.insert_after(integers, node)
+        return node.outputs[0]
+
+    def _remove(self, node: ir.Node) -> None:
+        for index in range(len(node.inputs)):
+            node.replace_input_with(index, None)
+        self._values.graph.remove(node)
+
+    # --- layers with weights ------------------------------------------------------------------------------------------
+
+    def multiply(self, node: ir.Node) -> None:
+        """Let a convolution or a product read a quantized value, weight and bias."""
+        operands = data_inputs(node)
+        if len(operands) == 1:
+            self._quantize_weight(node, operands[0][1])
+        for index, value in operands:
+            node.replace_input_with(index, self._values.real(value))
+
+    def _quantize_weight(self, node: ir.Node, source: ir.Value) -> None:
+        weight, scale = self._weight(_input(node, 1), node)
+        if _has_bias(node):
+            bias = quantize_bias(_bias(node), float(self._values.parameters(source).scale), scale)
+            name = _input(node, 2).name or "bias"
+            stored = self._values.constant(name, bias.values, bias, 0 if bias.scale.ndim else None)
+            self._values.replace_constant(node, 2, stored)
+        self._values.replace_constant(node, 1, weight)
+        if node.op_type == "Gemm":
+            node.attributes.pop("alpha", None)
+            node.attributes.pop("beta", None)
+
+    def _weight(self, weight: ir.Value, node: ir.Node) -> tuple[ir.Value, np.ndarray]:
+        """Return a dequantized weight and its scales; a weight with several readers is stored once."""
+        axis, factor = _layout(node)
+        key = (weight, axis, factor)
+        if key not in self._weights:
+            array = _array(weight) * np.float32(factor)
+            scheme = self._schemes.weight
+            scheme = scheme.per_channel(array.ndim, axis) if self._schemes.per_channel else scheme
+            scale, zero_point = minmax_parameters(array, scheme)
+            for reader in self._readers(weight, axis, factor):
+                input_scale = float(self._values.parameters(data_inputs(reader)[0][1]).scale)
+                scale = weight_scale_for_bias(scale, input_scale, _bias(reader))
+            parameters = Parameters(scale, zero_point)
+
+            def integers(array: np.ndarray) -> np.ndarray:
+                return quantize(array * np.float32(factor), scheme, parameters).values
+
+            stored = _stored(weight, integers, ir.DataType.from_numpy(scheme.dtype))
+            value = self._values.constant(weight.name or "weight", stored, parameters, axis if scale.ndim else None)
+            self._weights[key] = value, scale
+        return self._weights[key]
+
+    def _readers(self, weight: ir.Value, axis: int, factor: float) -> list[ir.Node]:
+        """Return the planned layers with a bias that use a weight in this way."""
+        nodes = [use.node for use in weight.uses() if use.node in self._plan.nodes and use.idx == 1]
+        return [node for node in nodes if _has_bias(node) and _layout(node) == (axis, factor)]
+
+    # --- operators on activations -------------------------------------------------------------------------------------
+
+    def compute(self, node: ir.Node) -> None:
+        """Let a node read quantized values and quantized constants."""
+        if node.op_type == "HardSigmoid":
+            self._hard_sigmoid(node)
+            return
+        change = _EXACT_FORMS.get(node.op_type)
+        for index, value in data_inputs(node):
+            node.replace_input_with(index, self._values.real(value))
+        for index, value in enumerate(node.inputs):
+            array = qgraph.ir.constant(value)
+            if array is None or value is None or array.dtype != np.float32:
+                continue
+            operand = array if change is None else change[1](array)
+            self._values.replace_constant(node, index, self._values.operand(value.name or "constant", operand))
+        if change is not None:
+            node.op_type = change[0]
+
+    def _hard_sigmoid(self, node: ir.Node) -> None:
+        """HardSigmoid(x) = clamp(alpha * x + beta); the product only changes what the integers of x mean."""
+        source, result = _input(node, 0), node.outputs[0]
+        alpha, beta = node.attributes.get_float("alpha", 0.2), node.attributes.get_float("beta", 0.5)
+        name, scale = self._values.name(source), self._values.parameters(source).scale
+        steeper = self._values.store(f"{name}_line_scale", np.asarray(scale * np.float32(alpha)))
+        integers = self._values.integers(source)
+        inputs = [integers, steeper, self._values.stored_parameters(source)[1]]
+        product = self._values.node("DequantizeLinear", inputs, f"{name}_product", source)
+        offset = self._values.operand(f"{name}_offset", np.asarray(beta, np.float32))
+        line = self._values.node("Add", [product.outputs[0], offset], f"{name}_line", source)
+        qgraph.ir.insert_before(node, product, line)
+        quantized = self._values.quantized_from(line.outputs[0], result)
+        self._values.define(result, self._clamped(quantized, result, 0.0, 1.0))
+        self._values.take_over(result, by=line.outputs[0])
+        self._remove(node)
+
+
+_REWRITES: Mapping[Kind, Callable[[_Rewriter, ir.Node], None]] = {
+    Kind.CONVOLUTION: _Rewriter.multiply,
+    Kind.PRODUCT: _Rewriter.multiply,
+    Kind.ARITHMETIC: _Rewriter.compute,
+    Kind.MOVER: _Rewriter.move,
+    Kind.CLAMP: _Rewriter.clamp,
+    Kind.TABLE: _Rewriter.look_up,
+}
+
+_EXACT_FORMS: Mapping[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "Sub": ("Add", np.negative),
+    "Div": ("Mul", np.reciprocal),
+}
+"""x - c as x + (-c), x / c as x * (1 / c): only these have integer kernels."""
+
+
+def _input(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    if value is None:
+        raise ValueError(f"'{qgraph.ir.node_label(node)}' has no input {index}")
+    return value
+
+
+def _array(value: ir.Value) -> np.ndarray:
+    array = qgraph.ir.constant(value)
+    if array is None:
+        raise ValueError(f"'{value.name}' is not constant")
+    return array
+
+
+def _layout(node: ir.Node) -> tuple[int, float]:
+    """Return the axis of the weight that counts output channels, and what the weight is multiplied by."""
+    if node.op_type == "Gemm":
+        return 0 if node.attributes.get_int("transB", 0) else 1, node.attributes.get_float("alpha", 1.0)
+    return 0 if node.op_type == "Conv" else 1, 1.0
+
+
+def _has_bias(node: ir.Node) -> bool:
+    return len(node.inputs) > 2 and node.inputs[2] is not None
+
+
+def _bias(node: ir.Node) -> np.ndarray:
+    """Return the bias of a layer, one number for each output channel."""
+    channels = _array(_input(node, 1)).shape[_layout(node)[0]]
+    factor = node.attributes.get_float("beta", 1.0) if node.op_type == "Gemm" else 1.0
+    return np.broadcast_to(_array(_input(node, 2)).reshape(-1) * np.float32(factor), (channels,))
+
+
+def _stored(
+    constant: ir.Value, compute: Callable[[np.ndarray], np.ndarray], dtype: ir.DataType
+) -> np.ndarray | ir.TensorProtocol:
+    """Return what `compute` makes of a constant, at once or, if that is large, when it is written."""
+    tensor = constant.const_value
+    if tensor is None or tensor.size <= _LAZY_ABOVE:
+        return compute(_array(constant))
+    return qgraph.ir.lazy(lambda: compute(np.asarray(tensor.numpy())), dtype, tensor.shape.numpy())
+
+
+def _clamp_bounds(node: ir.Node) -> tuple[float, float]:
+    if node.op_type == "Relu":
+        return 0.0, math.inf
+    low, high = (qgraph.ir.constant(node.inputs[i]) if i < len(node.inputs) else None for i in (1, 2))
+    return -math.inf if low is None else float(low.item()), math.inf if high is None else float(high.item())

@@ -1,0 +1,168 @@
+"""Static quantization to 8 bits, with ONNX's own QuantizeLinear (Q) and DequantizeLinear (D).
+
+    x -> Conv(W, b) -> Relu -> MaxPool -> y -> Softmax
+    =>
+    x -> Q -> D -> Conv(D(W8), D(b32)) -> Q -> MaxPool -> D -> y -> Softmax
+
+The ranges of activations come from calibration. Weights are symmetric, biases are int32 at the product of the scales
+of what they are added to. A Relu or Clip goes where the saturation of the quantizer after it does the same, and
+clamps the integers elsewhere. Operators that only move elements (MaxPool, Reshape, Slice, Pad ...) move integers. The
+inputs of a Concat get its scale where nobody else reads them.
+
+    x - c                =>    D(Q(x)) + D(-c)
+    x / c                =>    D(Q(x)) * D(1 / c)
+    HardSigmoid(x)       =>    D'(Q(x)) + D(beta) -> Q      D' has alpha times the scale; Q saturates at 0 and 1
+    Gather(table, i)     =>    D(Gather(table8, i))
+
+What stays in float, each with the reason in the report: layers whose weights are not constant, what `exclude` names,
+operators of which no layer in integers is the neighbour on both sides, so that quantizing them would cost more than
+it saves, what comes after the last layer, tensors that cannot be calibrated, and nodes inside subgraphs (If, Loop,
+Scan), whose tensors calibration does not see. What is quantized already is left alone; a second run changes nothing.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import onnx_ir as ir
+
+import qgraph.ir
+from qgraph.analysis.calibration import calibrate
+from qgraph.analysis.integer_plan import IntegerPlan, integer_plan
+from qgraph.analysis.integer_rules import OPERATORS, QUANTIZED_ALREADY, Kind
+from qgraph.errors import UserError, nearest
+from qgraph.numerics.schemes import INT8_WEIGHT, UINT8_WEIGHT, Scheme
+from qgraph.passes._qdq_nodes import rewrite
+from qgraph.passes._qdq_values import Schemes
+from qgraph.pipeline import Context, Pass, Report, Skipped
+
+__all__ = ["FLOAT_KEY", "Qdq"]
+
+FLOAT_KEY = "qgraph.float"
+"""Metadata of a node that stays in float: the reason."""
+_FIRST_OPSET = 13
+"""The first whose DequantizeLinear knows channels, and whose movers all take integers."""
+_LARGEST = 1e30
+"""What reaches further is a mask rather than a number."""
+
+Ranges = dict[ir.Value, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Qdq(Pass):
+    """Quantize weights and activations to 8 bits, with ranges from calibration."""
+
+    name: ClassVar[str] = "qdq"
+    per_channel: bool = field(default=True, metadata={"help": "one weight scale for each output channel"})
+    weights: Literal["int8", "uint8"] = field(default="int8", metadata={"help": "integers of weights"})
+    activations: Literal["uint8", "int8"] = field(default="uint8", metadata={"help": "integers of activations"})
+    symmetric: bool = field(default=False, metadata={"help": "activations around zero, without a zero point"})
+    reduce_range: bool = field(default=False, metadata={"help": "7-bit weights, for x86 processors without VNNI"})
+    method: Literal["minmax", "moving-average", "percentile", "entropy", "mse"] = field(
+        default="minmax", metadata={"help": "how the ranges of activations are chosen"}
+    )
+    exclude: tuple[str, ...] = field(default=(), metadata={"help": "patterns (*, ?) of names of nodes to leave alone"})
+    ops: tuple[str, ...] = field(default=(), metadata={"help": "the only operators to quantize; all when empty"})
+
+    def __post_init__(self) -> None:
+        for op in self.ops:
+            if op not in OPERATORS:
+                raise ValueError(f"{op} cannot be quantized.{nearest(op, OPERATORS)} What can: {', '.join(OPERATORS)}")
+
+    def apply(self, model: ir.Model, context: Context) -> Report:
+        """Quantize; `skipped` has every node that might have been expected to run in integers and does not."""
+        opset = model.graph.opset_imports.get("", 0)
+        if opset < _FIRST_OPSET:
+            raise UserError(f"qdq needs opset {_FIRST_OPSET}, and the model has {opset}: put convert-opset before it")
+        plan, ranges = self._plan(model, context)
+        reasons = {node: reason for node, reason in plan.reasons.items() if reason != QUANTIZED_ALREADY}
+        if plan.nodes:
+            for node, reason in reasons.items():
+                node.metadata_props[FLOAT_KEY] = reason
+            rewrite(model.graph, plan, ranges, self._schemes())
+        skipped = [Skipped(qgraph.ir.node_label(node), reason) for node, reason in reasons.items()]
+        return Report(len(plan.nodes), [*skipped, *_inside_subgraphs(model)], self._notes(plan, model))
+
+    def _schemes(self) -> Schemes:
+        weight = INT8_WEIGHT if self.weights == "int8" else UINT8_WEIGHT
+        return Schemes(
+            activation=Scheme(signed=self.activations == "int8", symmetric=self.symmetric),
+            weight=Scheme(7, signed=weight.signed, narrow=weight.narrow) if self.reduce_range else weight,
+            per_channel=self.per_channel,
+        )
+
+    def _plan(self, model: ir.Model, context: Context) -> tuple[IntegerPlan, Ranges]:
+        """Plan, calibrate, and plan again without what could not be calibrated until everything is."""
+        found: Ranges = {}
+        banned: dict[ir.Node, str] = {}
+        while True:
+            plan = integer_plan(model.graph, lambda node: self._excluded(node) or banned.get(node))
+            wanted = [value for values in plan.observed.values() for value in values if value not in found]
+            unfit = self._observe(model, context, plan, wanted, found)
+            if not unfit:
+                return plan, {group: _joint(found[value] for value in plan.observed[group]) for group in plan.observed}
+            for node in plan.nodes:
+                for value in (*node.inputs, *node.outputs):
+                    group = plan.group.get(value) if value is not None else None
+                    reason = next((unfit[one] for one in plan.observed.get(group, ()) if one in unfit), None)
+                    if reason is not None:
+                        banned[node] = reason
+
+    def _observe(
+        self, model: ir.Model, context: Context, plan: IntegerPlan, wanted: Iterable[ir.Value], found: Ranges
+    ) -> dict[ir.Value, str]:
+        """Add the ranges of `wanted` to `found`, and return why others have none."""
+        computed = []
+        for value in wanted:
+            node = value.producer()
+            if node is not None and plan.nodes.get(node) is Kind.TABLE:
+                table = qgraph.ir.constant(node.inputs[0])
+                assert table is not None
+                found[value] = (float(table.min()), float(table.max()))
+            else:
+                computed.append(value)
+        if not computed:
+            return {}
+        names = tuple(value.name or "" for value in computed)
+        calibration = context.analyse(calibrate, model, names, self.method, self._schemes().activation)
+        unfit = {}
+        for value, name in zip(computed, names, strict=True):
+            if name in calibration.unavailable:
+                unfit[value] = f"'{name}' is not calibrated because {calibration.unavailable[name]}"
+                continue
+            low, high = float(calibration[name].low), float(calibration[name].high)
+            found[value] = (low, high)
+            if max(-low, high) > _LARGEST:
+                unfit[value] = f"'{name}' reaches from {low:.3g} to {high:.3g}, as masks do"
+        return unfit
+
+    def _excluded(self, node: ir.Node) -> str | None:
+        label = qgraph.ir.node_label(node)
+        if any(fnmatch.fnmatchcase(label, pattern) for pattern in self.exclude):
+            return "it is excluded"
+        return f"{node.op_type} is not among 'ops'" if self.ops and node.op_type not in self.ops else None
+
+    def _notes(self, plan: IntegerPlan, model: ir.Model) -> list[str]:
+        layers = Counter(node.op_type for node, kind in plan.nodes.items() if kind in (Kind.CONVOLUTION, Kind.PRODUCT))
+        notes = [f"{count} {op_type} in integers" for op_type, count in sorted(layers.items())]
+        labels = [qgraph.ir.node_label(node) for node in qgraph.ir.walk(model)] + [
+            qgraph.ir.node_label(node) for node in plan.nodes
+        ]
+        unused = [pattern for pattern in self.exclude if not fnmatch.filter(labels, pattern)]
+        return notes + [f"exclude: no node is called '{pattern}'" for pattern in unused]
+
+
+def _joint(ranges: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    lows, highs = zip(*ranges, strict=True)
+    return min(lows), max(highs)
+
+
+def _inside_subgraphs(model: ir.Model) -> list[Skipped]:
+    reason = "it is inside a subgraph, which calibration does not see"
+    nodes = [node for graph in model.graph.subgraphs() for node in graph]
+    layers = [node for node in nodes if qgraph.ir.is_op(node, "Conv", "ConvTranspose", "Gemm", "MatMul")]
+    return [Skipped(qgraph.ir.node_label(node), reason) for node in layers]

@@ -1,0 +1,263 @@
+"""Which operators can run in integers, what they do to scales, and when they cannot.
+
+    CONVOLUTION   has a constant weight; its result must be quantized, or its runtime's kernel is a float one
+    PRODUCT       matrix product; its result may be quantized or float
+    ARITHMETIC    reads quantized values of any scale and makes one of another scale (Add, Concat, average pooling ...)
+    MOVER         only moves or selects elements: works on the integers themselves, at the scale of its input
+    CLAMP         Relu and Clip: a mover that the saturation of a quantizer can replace
+    TABLE         looks up rows of a constant table, which is stored in integers
+
+The operators are those for which ONNX Runtime's CPU provider has integer kernels, or works on integers unchanged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+import qgraph.ir
+from qgraph.numerics.quantize import dequantize, quantize
+from qgraph.numerics.schemes import UINT8
+
+__all__ = ["OPERATORS", "QUANTIZED_ALREADY", "Kind", "data_inputs", "is_constant", "kind_of", "obstacle"]
+
+SMALLEST_TABLE = 1 << 14
+"""Tables of fewer elements are not worth a DequantizeLinear."""
+LEAST_CONSTANT_SQNR = 35.0
+"""Decibels that a constant operand of Add or Mul must keep at 8 bits with one scale."""
+QUANTIZED_ALREADY = "what it reads is quantized already"
+
+
+class Kind(enum.Enum):
+    """What an operator does to scales."""
+
+    CONVOLUTION = enum.auto()
+    PRODUCT = enum.auto()
+    ARITHMETIC = enum.auto()
+    MOVER = enum.auto()
+    CLAMP = enum.auto()
+    TABLE = enum.auto()
+
+
+Check = Callable[[ir.Node], str | None]
+"""Returns why a node cannot run in integers, or None."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """What an operator is.
+
+    Attributes:
+        kind: what it does to scales.
+        check: why one of its nodes cannot run in integers.
+        operands: how many of its inputs are data; -1 stands for all.
+    """
+
+    kind: Kind
+    check: Check | None = None
+    operands: int = 1
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """Tell whether a value is known before the model runs."""
+    if value is None or value.is_graph_input():
+        return False
+    return value.const_value is not None or qgraph.ir.is_op(value.producer(), "Constant")
+
+
+def kind_of(node: ir.Node) -> Kind | None:
+    """Return what the operator of `node` does to scales, or None if it cannot run in integers."""
+    if not qgraph.ir.is_op(node, *_RULES):
+        return None
+    return Kind.TABLE if node.op_type == "Gather" and is_constant(node.inputs[0]) else _RULES[node.op_type].kind
+
+
+def data_inputs(node: ir.Node) -> list[tuple[int, ir.Value]]:
+    """Return position and value of the inputs of a node that are data and not constant, weights left out."""
+    operands = _RULES[node.op_type].operands
+    inputs = node.inputs if operands < 0 else node.inputs[:operands]
+    return [(i, value) for i, value in enumerate(inputs) if value is not None and not is_constant(value)]
+
+
+def obstacle(node: ir.Node) -> str | None:
+    """Return why `node`, of an operator in `OPERATORS`, cannot run in integers, or None."""
+    operands = [value for _, value in data_inputs(node)]
+    if not operands and kind_of(node) is not Kind.TABLE:
+        return "it reads only constants"
+    for value in (*operands, *node.outputs):
+        if value.dtype not in (None, ir.DataType.FLOAT):
+            return f"'{value.name}' is {value.dtype.name.lower()}, not float32"
+    if any(qgraph.ir.is_op(value.producer(), "DequantizeLinear") for value in operands):
+        return QUANTIZED_ALREADY
+    check = _RULES[node.op_type].check
+    return check(node) if check else None
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _weight(node: ir.Node, position: int = 1) -> str | None:
+    weight = node.inputs[position]
+    array = qgraph.ir.constant(weight)
+    if weight is not None and qgraph.ir.is_op(weight.producer(), "DequantizeLinear"):
+        return QUANTIZED_ALREADY
+    if array is None:
+        return "its weight is computed at run time, or is an input of the model"
+    if array.dtype != np.float32:
+        return f"its weight is {array.dtype}, not float32"
+    return None if np.isfinite(array).all() else "its weight holds NaN or infinity"
+
+
+def _bias(node: ir.Node, channels: int) -> str | None:
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is None:
+        return None
+    array = qgraph.ir.constant(bias)
+    if array is None:
+        return "its bias is computed at run time"
+    if array.size not in (1, channels):
+        return "its bias is not one number for each output channel"
+    return None if np.isfinite(array).all() else "its bias holds NaN or infinity"
+
+
+def _conv(node: ir.Node) -> str | None:
+    return _weight(node) or _bias(node, _dims(node.inputs[1])[0])
+
+
+def _gemm(node: ir.Node) -> str | None:
+    if node.attributes.get_int("transA", 0):
+        return "it transposes its left operand (transA), which the integer kernel cannot"
+    return _weight(node) or _bias(node, _dims(node.inputs[1])[0 if node.attributes.get_int("transB", 0) else 1])
+
+
+def _matmul(node: ir.Node) -> str | None:
+    left, right = node.inputs
+    if is_constant(left):
+        return "its left operand is constant, and the integer kernel wants that on the right"
+    if right is None or not (is_constant(right) or qgraph.ir.is_op(right.producer(), "DequantizeLinear")):
+        return None
+    return _weight(node) or (None if len(_dims(right)) == 2 else "its weight is not a matrix")
+
+
+def _table(node: ir.Node) -> str | None:
+    """A Gather from activations moves them; one from a constant matrix stores that in integers."""
+    data = node.inputs[0]
+    if not is_constant(data):
+        return None
+    reason = _weight(node, 0)
+    if reason:
+        return reason
+    if len(_dims(data)) != 2 or node.attributes.get_int("axis", 0) not in (0, -2):
+        return "its table is not looked up by rows"
+    small = math.prod(_dims(data)) < SMALLEST_TABLE
+    return "its table is too small to gain anything" if small else None
+
+
+def _one_output(node: ir.Node) -> str | None:
+    used = any(value.uses() or value.is_graph_output() for value in node.outputs[1:])
+    return "its second output is used" if used else None
+
+
+def _pad(node: ir.Node) -> str | None:
+    if node.attributes.get_string("mode", "constant") != "constant":
+        return None
+    fill = node.inputs[2] if len(node.inputs) > 2 else None
+    if fill is None:
+        return None
+    array = qgraph.ir.constant(fill)
+    return None if array is not None and not np.any(array) else "it pads with something else than zero"
+
+
+def _resize(node: ir.Node) -> str | None:
+    if node.attributes.get_string("mode", "nearest") != "nearest":
+        return "interpolating integers would round them down"
+    if node.attributes.get_string("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize":
+        return "it may fill in a number from outside"
+    return None
+
+
+def _clip(node: ir.Node) -> str | None:
+    arrays = [qgraph.ir.constant(value) for value in node.inputs[1:] if value is not None]
+    if any(array is None for array in arrays):
+        return "its bounds are computed at run time"
+    bounds = [float(array.item()) for array in arrays if array is not None]
+    return None if not any(math.isnan(bound) for bound in bounds) else "its bounds are not numbers"
+
+
+def _constant_operands(node: ir.Node) -> str | None:
+    for value in node.inputs[:2]:
+        array = qgraph.ir.constant(value)
+        if array is not None and not _fits_eight_bits(array):
+            return f"its constant '{value.name if value is not None else ''}' does not fit into 8 bits at one scale"
+    return None
+
+
+def _constant_right(node: ir.Node) -> str | None:
+    array = qgraph.ir.constant(node.inputs[1])
+    if array is None:
+        return f"there is an integer kernel for {node.op_type} only with a constant right operand"
+    if node.op_type == "Div" and not np.all(array):
+        return "it divides by zero"
+    return _constant_operands(node)
+
+
+def _fits_eight_bits(array: np.ndarray) -> bool:
+    if not np.isfinite(array).all() or array.size == 0:
+        return False
+    error = np.sum(np.square(dequantize(quantize(array, UINT8)) - array, dtype=np.float64))
+    signal = np.sum(np.square(array, dtype=np.float64))
+    return bool(error * 10 ** (LEAST_CONSTANT_SQNR / 10) <= signal)
+
+
+def _dims(value: ir.Value | None) -> tuple[int, ...]:
+    array = qgraph.ir.constant(value)
+    return () if array is None else array.shape
+
+
+_MOVERS: Mapping[str, Check | None] = {
+    "DepthToSpace": None,
+    "Expand": None,
+    "Flatten": None,
+    "Identity": None,
+    "MaxPool": _one_output,
+    "Pad": _pad,
+    "Reshape": None,
+    "Resize": _resize,
+    "Slice": None,
+    "SpaceToDepth": None,
+    "Split": None,
+    "Squeeze": None,
+    "Tile": None,
+    "Transpose": None,
+    "Unsqueeze": None,
+}
+
+_RULES: Mapping[str, _Rule] = {
+    "Conv": _Rule(Kind.CONVOLUTION, _conv),
+    "Gemm": _Rule(Kind.PRODUCT, _gemm),
+    "MatMul": _Rule(Kind.PRODUCT, _matmul, operands=2),
+    "Add": _Rule(Kind.ARITHMETIC, _constant_operands, operands=2),
+    "Sub": _Rule(Kind.ARITHMETIC, _constant_right, operands=2),
+    "Mul": _Rule(Kind.ARITHMETIC, _constant_operands, operands=2),
+    "Div": _Rule(Kind.ARITHMETIC, _constant_right, operands=2),
+    "Concat": _Rule(Kind.ARITHMETIC, operands=-1),
+    "AveragePool": _Rule(Kind.ARITHMETIC),
+    "GlobalAveragePool": _Rule(Kind.ARITHMETIC),
+    "LeakyRelu": _Rule(Kind.ARITHMETIC),
+    "Sigmoid": _Rule(Kind.ARITHMETIC),
+    "HardSigmoid": _Rule(Kind.ARITHMETIC),
+    "HardSwish": _Rule(Kind.ARITHMETIC),
+    "Softmax": _Rule(Kind.ARITHMETIC),
+    "Relu": _Rule(Kind.CLAMP),
+    "Clip": _Rule(Kind.CLAMP, _clip),
+    "Gather": _Rule(Kind.MOVER, _table),
+    **{op: _Rule(Kind.MOVER, check) for op, check in _MOVERS.items()},
+}
+
+OPERATORS: tuple[str, ...] = tuple(_RULES)
+"""The operators that may run in integers."""
