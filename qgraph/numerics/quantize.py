@@ -146,7 +146,7 @@ def quantize(array: np.ndarray, scheme: Scheme, parameters: Parameters | None = 
             f"shape {checked.shape}, which needs {scheme.scale_shape(checked.shape)}"
         )
     with np.errstate(over="ignore"):
-        work = checked / _spread(np.asarray(scale, np.float32), scheme, checked.shape)
+        work = np.asarray(checked / _spread(np.asarray(scale, np.float32), scheme, checked.shape))
     np.rint(work, out=work)
     work += _spread(zero_point, scheme, checked.shape).astype(np.float32)
     np.clip(work, scheme.qmin, scheme.qmax, out=work)
