@@ -15,6 +15,8 @@ from qgraph.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import onnx_ir as ir
+
 __all__ = ["export", "main"]
 
 
@@ -26,8 +28,6 @@ def export(name: str, directory: Path) -> list[Path]:
     Raises:
         UserError: the name is unknown, a package is missing or the directory cannot be written.
     """
-    import onnx_ir as ir
-
     model, data = models.build(name), models.dataset(name)
     graph = directory / f"{name}.onnx"
     calibration = directory / f"{name}_calib.npz"
@@ -35,7 +35,7 @@ def export(name: str, directory: Path) -> list[Path]:
     labels = {} if data.labels is None else {"labels": data.labels}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        ir.save(model, graph)
+        graph.write_bytes(_serialize(model))
         _save_arrays(calibration, data.calibration)
         _save_arrays(held_out, data.evaluation | labels)
     except OSError as error:
@@ -61,6 +61,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for file in files:
         print(file)
     return 0
+
+
+def _serialize(model: ir.Model) -> bytes:
+    """Return the model as exporters write it: with no value_info for initializers.
+
+    onnx_ir writes them. They are valid, but ONNX Runtime's quantize_dynamic transposes the weights of Gemm without
+    them and then refuses its own result.
+    """
+    import onnx_ir as ir
+
+    proto = ir.to_proto(model)
+    initializers = {tensor.name for tensor in proto.graph.initializer}
+    others = [value for value in proto.graph.value_info if value.name not in initializers]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(others)
+    serialized: bytes = proto.SerializeToString(deterministic=True)
+    return serialized
 
 
 def _save_arrays(file: Path, arrays: dict[str, Any]) -> None:
