@@ -58,10 +58,11 @@ class CpuInt8(_OnnxRuntimeCpu):
     summary: ClassVar[str] = "8-bit integer kernels of ONNX Runtime on the CPU, static or dynamic as each region wants"
 
     def compress_passes(self, model: ir.Model, context: Context) -> Pipeline:
-        """Return static quantization for convolutional graphs."""
-        del context
-        convolutional = any(qgraph.ir.is_op(node, "Conv") for node in qgraph.ir.walk(model))
-        return Pipeline.parse("qdq" if convolutional else "fuse-attention,dynamic-int8")
+        """Return static quantization for convolutional graphs, dynamic quantization for others."""
+        if any(qgraph.ir.is_op(node, "Conv") for node in qgraph.ir.walk(model)):
+            return Pipeline.parse("qdq")
+        smooth = "" if context.calibration is None else "smooth-quant,"
+        return Pipeline.parse(f"fuse-attention,{smooth}dynamic-int8")
 
     def kernels(self, folder: Path) -> Kernels:
         """Count the kernels of the graph as ONNX Runtime has fused it."""
