@@ -19,7 +19,7 @@ import numpy as np
 from qgraph.numerics.quantize import dequantize, minmax_parameters, quantize, scale_and_zero_point
 from qgraph.numerics.schemes import INT8_WEIGHT, UINT8
 
-__all__ = ["Sample", "channel_scales", "product_noise", "search_scales"]
+__all__ = ["Sample", "channel_scales", "exact_product", "product_noise", "search_scales"]
 
 _QUANTILES = (0.75, 0.9, 0.95, 0.98)
 """Thresholds that are tried: the size that this share of the channels stays below."""
@@ -47,7 +47,9 @@ def channel_scales(largest: np.ndarray, quantile: float) -> np.ndarray:
     return np.maximum(1.0, largest / threshold).astype(np.float32)
 
 
-def product_noise(samples: Sequence[Sample], weight: np.ndarray, scales: np.ndarray) -> float:
+def product_noise(
+    samples: Sequence[Sample], weight: np.ndarray, scales: np.ndarray, exact: np.ndarray | None = None
+) -> float:
     """Return the noise of the product with an 8-bit activation and weight: the mean over rows of |error|^2 / |exact|^2.
 
     The activation is uint8 with one scale for each run, the weight int8 with one for each column.
@@ -56,22 +58,32 @@ def product_noise(samples: Sequence[Sample], weight: np.ndarray, scales: np.ndar
         samples: of the activation, at least one with a row.
         weight: (channels, columns).
         scales: what channels are divided by, (channels,).
+        exact: the product of all rows with the weight, (rows, columns), where it is known already.
 
     Raises:
         ValueError: something is not finite, or shapes do not fit.
     """
+    if exact is None:
+        exact = exact_product(samples, weight)
     scaled = weight * scales[:, None]
     scheme = INT8_WEIGHT.per_channel(2, 1)
     rounded = dequantize(quantize(scaled, scheme, minmax_parameters(scaled, scheme)))
-    total, count = 0.0, 0
-    for sample in samples:
-        parameters = scale_and_zero_point((sample.low / scales).min(), (sample.high / scales).max(), UINT8)
-        exact = sample.rows @ weight
-        error = dequantize(quantize(sample.rows / scales, UINT8, parameters)) @ rounded - exact
-        power = np.square(exact, dtype=np.float64).sum(axis=1)
-        ratio = np.square(error, dtype=np.float64).sum(axis=1)[power > 0.0] / power[power > 0.0]
-        total, count = total + float(ratio.sum()), count + ratio.size
-    return total / count if count else 0.0
+    # One product of all rows: many small ones spend their time waking threads.
+    error = np.concatenate([_rounded_rows(sample, scales) for sample in samples]) @ rounded - exact
+    power = np.square(exact, dtype=np.float64).sum(axis=1)
+    noise = np.square(error, dtype=np.float64).sum(axis=1)
+    heard = power > 0.0
+    return float(np.mean(noise[heard] / power[heard])) if heard.any() else 0.0
+
+
+def exact_product(samples: Sequence[Sample], weight: np.ndarray) -> np.ndarray:
+    """Return the product of all rows of the samples with `weight`, (rows, columns)."""
+    return np.concatenate([sample.rows for sample in samples]) @ weight
+
+
+def _rounded_rows(sample: Sample, scales: np.ndarray) -> np.ndarray:
+    parameters = scale_and_zero_point((sample.low / scales).min(), (sample.high / scales).max(), UINT8)
+    return dequantize(quantize(sample.rows / scales, UINT8, parameters))
 
 
 def search_scales(samples: Sequence[Sample], weight: np.ndarray) -> tuple[np.ndarray, float, float]:
@@ -86,10 +98,11 @@ def search_scales(samples: Sequence[Sample], weight: np.ndarray) -> tuple[np.nda
     """
     largest = np.max([np.maximum(np.abs(sample.low), np.abs(sample.high)) for sample in samples], axis=0)
     best = np.ones(largest.shape, np.float32)
-    before = noise = product_noise(samples, weight, best)
+    exact = exact_product(samples, weight)
+    before = noise = product_noise(samples, weight, best, exact)
     for quantile in _QUANTILES:
         scales = channel_scales(largest, quantile)
-        found = product_noise(samples, weight, scales)
+        found = product_noise(samples, weight, scales, exact)
         if found < noise:
             best, noise = scales, found
     return best, before, noise
