@@ -6,13 +6,15 @@
     =>
     y = Attention<q_num_heads, kv_num_heads, scale>(q, k, v, mask)
 
-    Softmax -> IsNaN -> Where(, 0, )      =>      goes; the mask is kept above minus infinity instead
+    Softmax -> IsNaN -> Where(, 0, )              goes
+    mask with the lowest float in it     =>       Max(mask, lowest / 2)
 
 This is how both torch exporters write eager and scaled-dot-product attention once identities are removed and shapes
 are known. Attention is of opset 23; a model of opset 21 or 22 is raised, which changes no other operator.
 
-A guard against NaN turns the probabilities of a query whose every key is masked by minus infinity into zeros; such a
-query now attends to all keys evenly. No other value changes beyond rounding.
+ONNX Runtime's Attention takes minus infinity and the lowest float both as masked, and gives zeros for a query that has
+no other keys. That is what a guard against NaN does for minus infinity; where the lowest float marks what is masked,
+such a query attends to all keys evenly, so the mask is raised a little to keep that.
 
 It does not fire where the probabilities are read elsewhere too, heads are repeated (grouped queries), the queries or
 keys are rotated after the split, or shapes are not known.
@@ -49,18 +51,26 @@ class _NoMatchError(Exception):
 
 @dataclass(frozen=True)
 class _Heads:
-    """A tensor [batch, heads, ...] and the [batch, rows, heads * size] that it was split from."""
+    """A tensor [batch, heads, ...] and the Reshape that split it from [batch, rows, heads * size]."""
 
-    source: ir.Value
+    reshape: ir.Node
     dims: Dims
     """batch, rows, heads, size"""
     order: tuple[int, ...]
     """Which of `dims` each axis of the tensor is."""
     scale: float
 
+    @property
+    def source(self) -> ir.Value:
+        """What is split, as the graph stands: another block's result may have been replaced."""
+        value = self.reshape.inputs[0]
+        assert value is not None
+        return value
+
 
 @dataclass(frozen=True)
 class _Block:
+    softmax: ir.Node
     q: _Heads
     k: _Heads
     v: _Heads
@@ -81,9 +91,8 @@ class FuseAttention(Pass):
         """Fuse what matches; `skipped` has every Softmax whose result is multiplied with something, and why not."""
         shapes = context.analyse(shapes_of, model)
         opset = model.graph.opset_imports.get("", 0)
-        rewriter = _Rewriter(model, shapes)
+        blocks: list[_Block] = []
         skipped: list[Skipped] = []
-        fused = 0
         for softmax in [node for node in qgraph.ir.walk(model) if qgraph.ir.is_op(node, "Softmax")]:
             try:
                 block = _Matcher(shapes).block(softmax)
@@ -94,12 +103,14 @@ class FuseAttention(Pass):
             except _NoMatchError as reason:
                 skipped.append(Skipped(qgraph.ir.node_label(softmax), str(reason)))
                 continue
-            rewriter.fuse(softmax, block)
-            fused += 1
-        if fused:
-            model.graph.opset_imports[""] = max(opset, _ATTENTION_SINCE)
-        notes = [f"{fused} attention blocks fused"] if fused else []
-        return Report(changed=fused, skipped=skipped, notes=notes)
+            blocks.append(block)
+        if not blocks:
+            return Report(skipped=skipped)
+        rewriter = _Rewriter(model, shapes)
+        for block in blocks:
+            rewriter.fuse(block)
+        model.graph.opset_imports[""] = max(opset, _ATTENTION_SINCE)
+        return Report(changed=len(blocks), skipped=skipped, notes=[f"{len(blocks)} attention blocks fused"])
 
 
 class _Matcher:
@@ -137,7 +148,7 @@ class _Matcher:
         for mask in masks:
             self._check_mask(mask, q, k)
         last = self._join(weigh.outputs[0], (q.dims[0], q.dims[1], v.dims[2], v.dims[3]))
-        return _Block(q, k, v, scale * q.scale * k.scale, masks, guarded, last)
+        return _Block(softmax, q, k, v, scale * q.scale * k.scale, masks, guarded, last)
 
     def _dims(self, value: ir.Value | None) -> Dims:
         dims = self._shapes.dims(value) if value is not None else None
@@ -211,7 +222,7 @@ class _Matcher:
                 source, split = node.inputs[0], self._dims(value)
                 if source is None or not _splits(self._dims(source), split):
                     break
-                return _Heads(source, split, order, scale)
+                return _Heads(node, split, order, scale)
             else:
                 break
         raise _NoMatchError(f"its {what} are not split into heads from one [batch, rows, hidden] tensor")
@@ -282,9 +293,10 @@ class _Rewriter:
     shapes: Shapes
     _masks: dict[tuple[ir.Value, ir.Graph, bool], ir.Value] = field(default_factory=dict)
 
-    def fuse(self, softmax: ir.Node, block: _Block) -> None:
+    def fuse(self, block: _Block) -> None:
+        softmax = block.softmax
         inputs: list[ir.Value] = [block.q.source, block.k.source, block.v.source]
-        masks = [self._mask(mask, block, softmax) for mask in block.masks]
+        masks = [self._mask(mask, block) for mask in block.masks]
         if masks:
             inputs.append(self._sum(masks, block.last))
         heads = block.q.dims[2]
@@ -306,8 +318,9 @@ class _Rewriter:
             total = self._insert(before, "Add", [total, mask], mask)
         return total
 
-    def _mask(self, mask: ir.Value, block: _Block, softmax: ir.Node) -> ir.Value:
-        """Return the mask as the operator wants it: no infinity under a guard, one row for each query, rank 4."""
+    def _mask(self, mask: ir.Value, block: _Block) -> ir.Value:
+        """Return the mask as the operator wants it: above the lowest float, with one row for each query."""
+        softmax = block.softmax
         graph = softmax.graph
         assert graph is not None
         key = (mask, graph, block.guarded)
@@ -315,22 +328,22 @@ class _Rewriter:
             return self._masks[key]
         result = mask
         dtype = mask.dtype if mask.dtype is not None else ir.DataType.FLOAT
-        if block.guarded and not _is_finite(mask):
-            lowest = np.array(np.finfo(dtype.numpy()).min, dtype.numpy())
-            limit = qgraph.ir.initializer(self.model.graph, f"{mask.name}_lowest", lowest)
-            result = self._insert(softmax, "Max", [result, limit], mask)
+        if _may_be_lowest(mask, dtype, guarded=block.guarded):
+            limit = np.array(np.finfo(dtype.numpy()).min / 2, dtype.numpy())
+            least = qgraph.ir.initializer(self.model.graph, f"{mask.name}_least", limit)
+            result = self._insert(softmax, "Max", [result, least], mask)
         dims = self.shapes.dims(mask)
         if dims is not None and tuple(dims[-2:-1]) != (block.q.dims[1],):
-            result = self._expanded(result, block, softmax)
+            result = self._expanded(result, block)
         self._masks[key] = result
         return result
 
-    def _expanded(self, mask: ir.Value, block: _Block, softmax: ir.Node) -> ir.Value:
+    def _expanded(self, mask: ir.Value, block: _Block) -> ir.Value:
         """Repeat the one row of a mask for every query."""
         one = qgraph.ir.initializer(self.model.graph, f"{mask.name}_one", np.array([1], np.int64))
-        queries = self._insert(softmax, "Shape", [block.q.source], mask, start=1, end=2)
-        shape = self._insert(softmax, "Concat", [one, one, queries, one], mask, axis=0)
-        return self._insert(softmax, "Expand", [mask, shape], mask)
+        queries = self._insert(block.softmax, "Shape", [block.q.source], mask, start=1, end=2)
+        shape = self._insert(block.softmax, "Concat", [one, one, queries, one], mask, axis=0)
+        return self._insert(block.softmax, "Expand", [mask, shape], mask)
 
     def _insert(
         self, before: ir.Node, op_type: str, inputs: list[ir.Value], like: ir.Value, **attributes: int
@@ -344,13 +357,14 @@ class _Rewriter:
         return node.outputs[0]
 
 
-def _is_finite(mask: ir.Value) -> bool:
-    """Tell whether a mask is a choice between constants that are all finite."""
+def _may_be_lowest(mask: ir.Value, dtype: ir.DataType, *, guarded: bool) -> bool:
+    """Tell whether the lowest float may be in a mask; behind a guard, an unknown mask has minus infinity instead."""
     node = mask.producer()
-    if node is None or not qgraph.ir.is_op(node, "Where"):
-        return False
-    branches = [qgraph.ir.constant(value) for value in node.inputs[1:]]
-    return all(branch is not None and bool(np.isfinite(branch).all()) for branch in branches)
+    branches = node.inputs[1:] if node is not None and qgraph.ir.is_op(node, "Where") else [mask]
+    constants = [array for value in branches if (array := qgraph.ir.constant(value)) is not None]
+    if len(constants) < len(branches):
+        return not guarded
+    return any(bool((array == np.finfo(dtype.numpy()).min).any()) for array in constants)
 
 
 def _discard_unread(value: ir.Value | None) -> None:
