@@ -74,7 +74,9 @@ def _lift(node: ir.Node, main: ir.Graph) -> bool:
     name = output.name or "constant"
     if node.graph is main:
         output.name = None
-        lifted = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        lifted = ir.Value(
+            name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
         main.register_initializer(lifted)
     else:
         lifted = qgraph.ir.initializer(main, name, tensor)

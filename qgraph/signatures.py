@@ -33,10 +33,13 @@ def _signature(op_type: str, version: int) -> _Signature | None:
     except onnx.defs.SchemaError:
         return None
     single = onnx.defs.OpSchema.FormalParameterOption.Single
+    needed = [index for index, one in enumerate(schema.inputs) if one.option == single]
+    if op_type == "Resize":
+        needed = [0]  # exporters leave out roi and scales of opset 11, which only later ones allow
     return _Signature(
         (schema.min_input, schema.max_input),
         (schema.min_output, schema.max_output),
-        frozenset(index for index, one in enumerate(schema.inputs) if one.option == single),
+        frozenset(needed),
         frozenset(name for name, attribute in schema.attributes.items() if attribute.required),
         {name: _number(attribute.type) for name, attribute in schema.attributes.items()},
     )

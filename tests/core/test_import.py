@@ -289,6 +289,13 @@ def test_names_that_hide_others_are_changed(tmp_path: Path):
     assert names.count("o") == 2, "branches may share names"
 
 
+def test_a_resize_of_opset_11_without_roi_is_read(tmp_path: Path):
+    text = """<ir_version: 6, opset_import: ["" : 11]>
+    g (float[1,1,2,2] x) => (float[1,1,4,4] y) <float[4] s = {1.0,1.0,2.0,2.0}> { y = Resize (x, , s) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+    assert qgraph.ir.load(tmp_path / "m.onnx").graph[0].inputs[1] is None
+
+
 def test_functions_optional_and_sequence_types_are_kept(tmp_path: Path):
     text = """<ir_version: 9, opset_import: ["" : 17, "my" : 1]>
     g (float[2] x) => (seq(float[2]) s, float[2] y) { s = SequenceConstruct(x, x) y = my.f(x) }
