@@ -216,23 +216,24 @@ def _runtime_kind(argument: object) -> Kind:
 def _detach_weights(model: ir.Model) -> tuple[dict[str, onnxruntime.OrtValue], str]:
     """Take the data of the larger initializers out of the main graph.
 
-    Those that lie in files are mapped from there by the runtime, if all in one folder, which is returned. The others
-    are returned by name.
+    Those that lie in files are mapped from there by the runtime, if all in one folder, which is returned; the runtime
+    refuses symbolic links that lead elsewhere, so it is the folder of the file itself. The others are returned by name.
     """
     import onnxruntime
 
     folders = Counter[Path]()
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, MappedTensor):
-            folders[value.const_value.path.parent] += value.const_value.nbytes
+            folders[value.const_value.path.resolve().parent] += value.const_value.nbytes
     folder = folders.most_common(1)[0][0] if folders else None
     weights = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is None or tensor.nbytes < _INLINE_BELOW or tensor.dtype == ir.DataType.STRING:
             continue
-        if isinstance(tensor, MappedTensor) and tensor.path.parent == folder:
-            value.const_value = _reference(tensor, name, tensor.path.name, tensor.offset)
+        file = tensor.path.resolve() if isinstance(tensor, MappedTensor) else None
+        if isinstance(tensor, MappedTensor) and file is not None and file.parent == folder:
+            value.const_value = _reference(tensor, name, file.name, tensor.offset)
             continue
         array = np.ascontiguousarray(tensor.numpy())
         if array.nbytes != tensor.nbytes:
@@ -240,7 +241,7 @@ def _detach_weights(model: ir.Model) -> tuple[dict[str, onnxruntime.OrtValue], s
         bare = array.view(f"u{array.itemsize}") if array.dtype.kind == "V" else array
         weights[name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bare, int(tensor.dtype))
         value.const_value = _reference(tensor, name, "weights", 0)
-    return weights, "" if folder is None else str(folder.resolve())
+    return weights, "" if folder is None else str(folder)
 
 
 def _reference(tensor: ir.TensorProtocol, name: str, file: str, offset: int) -> ir.ExternalTensor:
