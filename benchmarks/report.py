@@ -21,7 +21,8 @@ _HOW = """\
 Latency: 2 threads, spinning off, all sessions of a model in turn in one process, the least of three runs for a feed, \
 the median over feeds; a speed-up is the ratio of medians and repeats within 2 %, which the verdicts allow for. \
 Compile time and peak resident memory: each tool as a process of its own, from the same files; ours includes \
-verification and the report, the peer's leaves out its preprocessing. Calibration and evaluation share no sample."""
+verification and the report, the peer's leaves out its preprocessing. Calibration and evaluation share no sample. \
+"As fp32" is the share of samples with the same top-1 as the float model."""
 
 Tools = dict[str, dict[str, Any]]
 
@@ -160,12 +161,14 @@ def render(results: dict[str, Any]) -> str:
 def _tool_table(measured: dict[str, Any]) -> Iterator[str]:
     tools: Tools = measured["tools"]
     anchor = tools.get("ort-static-minmax", {})
-    yield f"| tool | {measured['metric'] or 'score'} | SQNR dB | speed-up | size MB | time | memory | remarks |"
-    yield "|---|---|---|---|---|---|---|---|"
+    metric = measured["metric"] or "score"
+    yield f"| tool | {metric} | as fp32 % | SQNR dB | speed-up | size MB | time | memory | remarks |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for tool, one in tools.items():
         cells = [
             tool,
             _cell(one.get("score"), "{:.2f}"),
+            _cell(one.get("agreement"), "{:.1f}"),
             _cell(one.get("sqnr_db"), "{:.1f}"),
             _cell(one.get("speedup"), "{:.2f}x"),
             _cell(one.get("size_mb"), "{:.2f}"),

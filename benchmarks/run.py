@@ -30,7 +30,14 @@ __all__: list[str] = []
 HERE = Path(__file__).resolve().parent
 OURS = "qgraph"
 STATIC = ("ort-static-minmax", "ort-static-entropy", "ort-static-percentile")
-SENTENCE_TOOLS = ("ort-static-minmax", "ort-dynamic", "onnxsim-static", "onnxsim-dynamic", "onnxsim-dynamic-fused")
+SENTENCE_TOOLS = (
+    "ort-static-minmax",
+    "ort-dynamic",
+    "onnxsim-static",
+    "onnxsim-dynamic",
+    "onnxsim-simplify-static",
+    "onnxsim-simplify-dynamic",
+)
 ONNXSIM = "onnxsim==0.8.1"
 QUICK_MODELS = "minilm_dynamo_sdpa,resnet20,mobilenet_v2,mnist"
 
