@@ -13,6 +13,7 @@ _HOMES = {
     "FoldConstants": "fold_constants",
     "FuseAttention": "fuse_attention",
     "GemmToMatmulAdd": "gemm_to_matmul_add",
+    "GuardFloat": "guard_float",
     "InferShapes": "infer_shapes",
     "InlineFunctions": "inline_functions",
     "LiftConstants": "lift_constants",

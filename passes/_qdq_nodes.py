@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.integer_plan import IntegerPlan
-from qgraph.analysis.integer_rules import Kind, data_inputs
+from qgraph.analysis.integer_rules import CONSTANT_FORMS, Kind, data_inputs
 from qgraph.numerics.quantize import Parameters, minmax_parameters, quantize, quantize_bias, weight_scale_for_bias
 from qgraph.passes._qdq_values import QuantizedValues, Schemes
 
@@ -58,8 +58,12 @@ class _Rewriter:
     # --- operators that keep the scale --------------------------------------------------------------------------------
 
     def move(self, node: ir.Node) -> None:
-        """Let a node move integers."""
+        """Let a node move integers, or what ONNX Runtime makes integers of."""
         source = _input(node, 0)
+        if self._schemes.activation.signed:
+            # On x86, ONNX Runtime turns signed activations into unsigned ones, but only where Q meets D.
+            node.replace_input_with(0, self._values.real(source))
+            return
         node.replace_input_with(0, self._values.integers(source))
         if node.op_type == "Pad" and node.attributes.get_string("mode", "constant") == "constant":
             node.resize_inputs(max(3, len(node.inputs)))
@@ -83,23 +87,33 @@ class _Rewriter:
     def clamp(self, node: ir.Node) -> None:
         """Leave the clamping to the saturation of the quantizer before, or clamp the integers."""
         source, result = _input(node, 0), node.outputs[0]
-        if qgraph.ir.only_consumer(source) is node and not self._plan_moves(source):
+        bounds = self._saturation(result, *_clamp_bounds(node))
+        if bounds is not None and self._schemes.activation.signed:
+            node.replace_input_with(0, self._values.real(source))  # see `move`
+            return
+        if qgraph.ir.only_consumer(source) is node and not self._is_copy(source):
             self._values.take_over(result, by=source)
-        low, high = _clamp_bounds(node)
-        self._values.define(result, self._clamped(self._values.integers(source), result, low, high))
+        self._values.define(result, self._clamped(self._values.integers(source), result, bounds))
         self._remove(node)
 
-    def _plan_moves(self, value: ir.Value) -> bool:
-        return self._plan.nodes.get(value.producer()) in (Kind.MOVER, Kind.CLAMP, Kind.TABLE)  # type: ignore[arg-type]
+    def _is_copy(self, value: ir.Value) -> bool:
+        node = value.producer()
+        kinds = (Kind.MOVER, Kind.CLAMP, Kind.TABLE)
+        return node is not None and node in self._plan.nodes and self._plan.nodes[node] in kinds
 
-    def _clamped(self, integers: ir.Value, meaning: ir.Value, low: float, high: float) -> ir.Value:
-        """Return the quantized form of `meaning` from unclamped integers of its scale; often they are that form."""
-        scheme, name = self._schemes.activation, self._values.name(meaning)
-        bounds = np.clip(np.asarray([low, high]), -_HUGE, _HUGE)
-        bounds = quantize(bounds, scheme, self._values.parameters(meaning)).values
-        if (bounds == [scheme.qmin, scheme.qmax]).all():
+    def _saturation(self, meaning: ir.Value, low: float, high: float) -> np.ndarray | None:
+        """Return low and high as integers of the scale of `meaning`, or None if no integer lies outside."""
+        scheme = self._schemes.activation
+        ends = np.clip(np.asarray([low, high]), -_HUGE, _HUGE)
+        bounds = quantize(ends, scheme, self._values.parameters(meaning)).values
+        return None if (bounds == [scheme.qmin, scheme.qmax]).all() else bounds
+
+    def _clamped(self, integers: ir.Value, meaning: ir.Value, bounds: np.ndarray | None) -> ir.Value:
+        """Return the quantized form of `meaning` from unclamped integers of its scale."""
+        if bounds is None:
             return integers
-        limits = [self._values.store(f"{name}_{end}", bounds[i]) for i, end in enumerate(("low", "high"))]
+        name = self._values.name(meaning)
+        limits = [self._values.store(f"{name}_{end}", np.asarray(bounds[i])) for i, end in enumerate(("low", "high"))]
         node = self._values.node("Clip", [integers, *limits], f"{name}_clipped_q", meaning, self._values.dtype)
         self._values.insert_after(integers, node)
         return node.outputs[0]
@@ -165,15 +179,15 @@ class _Rewriter:
         if node.op_type == "HardSigmoid":
             self._hard_sigmoid(node)
             return
-        change = _EXACT_FORMS.get(node.op_type)
+        change = CONSTANT_FORMS.get(node.op_type)
         for index, value in data_inputs(node):
             node.replace_input_with(index, self._values.real(value))
-        for index, value in enumerate(node.inputs):
-            array = qgraph.ir.constant(value)
-            if array is None or value is None or array.dtype != np.float32:
+        for index, constant in enumerate(node.inputs):
+            array = qgraph.ir.constant(constant)
+            if array is None or constant is None or array.dtype != np.float32:
                 continue
             operand = array if change is None else change[1](array)
-            self._values.replace_constant(node, index, self._values.operand(value.name or "constant", operand))
+            self._values.replace_constant(node, index, self._values.operand(constant.name or "constant", operand))
         if change is not None:
             node.op_type = change[0]
 
@@ -190,7 +204,7 @@ class _Rewriter:
         line = self._values.node("Add", [product.outputs[0], offset], f"{name}_line", source)
         qgraph.ir.insert_before(node, product, line)
         quantized = self._values.quantized_from(line.outputs[0], result)
-        self._values.define(result, self._clamped(quantized, result, 0.0, 1.0))
+        self._values.define(result, self._clamped(quantized, result, self._saturation(result, 0.0, 1.0)))
         self._values.take_over(result, by=line.outputs[0])
         self._remove(node)
 
@@ -203,12 +217,6 @@ _REWRITES: Mapping[Kind, Callable[[_Rewriter, ir.Node], None]] = {
     Kind.CLAMP: _Rewriter.clamp,
     Kind.TABLE: _Rewriter.look_up,
 }
-
-_EXACT_FORMS: Mapping[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
-    "Sub": ("Add", np.negative),
-    "Div": ("Mul", np.reciprocal),
-}
-"""x - c as x + (-c), x / c as x * (1 / c): only these have integer kernels."""
 
 
 def _input(node: ir.Node, index: int) -> ir.Value:

@@ -57,15 +57,10 @@ def _in_danger(node: ir.Node) -> bool:
 
 
 def _ends_quantized(node: ir.Node) -> bool:
-    value = node.outputs[0]
-    while len(value.uses()) == 1 and not value.is_graph_output():
-        reader = value.uses()[0].node
-        if qgraph.ir.is_op(reader, "QuantizeLinear"):
-            return True
-        if not qgraph.ir.is_op(reader, "Relu", "Clip"):
-            return False
-        value = reader.outputs[0]
-    return False
+    reader = qgraph.ir.only_consumer(node.outputs[0])
+    while reader is not None and qgraph.ir.is_op(reader, "Relu", "Clip"):
+        reader = qgraph.ir.only_consumer(reader.outputs[0])
+    return qgraph.ir.is_op(reader, "QuantizeLinear")
 
 
 def _channels(node: ir.Node) -> int | None:
@@ -90,7 +85,7 @@ def _compute_bias(graph: ir.Graph, node: ir.Node) -> None:
     # A power of two keeps the low bits: an integer below 2^30 times it is a float again.
     largest = float(np.abs(bias).max(initial=0.0))
     scale = np.float32(2.0 ** np.ceil(np.log2(largest / _LARGEST)) if largest > 0 else 1.0)
-    base = given.name if given is not None and given.name else f"{node.outputs[0].name}_bias"
+    base = given.name if given is not None else f"{node.outputs[0].name}_bias"
     stored = qgraph.ir.initializer(graph, f"{base}_int32", np.rint(bias / scale).astype(np.int32))
     factor = qgraph.ir.initializer(graph, f"{base}_int32_scale", np.asarray(scale))
     computed = ir.node("DequantizeLinear", [stored, factor], name=qgraph.ir.fresh_name(graph, f"{base}_computed"))
@@ -100,5 +95,5 @@ def _compute_bias(graph: ir.Graph, node: ir.Node) -> None:
     qgraph.ir.insert_before(node, computed)
     node.resize_inputs(3)
     node.replace_input_with(2, computed.outputs[0])
-    if given is not None and not given.uses() and given.name in graph.initializers:
-        del graph.initializers[given.name]
+    if given is not None and given.name in graph.initializers and not given.uses() and not given.is_graph_output():
+        graph.initializers.pop(given.name or "")

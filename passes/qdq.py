@@ -99,18 +99,20 @@ class Qdq(Pass):
         """Plan, calibrate, and plan again without what could not be calibrated until everything is."""
         found: Ranges = {}
         banned: dict[ir.Node, str] = {}
+
+        def allowed(node: ir.Node) -> str | None:
+            return self._excluded(node) or banned.get(node)
+
         while True:
-            plan = integer_plan(model.graph, lambda node: self._excluded(node) or banned.get(node))
+            plan = integer_plan(model.graph, allowed)
             wanted = [value for values in plan.observed.values() for value in values if value not in found]
             unfit = self._observe(model, context, plan, wanted, found)
             if not unfit:
                 return plan, {group: _joint(found[value] for value in plan.observed[group]) for group in plan.observed}
+            reasons = {plan.group[value]: reason for value, reason in unfit.items()}
             for node in plan.nodes:
-                for value in (*node.inputs, *node.outputs):
-                    group = plan.group.get(value) if value is not None else None
-                    reason = next((unfit[one] for one in plan.observed.get(group, ()) if one in unfit), None)
-                    if reason is not None:
-                        banned[node] = reason
+                groups = [plan.group[value] for value in (*node.inputs, *node.outputs) if value and value in plan.group]
+                banned.update((node, reasons[group]) for group in groups if group in reasons)
 
     def _observe(
         self, model: ir.Model, context: Context, plan: IntegerPlan, wanted: Iterable[ir.Value], found: Ranges

@@ -207,6 +207,8 @@ class _Planner:
                 return False
             if not self._passes_on(node):
                 return True
+            if sum(1 for output in node.outputs if output.uses() or output.is_graph_output()) > 1:
+                return False
             value, reader = data_inputs(node)[0][1], node
         return False
 

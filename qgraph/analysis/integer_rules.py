@@ -24,12 +24,26 @@ import qgraph.ir
 from qgraph.numerics.quantize import dequantize, quantize
 from qgraph.numerics.schemes import UINT8
 
-__all__ = ["OPERATORS", "QUANTIZED_ALREADY", "Kind", "data_inputs", "is_constant", "kind_of", "obstacle"]
+__all__ = [
+    "CONSTANT_FORMS",
+    "OPERATORS",
+    "QUANTIZED_ALREADY",
+    "Kind",
+    "data_inputs",
+    "is_constant",
+    "kind_of",
+    "obstacle",
+]
 
 SMALLEST_TABLE = 1 << 14
 """Tables of fewer elements are not worth a DequantizeLinear."""
 LEAST_CONSTANT_SQNR = 35.0
 """Decibels that a constant operand of Add or Mul must keep at 8 bits with one scale."""
+CONSTANT_FORMS: Mapping[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "Sub": ("Add", np.negative),
+    "Div": ("Mul", np.reciprocal),
+}
+"""x - c as x + (-c), x / c as x * (1 / c): only these have integer kernels."""
 QUANTIZED_ALREADY = "what it reads is quantized already"
 
 
@@ -199,11 +213,12 @@ def _constant_operands(node: ir.Node) -> str | None:
 
 def _constant_right(node: ir.Node) -> str | None:
     array = qgraph.ir.constant(node.inputs[1])
-    if array is None:
-        return f"there is an integer kernel for {node.op_type} only with a constant right operand"
+    if array is None or is_constant(node.inputs[0]):
+        return f"there is an integer kernel for {node.op_type} only with a constant on the right"
     if node.op_type == "Div" and not np.all(array):
         return "it divides by zero"
-    return _constant_operands(node)
+    _, change = CONSTANT_FORMS[node.op_type]
+    return None if _fits_eight_bits(change(array)) else "its constant does not fit into 8 bits at one scale"
 
 
 def _fits_eight_bits(array: np.ndarray) -> bool:
