@@ -10,9 +10,12 @@
 Weights are symmetric int8, with one scale for each output column; x is uint8 with one scale and zero point for the
 tensor, found at run time, so no calibration is needed. The operators are ONNX Runtime's own (com.microsoft).
 
-What is computed from the results has no shape afterwards, graph outputs excepted: where ONNX Runtime is told the
-shapes, it fuses Add and LayerNormalization into SkipLayerNormalization, which takes more than twice their time on a
-CPU. It cannot infer the shapes itself behind its own operators.
+    n = LayerNormalization(Add(r, MatMul(x, W) + b))
+    =>
+    n = LayerNormalization(Sub(r, DynamicQuantizeMatMul(x, -W8, scales, , -b)))
+
+The same to the last bit, but ONNX Runtime leaves it: Add and LayerNormalization it fuses to SkipLayerNormalization,
+which takes more than twice the time of the two on a CPU.
 
 Left in float: products of two activations, weights that are computed, left factors, of another type than float32, of
 more than two dimensions, smaller than `min_elements` or read by somebody who stays in float, convolutions, GRU and
@@ -24,7 +27,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -91,6 +94,7 @@ class DynamicInt8(Pass):
             if layer is not None:
                 layers.append(layer)
         layers, shared = _without_shared(layers)
+        layers = _subtracted(layers)
         skipped += shared
         if not layers:
             return Report(skipped=skipped)
@@ -133,6 +137,7 @@ class _Layer:
         bias_factor: what the bias is to be multiplied by.
         transposed: the weight is laid out [out, in].
         factor: what the weight is to be multiplied by.
+        residual: the Add behind `last` that becomes a Sub; weight and bias are negated.
     """
 
     node: ir.Node
@@ -142,6 +147,7 @@ class _Layer:
     bias_factor: float = 1.0
     transposed: bool = False
     factor: float = 1.0
+    residual: ir.Node | None = None
 
 
 # --- what can be quantized --------------------------------------------------------------------------------------------
@@ -258,6 +264,29 @@ def _without_shared(layers: Sequence[_Layer]) -> tuple[list[_Layer], list[Skippe
         kept = [layer for layer in kept if layer.node not in shared]
 
 
+def _subtracted(layers: Sequence[_Layer]) -> list[_Layer]:
+    """Negate the layers that go into an Add which a LayerNormalization reads, one of each Add."""
+    claimed: set[ir.Node] = set()
+    result = []
+    for layer in layers:
+        residual = _residual(layer)
+        if residual is not None and residual not in claimed:
+            claimed.add(residual)
+            result.append(replace(layer, factor=-layer.factor, bias_factor=-layer.bias_factor, residual=residual))
+        else:
+            result.append(layer)
+    return result
+
+
+def _residual(layer: _Layer) -> ir.Node | None:
+    if layer.node.op_type not in ("MatMul", "Gemm"):
+        return None
+    add = qgraph.ir.only_consumer(layer.last.outputs[0])
+    if add is None or not qgraph.ir.is_op(add, "Add") or add.graph is not layer.node.graph:
+        return None
+    return add if any(qgraph.ir.is_op(use.node, "LayerNormalization") for use in add.outputs[0].uses()) else None
+
+
 def _float_reader(layer: _Layer, quantized: set[ir.Node]) -> ir.Node | None:
     weights = [layer.node.inputs[index] for index in layer.weights]
     readers = (use.node for weight in weights if weight is not None for use in weight.uses())
@@ -278,6 +307,7 @@ class _Rewriter:
     def run(self, layers: Sequence[_Layer]) -> None:
         products = [layer for layer in layers if layer.node.op_type in ("MatMul", "Gemm")]
         readers = Counter((layer.node.inputs[0], layer.node.graph) for layer in products)
+        shared = {layer.node for layer in products if readers[layer.node.inputs[0], layer.node.graph] > 1}
         displaced = [layer.node.inputs[index] for layer in layers for index in layer.weights]
         displaced += [layer.bias for layer in layers]
         for layer in layers:
@@ -286,10 +316,9 @@ class _Rewriter:
             elif layer.node.op_type == "LSTM":
                 new = self._recurrence(layer)
             else:
-                new = self._product(layer, shared=readers[layer.node.inputs[0], layer.node.graph] > 1)
+                new = self._product(layer, shared=layer.node in shared)
             self._replace(layer, new)
         self._drop(displaced)
-        _forget_shapes(self._model)
 
     def _product(self, layer: _Layer, *, shared: bool) -> ir.Node:
         x, weight = layer.node.inputs[:2]
@@ -419,23 +448,16 @@ class _Rewriter:
         qgraph.ir.replace_node(layer.last, new)
         if layer.node is not layer.last:
             qgraph.ir.discard(layer.node)
+        if layer.residual is not None:
+            product = new.outputs[0]
+            other = next(value for value in layer.residual.inputs if value is not product)
+            qgraph.ir.replace_node(layer.residual, ir.node("Sub", [other, product], name=layer.residual.name))
 
     def _drop(self, displaced: Sequence[ir.Value | None]) -> None:
         unread = {value for value in displaced if value is not None and not value.uses()}
         for graph in qgraph.ir.all_graphs(self._model):
             for name in [name for name, value in graph.initializers.items() if value in unread]:
                 del graph.initializers[name]
-
-
-def _forget_shapes(model: ir.Model) -> None:
-    """Forget the shapes of the results of ONNX Runtime's own operators, and of what is computed from them."""
-    behind: set[ir.Value] = set()
-    for node in qgraph.ir.walk(model):
-        if node.domain == _MICROSOFT or any(value in behind for value in node.inputs):
-            behind.update(node.outputs)
-            for output in node.outputs:
-                if not output.is_graph_output():
-                    output.shape = None
 
 
 def _integers(
