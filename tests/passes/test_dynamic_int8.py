@@ -75,8 +75,9 @@ def test_the_graph_is_as_written():
 @pytest.mark.parametrize("readers", [1, 2])
 def test_products_are_those_of_the_integers(per_channel: bool, readers: int):
     w, b, other = normal(32, 24) * np.linspace(0.1, 4, 24, dtype=np.float32), normal(24, seed=1), normal(32, 8, seed=2)
-    text = "g (float[n, m, 32] x, float[32, 24] w, float[24] b, float[32, 8] other)"
-    text += " => (float[n, m, 24] y, float[n, m, k] z) { p = MatMul (x, w) y = Add (p, b) " + ("z = MatMul (x, other) }" if readers == 2 else "z = Abs (x) }")
+    last = "z = MatMul (x, other)" if readers == 2 else "z = Abs (x)"
+    text = f"""g (float[n, m, 32] x, float[32, 24] w, float[24] b, float[32, 8] other)
+        => (float[n, m, 24] y, float[n, m, k] z) {{ p = MatMul (x, w) y = Add (p, b) {last} }}"""
     weights = {"w": w, "b": b} | ({"other": other} if readers == 2 else {})
     if readers == 1:
         text = text.replace(", float[32, 8] other", "")
