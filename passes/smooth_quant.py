@@ -192,8 +192,9 @@ def _rescale(model: ir.Model, constant: ir.Value, factors: np.ndarray) -> None:
     scaled = qgraph.ir.lazy(lambda: (tensor.numpy() * factors).astype(np.float32), ir.DataType.FLOAT, shape)
     new = qgraph.ir.initializer(model.graph, f"{constant.name}_smooth", scaled)
     constant.replace_all_uses_with(new)
-    if constant.name in model.graph.initializers:
-        del model.graph.initializers[constant.name]
+    name = constant.name
+    if name is not None and model.graph.initializers.get(name) is constant:
+        del model.graph.initializers[name]
 
 
 def _decibels(noise: float) -> float:

@@ -44,7 +44,7 @@ def channel_scales(largest: np.ndarray, quantile: float) -> np.ndarray:
     threshold = float(np.quantile(largest.astype(np.float64), quantile))
     if threshold <= 0.0:
         return np.ones(largest.shape, np.float32)
-    return np.maximum(1.0, largest / threshold).astype(np.float32)
+    return np.asarray(np.maximum(1.0, largest / threshold), np.float32)
 
 
 def product_noise(
