@@ -27,7 +27,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -36,22 +36,23 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.numerics.quantize import Parameters, minmax_parameters, mse_parameters, quantize
 from qgraph.numerics.schemes import INT8_WEIGHT, UINT8_WEIGHT, Scheme
+from qgraph.passes._integer_layers import (
+    BLOCKS,
+    Layer,
+    UnfitError,
+    dims_of,
+    is_candidate,
+    layer_of,
+    subtracted,
+    without_shared,
+)
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
 __all__ = ["DynamicInt8"]
 
 _MICROSOFT = "com.microsoft"
-_BLOCKS = (128, 64, 32, 16)
-"""Elements of an embedding's row that share a scale: the largest that divides the row."""
 _LAZY_ABOVE = 1 << 20
 """Weights of more elements are quantized when the file is written."""
-_NO_KERNEL = {
-    "Conv": "convolutions have no integer kernel for activations quantized at run time; 'qdq' quantizes them",
-    "ConvTranspose": "convolutions have no integer kernel for activations quantized at run time; 'qdq' quantizes them",
-    "GRU": "there is no integer kernel for GRU",
-    "RNN": "there is no integer kernel for RNN",
-    "Attention": "its products are of activations with activations",
-}
 _LSTM_INPUTS = 8
 _LSTM_ATTRIBUTES = (
     "activation_alpha",
@@ -62,10 +63,6 @@ _LSTM_ATTRIBUTES = (
     "hidden_size",
     "input_forget",
 )
-
-
-class _UnfitError(Exception):
-    """The reason why a node stays in float."""
 
 
 @dataclass(frozen=True)
@@ -83,18 +80,21 @@ class DynamicInt8(Pass):
     def apply(self, model: ir.Model, context: Context) -> Report:
         """Quantize; `skipped` has every node with a weight or a product that stays in float."""
         del context
-        layers: list[_Layer] = []
+        layers: list[Layer] = []
         skipped: list[Skipped] = []
-        for node in qgraph.ir.walk(model):
+        for node in filter(is_candidate, qgraph.ir.walk(model)):
+            label = qgraph.ir.node_label(node)
             try:
-                layer = self._layer(node)
-            except _UnfitError as reason:
-                skipped.append(Skipped(qgraph.ir.node_label(node), str(reason)))
+                layer = layer_of(node, self.min_elements)
+            except UnfitError as reason:
+                skipped.append(Skipped(label, str(reason)))
                 continue
-            if layer is not None:
+            if any(fnmatch.fnmatchcase(label, pattern) for pattern in self.exclude):
+                skipped.append(Skipped(label, "it is excluded"))
+            elif node.op_type != "Gather" or self.embeddings:
                 layers.append(layer)
-        layers, shared = _without_shared(layers)
-        layers = _subtracted(layers)
+        layers, shared = without_shared(layers)
+        layers = subtracted(layers)
         skipped += shared
         if not layers:
             return Report(skipped=skipped)
@@ -105,196 +105,6 @@ class DynamicInt8(Pass):
         notes = [f"{count} {op_type} in 8 bits" for op_type, count in sorted(counts.items())]
         return Report(changed=len(layers), skipped=skipped, notes=notes)
 
-    def _layer(self, node: ir.Node) -> _Layer | None:
-        """Return what is to be quantized of a node, or None if it is of no concern here."""
-        if node.domain not in ("", "ai.onnx"):
-            return None
-        if node.op_type in _NO_KERNEL:
-            raise _UnfitError(_NO_KERNEL[node.op_type])
-        find = _FINDERS.get(node.op_type)
-        if find is None or (node.op_type == "Gather" and not (self.embeddings and _is_embedding(node))):
-            return None
-        label = qgraph.ir.node_label(node)
-        if any(fnmatch.fnmatchcase(label, pattern) for pattern in self.exclude):
-            raise _UnfitError("it is excluded")
-        layer = find(node)
-        for index in layer.weights:
-            weight = node.inputs[index]
-            assert weight is not None
-            _require_weight(weight, self.min_elements)
-        return layer
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """A node to rewrite.
-
-    Attributes:
-        node: the node.
-        weights: which of its inputs are stored in 8 bits.
-        last: the node whose output the new one takes over: `node`, or the Add of a bias behind it.
-        bias: what that Add adds, or a Gemm's bias.
-        bias_factor: what the bias is to be multiplied by.
-        transposed: the weight is laid out [out, in].
-        factor: what the weight is to be multiplied by.
-        residual: the Add behind `last` that becomes a Sub; weight and bias are negated.
-    """
-
-    node: ir.Node
-    weights: tuple[int, ...]
-    last: ir.Node
-    bias: ir.Value | None = None
-    bias_factor: float = 1.0
-    transposed: bool = False
-    factor: float = 1.0
-    residual: ir.Node | None = None
-
-
-# --- what can be quantized --------------------------------------------------------------------------------------------
-
-
-def _matmul(node: ir.Node) -> _Layer:
-    left, right = node.inputs
-    if right is None or not _is_constant(right):
-        constant = left is not None and _is_constant(left)
-        raise _UnfitError("its constant is the left factor" if constant else "it multiplies activations")
-    _require_matrix(right)
-    _require_rows(left)
-    add = qgraph.ir.only_consumer(node.outputs[0])
-    if add is not None and qgraph.ir.is_op(add, "Add") and add.graph is node.graph:
-        other = add.inputs[1] if add.inputs[0] is node.outputs[0] else add.inputs[0]
-        if _is_bias(other, _dims(right)[1]):
-            return _Layer(node, (1,), add, other)
-    return _Layer(node, (1,), node)
-
-
-def _gemm(node: ir.Node) -> _Layer:
-    weight = node.inputs[1]
-    if weight is None or not _is_constant(weight):
-        raise _UnfitError("it multiplies activations")
-    _require_matrix(weight)
-    if node.attributes.get_int("transA", 0):
-        raise _UnfitError("its input is transposed")
-    transposed = bool(node.attributes.get_int("transB", 0))
-    columns = _dims(weight)[0 if transposed else 1]
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is not None and not _is_bias(bias, columns):
-        raise _UnfitError("its bias is not a constant for each output column")
-    alpha, beta = (node.attributes.get_float(name, 1.0) for name in ("alpha", "beta"))
-    return _Layer(node, (1,), node, bias, beta, transposed, alpha)
-
-
-def _lstm(node: ir.Node) -> _Layer:
-    if any(value is None or not _is_constant(value) for value in node.inputs[1:3]):
-        raise _UnfitError("its weights are computed")
-    if node.attributes.get_int("layout", 0):
-        raise _UnfitError("its batch comes first, which the integer kernel cannot do")
-    return _Layer(node, (1, 2), node, transposed=True)
-
-
-def _gather(node: ir.Node) -> _Layer:
-    table = node.inputs[0]
-    assert table is not None
-    if not any(_dims(table)[1] % block == 0 for block in _BLOCKS):
-        raise _UnfitError(f"the {_dims(table)[1]} columns of its table are not a multiple of {_BLOCKS[-1]}")
-    return _Layer(node, (0,), node)
-
-
-def _is_embedding(node: ir.Node) -> bool:
-    """Tell whether a Gather looks up rows of a float matrix."""
-    table = node.inputs[0]
-    if table is None or not _is_constant(table) or table.dtype not in _FLOATS:
-        return False
-    return len(_dims(table)) == 2 and node.attributes.get_int("axis", 0) in (0, -2)
-
-
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
-_FINDERS: dict[str, Callable[[ir.Node], _Layer]] = {"MatMul": _matmul, "Gemm": _gemm, "LSTM": _lstm, "Gather": _gather}
-
-
-def _is_constant(value: ir.Value) -> bool:
-    return value.const_value is not None and not value.is_graph_input()
-
-
-def _dims(value: ir.Value) -> tuple[int, ...]:
-    assert value.const_value is not None
-    return tuple(value.const_value.shape.numpy())
-
-
-def _require_matrix(weight: ir.Value) -> None:
-    if len(_dims(weight)) != 2:
-        raise _UnfitError(f"its weight has {len(_dims(weight))} dimensions, not 2")
-
-
-def _require_rows(value: ir.Value | None) -> None:
-    if value is not None and value.shape is not None and len(value.shape) < 2:
-        raise _UnfitError("its input is a vector")
-
-
-def _require_weight(weight: ir.Value, min_elements: int) -> None:
-    tensor = weight.const_value
-    assert tensor is not None
-    if tensor.dtype != ir.DataType.FLOAT:
-        raise _UnfitError(f"its weight is {tensor.dtype.name.lower()}, not float32")
-    if tensor.size < max(min_elements, 1):
-        raise _UnfitError(f"its weight has {tensor.size} elements: too few to gain anything")
-    if weight.is_graph_output():
-        raise _UnfitError("its weight is an output of the model")
-
-
-def _is_bias(value: ir.Value | None, columns: int) -> bool:
-    """Tell whether a constant adds one number to each of `columns` and leaves the rank of a matrix alone."""
-    if value is None or not _is_constant(value) or value.dtype != ir.DataType.FLOAT:
-        return False
-    dims = _dims(value)
-    return len(dims) <= 2 and all(dim == 1 for dim in dims[:-1]) and (not dims or dims[-1] in (1, columns))
-
-
-def _without_shared(layers: Sequence[_Layer]) -> tuple[list[_Layer], list[Skipped]]:
-    """Leave out layers whose weight also serves a node that stays in float: storing it twice gains nothing."""
-    kept, skipped = list(layers), list[Skipped]()
-    while True:
-        nodes = {layer.node for layer in kept}
-        shared = {layer.node: reader for layer in kept if (reader := _float_reader(layer, nodes)) is not None}
-        if not shared:
-            return kept, skipped
-        for node, reader in shared.items():
-            reason = f"its weight is read by '{qgraph.ir.node_label(reader)}' too, which stays in float"
-            skipped.append(Skipped(qgraph.ir.node_label(node), reason))
-        kept = [layer for layer in kept if layer.node not in shared]
-
-
-def _subtracted(layers: Sequence[_Layer]) -> list[_Layer]:
-    """Negate the layers that go into an Add which a LayerNormalization reads, one of each Add."""
-    claimed: set[ir.Node] = set()
-    result = []
-    for layer in layers:
-        residual = _residual(layer)
-        if residual is not None and residual not in claimed:
-            claimed.add(residual)
-            result.append(replace(layer, factor=-layer.factor, bias_factor=-layer.bias_factor, residual=residual))
-        else:
-            result.append(layer)
-    return result
-
-
-def _residual(layer: _Layer) -> ir.Node | None:
-    if layer.node.op_type not in ("MatMul", "Gemm"):
-        return None
-    add = qgraph.ir.only_consumer(layer.last.outputs[0])
-    if add is None or not qgraph.ir.is_op(add, "Add") or add.graph is not layer.node.graph:
-        return None
-    return add if any(qgraph.ir.is_op(use.node, "LayerNormalization") for use in add.outputs[0].uses()) else None
-
-
-def _float_reader(layer: _Layer, quantized: set[ir.Node]) -> ir.Node | None:
-    weights = [layer.node.inputs[index] for index in layer.weights]
-    readers = (use.node for weight in weights if weight is not None for use in weight.uses())
-    return next((reader for reader in readers if reader not in quantized), None)
-
-
-# --- the rewriting ----------------------------------------------------------------------------------------------------
-
 
 class _Rewriter:
     def __init__(self, options: DynamicInt8, model: ir.Model) -> None:
@@ -304,7 +114,7 @@ class _Rewriter:
         self._weights: dict[tuple[object, ...], list[ir.Value]] = {}
         self._inputs: dict[tuple[ir.Value, ir.Graph], Sequence[ir.Value]] = {}
 
-    def run(self, layers: Sequence[_Layer]) -> None:
+    def run(self, layers: Sequence[Layer]) -> None:
         products = [layer for layer in layers if layer.node.op_type in ("MatMul", "Gemm")]
         readers = Counter((layer.node.inputs[0], layer.node.graph) for layer in products)
         shared = {layer.node for layer in products if readers[layer.node.inputs[0], layer.node.graph] > 1}
@@ -320,21 +130,21 @@ class _Rewriter:
             self._replace(layer, new)
         self._drop(displaced)
 
-    def _product(self, layer: _Layer, *, shared: bool) -> ir.Node:
+    def _product(self, layer: Layer, *, shared: bool) -> ir.Node:
         x, weight = layer.node.inputs[:2]
         assert x is not None
         assert weight is not None
         values, scale = self._matrix(weight, layer)
-        bias = self._bias(layer, _dims(values)[1])
+        bias = self._bias(layer, dims_of(values)[1])
         if not shared:
             return self._new("DynamicQuantizeMatMul", [x, values, scale, None, bias], layer.node)
         integers, input_scale, zero_point = self._quantized_input(x, layer.node)
         inputs = [integers, values, input_scale, scale, zero_point, None, bias]
         return self._new("MatMulIntegerToFloat", inputs, layer.node)
 
-    def _bias(self, layer: _Layer, columns: int) -> ir.Value | None:
+    def _bias(self, layer: Layer, columns: int) -> ir.Value | None:
         """Return the bias as [columns]."""
-        if layer.bias is None or (_dims(layer.bias) == (columns,) and layer.bias_factor == 1.0):
+        if layer.bias is None or (dims_of(layer.bias) == (columns,) and layer.bias_factor == 1.0):
             return layer.bias
         array = qgraph.ir.constant(layer.bias)
         assert array is not None
@@ -357,10 +167,10 @@ class _Rewriter:
             self._inputs[key] = node.outputs
         return self._inputs[key]
 
-    def _embedding(self, layer: _Layer) -> ir.Node:
+    def _embedding(self, layer: Layer) -> ir.Node:
         table, indices = layer.node.inputs[:2]
         assert table is not None
-        block = next(size for size in _BLOCKS if _dims(table)[1] % size == 0)
+        block = next(size for size in BLOCKS if dims_of(table)[1] % size == 0)
         scheme = UINT8_WEIGHT.per_group(2, 1, block)
         key = (table, "embedding")
         if key not in self._weights:
@@ -369,7 +179,7 @@ class _Rewriter:
         attributes = {"bits": 8, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
         return self._new("GatherBlockQuantized", [values, indices, scale], layer.node, attributes)
 
-    def _recurrence(self, layer: _Layer) -> ir.Node:
+    def _recurrence(self, layer: Layer) -> ir.Node:
         node = layer.node
         inputs: list[ir.Value | None] = [*node.inputs, *[None] * (_LSTM_INPUTS - len(node.inputs))]
         parameters: list[ir.Value] = []
@@ -391,10 +201,10 @@ class _Rewriter:
         scheme = self._scheme()
         scheme = Scheme(scheme.bits, narrow=scheme.narrow, block_shape=(1, -1, 1 if self._options.per_channel else -1))
         values, scale = self._store(weight, f"{weight.name}", lambda array: array.transpose(0, 2, 1), scheme)
-        zeros = self._constant(f"{weight.name}_zero_point", np.zeros(_dims(scale), np.int8))
+        zeros = self._constant(f"{weight.name}_zero_point", np.zeros(dims_of(scale), np.int8))
         return [values, scale, zeros]
 
-    def _matrix(self, weight: ir.Value, layer: _Layer) -> list[ir.Value]:
+    def _matrix(self, weight: ir.Value, layer: Layer) -> list[ir.Value]:
         """Return a weight as int8 [in, out] and its scales."""
         key = (weight, layer.transposed, layer.factor)
         if key not in self._weights:
@@ -444,7 +254,7 @@ class _Rewriter:
             inputs = inputs[:-1]
         return ir.node(op_type, inputs, attributes, domain=_MICROSOFT, num_outputs=outputs, name=like.name)
 
-    def _replace(self, layer: _Layer, new: ir.Node) -> None:
+    def _replace(self, layer: Layer, new: ir.Node) -> None:
         qgraph.ir.replace_node(layer.last, new)
         if layer.node is not layer.last:
             qgraph.ir.discard(layer.node)

@@ -78,7 +78,7 @@ def product_noise(
 
 def exact_product(samples: Sequence[Sample], weight: np.ndarray) -> np.ndarray:
     """Return the product of all rows of the samples with `weight`, (rows, columns)."""
-    return np.concatenate([sample.rows for sample in samples]) @ weight
+    return np.asarray(np.concatenate([sample.rows for sample in samples]) @ weight)
 
 
 def _rounded_rows(sample: Sample, scales: np.ndarray) -> np.ndarray:
