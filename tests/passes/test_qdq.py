@@ -199,7 +199,7 @@ def test_split_parts_keep_their_range() -> None:
     weight.const_value = ir.tensor(array, name="w")
     c = [np.einsum("nchw,oc->nohw", feed["x"], array[:, :, 0, 0]) for feed in samples(model)]
 
-    quantize(model)
+    quantize(model, "qdq{method=minmax}")
 
     node = next(node for node in model.graph if node.name == "c_q")
     np.testing.assert_allclose(node.inputs[1].const_value.numpy(), np.ptp(c) / 255, rtol=1e-5)
@@ -221,16 +221,16 @@ g (float[n,8,8,8] x, float[8,8,1,1] w, float[8] b) => (float[n,8,8,8] y) {
 @pytest.mark.parametrize(
     ("options", "least"),
     [
-        ("", 35),
-        ("{activations=int8}", 35),
-        ("{weights=uint8}", 35),
+        ("", 33),
+        ("{activations=int8}", 33),
+        ("{weights=uint8}", 33),
         ("{symmetric=true}", 33),
         ("{per_channel=false}", 33),
         ("{reduce_range=true}", 30),
         ("{method=percentile}", 33),
         ("{method=moving-average}", 30),
         ("{method=entropy}", 25),
-        ("{method=mse}", 33),
+        ("{method=minmax}", 35),
     ],
 )
 def test_options(options: str, least: float, tmp_path: Path) -> None:
