@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -17,6 +18,8 @@ import pytest
 
 from qgraph import catalog, registry
 from qgraph.errors import UserError
+from qgraph.pipeline import Pass
+from qgraph.targets.base import Target
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "plugin_example"
 ROOT = EXAMPLE.parent.parent
@@ -80,12 +83,16 @@ def test_a_broken_plug_in_is_told_and_hides_nothing(register, value: str, reason
     assert listed["x"].startswith("the pass 'x'")
 
 
-@pytest.mark.parametrize(("kind", "folder"), [("pass", "passes"), ("target", "targets")])
-def test_every_module_of_ours_is_registered(kind: registry.Kind, folder: str):
-    package = f"qgraph.{folder}"
-    homes = {registry.find(kind, name).__module__ for name in registry.names(kind)}
-    modules = {f"{package}.{path.stem}" for path in (ROOT / folder).glob("*.py") if not path.stem.startswith("_")}
-    assert modules - {"qgraph.targets.base"} <= homes
+@pytest.mark.parametrize(("kind", "folder", "base"), [("pass", "passes", Pass), ("target", "targets", Target)])
+def test_every_pass_and_target_of_ours_is_registered(kind: registry.Kind, folder: str, base: type):
+    registered = {registry.find(kind, name) for name in registry.names(kind)}
+    for path in (ROOT / folder).glob("*.py"):
+        module = importlib.import_module(f"qgraph.{folder}.{path.stem}".removesuffix(".__init__"))
+        for thing in vars(module).values():
+            named = (
+                isinstance(thing, type) and issubclass(thing, base) and isinstance(getattr(thing, "name", None), str)
+            )
+            assert not named or thing in registered, f"{thing} has a name and is not registered"
 
 
 @pytest.fixture(scope="module")
