@@ -1,26 +1,102 @@
-"""ONNX Runtime on the CPU."""
+"""ONNX Runtime on the CPU.
+
+`cpu-int8` decides for every layer between integers with calibrated ranges (static), integers quantized at run time
+(dynamic) and float:
+
+    convolutions                          static: there is no dynamic integer convolution worth running
+    products after integer layers         static or dynamic, whichever the table of costs says is faster
+    products fed by float operators       dynamic (or float where small): its ranges follow the data, which is what a
+                                          transformer needs; static only where the table says that it is much faster
+    LSTM, embeddings                      dynamic, where `dynamic-int8` finds them worth it
+
+The table, `cpu_costs.toml`, was measured once by benchmarks/measure_kernel_costs.py and is read, never timed anew, so
+that builds repeat. `tune` times the candidates instead.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.resources
 import tempfile
+import tomllib
 from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.pipeline import Context, Pipeline
-from qgraph.runtime.session import open_session
+from qgraph import spec
+from qgraph.analysis.cost import cost
+from qgraph.analysis.integer_plan import IntegerPlan, integer_plan
+from qgraph.analysis.integer_rules import Kind, data_inputs
+from qgraph.pipeline import Context, Feeds, Pass, Pipeline, Skipped
+from qgraph.runtime.benchmark import compare
+from qgraph.runtime.session import input_signature, open_session, random_feeds
 from qgraph.targets.base import Kernels, Session, Target
 
-__all__ = ["CpuFp32", "CpuInt8"]
+__all__ = ["CpuFp32", "CpuInt8", "Product"]
 
 _PREPARE = (
     "inline-functions,lift-constants,convert-opset{version=21},fold-constants,remove-identity,fold-batch-norm,"
     "deduplicate-initializers,merge-duplicates,remove-unused"
 )
+_MUCH_FASTER = 1.25
+_NOMINAL_ROWS = 16
+"""Rows of a product whose shapes are not known."""
+_TUNE_SECONDS = 1.0
+_TUNE_FEEDS = 4
+
+_INTEGER_KERNELS = ("ConvInteger", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "GatherBlockQuantized", "QAttention")
+_COMPUTE = (
+    "Attention", "Conv", "ConvTranspose", "FusedConv", "FusedGemm", "FusedMatMul", "GRU", "Gemm", "LSTM", "MatMul",
+    "MultiHeadAttention", "NhwcFusedConv", "RNN",
+)  # fmt: skip
+
+Mode = Literal["float", "dynamic", "static"]
+_KERNELS: Mapping[Mode, str] = {"float": "product-float", "dynamic": "product-dynamic", "static": "product-int8"}
+
+
+@functools.cache
+def _costs() -> Mapping[str, Mapping[str, float]]:
+    text = importlib.resources.files("qgraph.targets").joinpath("cpu_costs.toml").read_text(encoding="utf-8")
+    return {kernel: row for kernel, row in tomllib.loads(text).items() if isinstance(row, dict)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A matrix product [rows, width] x [width, columns] with a constant right operand."""
+
+    rows: int
+    width: int
+    columns: int
+
+    def nanoseconds(self, mode: Mode, *, comes_in_integers: bool) -> float:
+        """Return the cost by the measured table, with that of the conversion before it.
+
+        A static product takes integers as they come; the others want them back in float first.
+
+        Args:
+            mode: of its arithmetic.
+            comes_in_integers: whether an integer layer makes the left operand.
+        """
+        row = _costs()[_KERNELS[mode]]
+        weight, elements = self.width * self.columns, self.rows * self.width
+        sizes = {
+            "start": 1,
+            "multiply_add": self.rows * weight,
+            "weight": weight,
+            "input": elements,
+            "output": self.rows * self.columns,
+        }
+        work = sum(cost_of_one * sizes[part] for part, cost_of_one in row.items())
+        if comes_in_integers == (mode == "static"):
+            return work
+        conversion = _costs()["quantize" if mode == "static" else "dequantize"]
+        needed = mode == "static" or comes_in_integers
+        return work + (conversion["start"] + conversion["element"] * elements if needed else 0.0)
 
 
 class _OnnxRuntimeCpu(Target):
@@ -33,8 +109,49 @@ class _OnnxRuntimeCpu(Target):
         return Pipeline.parse("remove-unused")
 
     def session(self, folder: Path, *, threads: int = 0) -> Session:
-        """Open model.onnx in ONNX Runtime."""
-        return open_session(folder / "model.onnx", threads=threads)
+        """Open model.onnx in ONNX Runtime.
+
+        Raises:
+            UserError: it is not installed.
+        """
+        session: Session = open_session(folder / "model.onnx", threads=threads)
+        return session
+
+    def kernels(self, folder: Path) -> Kernels:
+        """Count the kernels of the graph as ONNX Runtime has fused it for the CPU."""
+        with tempfile.TemporaryDirectory(prefix="qgraph-") as scratch:
+            optimised = Path(scratch) / "model.onnx"
+            open_session(folder / "model.onnx", optimised_path=optimised)
+            return _count(qgraph.ir.load(optimised))
+
+
+def _count(model: ir.Model) -> Kernels:
+    integer: Counter[str] = Counter()
+    floating: Counter[str] = Counter()
+    other: Counter[str] = Counter()
+    left: list[Skipped] = []
+    for node in qgraph.ir.walk(model):
+        if _is_integer_kernel(node.op_type):
+            integer[node.op_type] += 1
+        elif node.op_type in _COMPUTE:
+            floating[node.op_type] += 1
+            left.append(Skipped(qgraph.ir.node_label(node), _why_float(node)))
+        else:
+            other[node.op_type] += 1
+    return Kernels(integer, floating, other, left)
+
+
+def _is_integer_kernel(op_type: str) -> bool:
+    return op_type.startswith(("QLinear", "QGemm", "MatMulInteger", "MatMulNBits")) or op_type in _INTEGER_KERNELS
+
+
+def _why_float(node: ir.Node) -> str:
+    if node.op_type in ("Attention", "MultiHeadAttention"):
+        return "it multiplies activations with activations"
+    weight = node.inputs[1] if len(node.inputs) > 1 else None
+    if weight is not None and qgraph.ir.constant(weight) is None:
+        return "its weight is computed, or both its operands are activations"
+    return "its weight is stored in float"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +159,7 @@ class CpuFp32(_OnnxRuntimeCpu):
     """Float on the CPU: cleaned up, nothing quantized."""
 
     name: ClassVar[str] = "cpu-fp32"
-    summary: ClassVar[str] = "float32 in ONNX Runtime on the CPU; for pruning and other passes without quantization"
+    summary: ClassVar[str] = "float32 in ONNX Runtime on the CPU: for pruning and other passes without quantization"
 
     def compress_passes(self, model: ir.Model, context: Context) -> Pipeline:
         """Return no passes."""
@@ -52,25 +169,130 @@ class CpuFp32(_OnnxRuntimeCpu):
 
 @dataclasses.dataclass(frozen=True)
 class CpuInt8(_OnnxRuntimeCpu):
-    """8-bit integers on the CPU."""
+    """8-bit integers on the CPU, static, dynamic or float as each layer runs fastest."""
 
     name: ClassVar[str] = "cpu-int8"
-    summary: ClassVar[str] = "8-bit integer kernels of ONNX Runtime on the CPU, static or dynamic as each region wants"
+    summary: ClassVar[str] = "8-bit integer kernels of ONNX Runtime on the CPU, static or dynamic as each layer wants"
+
+    def prepare_passes(self) -> Pipeline:
+        """Return the clean-up passes, and attention as one operator."""
+        return Pipeline([*Pipeline.parse(_PREPARE), *Pipeline.parse("fuse-attention,remove-unused")])
 
     def compress_passes(self, model: ir.Model, context: Context) -> Pipeline:
-        """Return static quantization for convolutional graphs, dynamic quantization for others."""
-        if any(qgraph.ir.is_op(node, "Conv") for node in qgraph.ir.walk(model)):
-            return Pipeline.parse("qdq")
-        smooth = "" if context.calibration is None else "smooth-quant,"
-        return Pipeline.parse(f"fuse-attention,{smooth}dynamic-int8")
+        """Return static quantization for what the table wants static, and dynamic quantization for the rest."""
+        plan, modes = _choose(model)
+        static = any(kind is Kind.CONVOLUTION for kind in plan.nodes.values()) or "static" in modes.values()
+        return _compress(model, context, modes, static=static)
 
-    def kernels(self, folder: Path) -> Kernels:
-        """Count the kernels of the graph as ONNX Runtime has fused it."""
+    def lower_passes(self) -> Pipeline:
+        """Keep the runtime from quantizing what was left in float, and clean up."""
+        return Pipeline.parse("guard-float,remove-unused")
+
+    def tune(self, model: ir.Model, context: Context, default: Pipeline) -> Pipeline:
+        """Return the fastest of the default, all static, all dynamic and all float, timed here in turn."""
+        candidates = {"default": default, "dynamic": _compress(model, context, {}, static=False), "float": Pipeline()}
+        if context.calibration is not None:
+            candidates["static"] = Pipeline.parse("qdq")
+        sessions: dict[str, Session] = {}
         with tempfile.TemporaryDirectory(prefix="qgraph-") as scratch:
-            optimised = Path(scratch) / "model.onnx"
-            open_session(folder / "model.onnx", optimised_path=optimised)
-            counts = Counter(node.op_type for node in qgraph.ir.walk(qgraph.ir.load(optimised)))
-        integer = {op: n for op, n in counts.items() if op.startswith("QLinear") or "Integer" in op or op == "QGemm"}
-        floating = {op: n for op, n in counts.items() if op in ("Conv", "FusedConv", "MatMul", "Gemm", "FusedMatMul")}
-        other = {op: n for op, n in counts.items() if op not in integer and op not in floating}
-        return Kernels(integer, floating, other)
+            for name, pipeline in candidates.items():
+                copy = model.clone()
+                (pipeline + self.lower_passes()).run(copy, context=dataclasses.replace(context, _analyses={}))
+                folder = Path(scratch) / name
+                folder.mkdir()
+                self.lower(copy, folder)
+                sessions[name] = self.session(folder, threads=context.threads)
+            timed = compare(sessions, _feeds(sessions["default"], context), seconds=_TUNE_SECONDS)
+        fastest = min(timed.candidates, key=lambda one: one.seconds)
+        return candidates[fastest.name]
+
+
+def _feeds(session: Session, context: Context) -> list[Feeds]:
+    if context.calibration is None:
+        return random_feeds(input_signature(session), context.seed, count=_TUNE_FEEDS)
+    return [feeds for _, feeds in zip(range(_TUNE_FEEDS), context.calibration, strict=False)]
+
+
+def _compress(model: ir.Model, context: Context, modes: Mapping[ir.Node, Mode], *, static: bool) -> Pipeline:
+    in_float, dynamic = _names(modes, "float"), _names(modes, "dynamic")
+    passes: list[Pass] = []
+    if static:
+        passes.append(_excluding("qdq", [*in_float, *dynamic]))
+    if context.calibration is not None and (dynamic or not modes) and not (static and not dynamic):
+        passes.append(_excluding("smooth-quant", in_float))
+    if dynamic or not static or _has_dynamic(model):
+        passes.append(_excluding("dynamic-int8", in_float))
+    return Pipeline(passes)
+
+
+def _excluding(name: str, nodes: Collection[str]) -> Pass:
+    """Return the pass `name` that leaves `nodes` alone; names become patterns that match just them."""
+    patterns = ["".join(f"[{char}]" if char in "*?[" else char for char in node) for node in nodes]
+    options: dict[str, spec.Value] = {"exclude": sorted(patterns)} if patterns else {}
+    (one,) = Pipeline.from_specs([spec.Spec(name, options)])
+    return one
+
+
+def _names(modes: Mapping[ir.Node, Mode], mode: Mode) -> list[str]:
+    return [qgraph.ir.node_label(node) for node, chosen in modes.items() if chosen == mode]
+
+
+def _has_dynamic(model: ir.Model) -> bool:
+    """Tell whether there is an LSTM, a large table, or a product that only dynamic quantization can reach."""
+    for node in qgraph.ir.walk(model):
+        if qgraph.ir.is_op(node, "LSTM"):
+            return True
+        if qgraph.ir.is_op(node, "Gather") and _is_table(node.inputs[0]):
+            return True
+        if node.graph is not model.graph and qgraph.ir.is_op(node, "MatMul", "Gemm"):
+            return True
+    return False
+
+
+def _is_table(value: ir.Value | None) -> bool:
+    stored = None if value is None else value.const_value
+    return (
+        stored is not None and stored.dtype == ir.DataType.FLOAT and len(stored.shape) == 2 and stored.size >= 1 << 16
+    )
+
+
+def _choose(model: ir.Model) -> tuple[IntegerPlan, dict[ir.Node, Mode]]:
+    """Decide for each product with a constant weight; what is decided against static changes what follows it."""
+    multiply_adds = {one.name: one.multiply_adds for one in cost(model).nodes}
+    against: dict[ir.Node, Mode] = {}
+    while True:
+        plan = integer_plan(model.graph, lambda node: "it is not static" if node in against else None)
+        layers = [node for node in plan.nodes if _is_layer(plan, node)]
+        modes = {node: _mode(plan, node, multiply_adds.get(qgraph.ir.node_label(node))) for node in layers}
+        changed = {node: mode for node, mode in modes.items() if mode != "static"}
+        if not changed:
+            return plan, {**modes, **against}
+        against.update(changed)
+
+
+def _is_layer(plan: IntegerPlan, node: ir.Node) -> bool:
+    return plan.nodes[node] is Kind.PRODUCT and len(data_inputs(node)) == 1
+
+
+def _comes_in_integers(plan: IntegerPlan, value: ir.Value) -> bool:
+    """Tell whether an integer layer makes `value`, looking through what only moves elements."""
+    node = value.producer()
+    while node is not None and plan.nodes.get(node) in (Kind.MOVER, Kind.CLAMP):
+        node = data_inputs(node)[0][1].producer()
+    return node in plan.nodes
+
+
+def _mode(plan: IntegerPlan, node: ir.Node, multiply_adds: int | None) -> Mode:
+    weight = node.inputs[1]
+    assert weight is not None
+    assert weight.shape is not None
+    dims = weight.shape.numpy()
+    width, columns = dims[::-1] if node.attributes.get_int("transB", 0) else dims
+    rows = _NOMINAL_ROWS if multiply_adds is None else max(1, multiply_adds // max(1, width * columns))
+    product = Product(rows, width, columns)
+    integers = _comes_in_integers(plan, data_inputs(node)[0][1])
+    modes: tuple[Mode, ...] = ("float", "dynamic", "static")
+    costs = {mode: product.nanoseconds(mode, comes_in_integers=integers) for mode in modes}
+    otherwise: Mode = "dynamic" if costs["dynamic"] <= costs["float"] else "float"
+    bar = costs[otherwise] if integers else costs[otherwise] / _MUCH_FASTER
+    return "static" if costs["static"] <= bar else otherwise
