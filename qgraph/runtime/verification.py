@@ -9,6 +9,9 @@ With s the source's values of an output and r the result's, over all samples tog
     match      share of equal values, for outputs of integers and booleans
     accuracy   share of labelled samples whose largest score is that of the label, for the source and for the result
 
+Where a feed has a mask [batch, positions], what an output [batch, positions, ...] holds at masked positions is padding
+that nobody reads, and stays out.
+
 Samples stream through: nothing is kept but sums, in float64. Values that are not finite stay out of the sums and are
 counted. Figures are rounded to few digits, so that the same build gives the same manifest on every machine.
 """
@@ -248,8 +251,9 @@ def verify(
             raise PassError(f"the compiled model has {len(after)} outputs, its source {len(before)}")
         batch = _rows(feeds, before)
         piece = None if labels is None else labels[rows : rows + batch]
+        kept = _kept_positions(feeds)
         for comparison, one, other in zip(comparisons, before, after, strict=True):
-            comparison.add(one, other, piece)
+            comparison.add(one, other, piece, kept)
         rows += batch
         if progress is not None:
             progress("verify", number + 1, total)
@@ -318,6 +322,16 @@ def _scored(labels: np.ndarray, rows: int, comparisons: Sequence[_Comparison]) -
     )
 
 
+def _kept_positions(feeds: Feeds) -> np.ndarray | None:
+    """Return where the mask [batch, positions] of a feed is not zero, or None where the feed has no such input."""
+    masks = [
+        array
+        for name, array in feeds.items()
+        if "mask" in name.lower() and array.ndim == 2 and array.dtype.kind in "biu"
+    ]
+    return masks[0] != 0 if len(masks) == 1 else None
+
+
 class _Comparison:
     """The running comparison of one output."""
 
@@ -331,8 +345,15 @@ class _Comparison:
         self.labelled = self.right_before = self.right_after = 0
         self.remarks: dict[str, int] = {}
 
-    def add(self, source: Any, result: Any, labels: np.ndarray | None) -> None:
-        """Take in the output of one feed; `labels` are those of its rows."""
+    def add(self, source: Any, result: Any, labels: np.ndarray | None, kept: np.ndarray | None = None) -> None:
+        """Take in the output of one feed.
+
+        Args:
+            source: what the source gives.
+            result: what the result gives.
+            labels: those of its rows.
+            kept: [batch, positions], true where a position of the feed is not padding.
+        """
         if not isinstance(source, np.ndarray) or not isinstance(result, np.ndarray):
             self.dtype = type(source).__name__
             self._remark(f"not compared: {_kind(source)}")
@@ -348,7 +369,10 @@ class _Comparison:
             self.compared += source.size
             self.equal += int(np.sum(source == result))
             return
-        self.sums.add(source, result)
+        if kept is not None and source.ndim >= 3 and source.shape[:2] == kept.shape:
+            self.sums.add(source[kept], result[kept])
+        else:
+            self.sums.add(source, result)
         self._classify(source, result, labels)
 
     def _remark(self, text: str) -> None:

@@ -338,3 +338,20 @@ def test_an_unknown_metric_is_refused_when_checking_too():
     source, result = pair()
     with pytest.raises(UserError, match="Did you mean 'cosine'"):
         compare(source, result).meets({"cosin": 0.9})
+
+
+def test_padding_stays_out_of_the_figures():
+    random = np.random.default_rng(2)
+    mask = np.array([[1, 1, 0], [1, 0, 0]])
+    source = random.normal(size=(2, 3, 4)).astype(np.float32)
+    result = source + np.float32(0.01)
+    spoiled = np.where(mask[..., None] == 0, np.float32(9), result)
+    masked = {"number": np.zeros(2, int), "attention_mask": mask}
+
+    found = verify(Recorded([source]), Recorded([spoiled]), [masked]).outputs[0]
+    kept = verify(Recorded([source[mask != 0]]), Recorded([result[mask != 0]]), feeds(1)).outputs[0]
+    assert (found.sqnr_db, found.cosine, found.max_abs_error) == (kept.sqnr_db, kept.cosine, kept.max_abs_error)
+    # A mask of another shape says nothing about an output, nor does one with two masks to choose from.
+    for others in ({"attention_mask": mask[:, :2]}, {"attention_mask": mask, "other_mask": mask}):
+        unmasked = verify(Recorded([source]), Recorded([spoiled]), [{"number": np.zeros(2, int), **others}]).outputs[0]
+        assert unmasked.max_abs_error > 5
