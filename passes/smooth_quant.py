@@ -44,7 +44,7 @@ class SmoothQuant(Pass):
     """Scale outlier channels of activations down, and the weights that read them up."""
 
     name: ClassVar[str] = "smooth-quant"
-    tolerated: float = field(default=31.0, metadata={"help": "products of a better signal-to-noise ratio (dB) stay"})
+    tolerated: float = field(default=28.0, metadata={"help": "products of a better signal-to-noise ratio (dB) stay"})
     least_gain: float = field(default=2.0, metadata={"help": "gain (dB) below which a product stays as it is"})
     exclude: tuple[str, ...] = field(default=(), metadata={"help": "patterns (*, ?) of names of nodes to leave alone"})
 
