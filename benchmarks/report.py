@@ -1,6 +1,6 @@
 """The results as a page: what must be reached, whether it is, and what every tool gave.
 
-python benchmarks/report.py RESULTS.json        writes RESULTS.md beside it
+python benchmarks/report.py RESULTS.json        writes RESULTS.md beside it, and its first table into the README
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Row", "render", "rows"]
+__all__ = ["Row", "render", "rows", "with_results"]
 
 REPEATABILITY = 0.02
 """Ratios of latencies repeat within this much, so that one which misses its bound by less may as well meet it."""
@@ -23,6 +23,9 @@ the median over feeds; a speed-up is the ratio of medians and repeats within 2 %
 Compile time and peak resident memory: each tool as a process of its own, from the same files; ours includes \
 verification and the report, the peer's leaves out its preprocessing. Calibration and evaluation share no sample. \
 "As fp32" is the share of samples with the same top-1 as the float model."""
+
+_README = Path(__file__).resolve().parent.parent / "README.md"
+_README_START, _README_END = "<!-- results -->", "<!-- end of results -->"
 
 Tools = dict[str, dict[str, Any]]
 
@@ -174,9 +177,7 @@ def _tool_table(measured: dict[str, Any]) -> Iterator[str]:
             _cell(one.get("size_mb"), "{:.2f}"),
             _ratio(one.get("seconds"), anchor.get("seconds")),
             _ratio(one.get("peak_mib"), anchor.get("peak_mib")),
-            "; ".join([f"**fails**: {one['failure']}"] * bool(one["failure"]) + one.get("remarks", [])).replace(
-                "|", "/"
-            ),
+            _remarks(one),
         ]
         yield f"| {' | '.join(cells)} |"
     yield ""
@@ -195,9 +196,19 @@ def _ratio(value: float | None, anchor: float | None) -> str:
     return f"{value / anchor:.2f} x" if value is not None and anchor else ""
 
 
+def with_results(readme: str, page: str) -> str:
+    """Return the README with the page's first table between its markers."""
+    before, start, rest = readme.partition(_README_START)
+    _, end, after = rest.partition(_README_END)
+    table = page.partition("## What must be reached\n")[2].partition("\n## ")[0].strip()
+    return f"{before}{start}\n{table}\n{end}{after}"
+
+
 def main() -> None:
     path = Path(sys.argv[1])
-    path.with_name("RESULTS.md").write_text(render(json.loads(path.read_text())))
+    page = render(json.loads(path.read_text()))
+    path.with_name("RESULTS.md").write_text(page)
+    _README.write_text(with_results(_README.read_text(), page))
 
 
 if __name__ == "__main__":

@@ -129,3 +129,11 @@ def test_verdicts_on_a_classifier() -> None:
 
 def test_a_failure_is_a_verdict_too() -> None:
     assert _verdicts(_results("Classifier", {"failure": "error: broken"})) == {"compiles": False}
+
+
+def test_the_readme_gets_the_first_table():
+    page = "# Title\n\n## What must be reached\n\n| a |\n|---|\n| 1 |\n\n## Every tool\n\n| b |\n"
+    readme = "before\n<!-- results -->\nold\n<!-- end of results -->\nafter\n"
+    filled = "before\n<!-- results -->\n| a |\n|---|\n| 1 |\n<!-- end of results -->\nafter\n"
+    assert report.with_results(readme, page) == filled
+    assert report.with_results(filled, page) == filled
