@@ -175,6 +175,17 @@ def binary(op_type: str, *, integer: bool) -> Callable[[Writer, str], str]:
     return build
 
 
+def max_pool(channels: int, size: int, kernel: int, *, integer: bool) -> Sample:
+    """Measure a MaxPool of stride 2; in integers, one whose input does not come from an integer convolution."""
+    writer = Writer()
+    x = writer.input([1, channels, size, size])
+    window = {"kernel_shape": [kernel, kernel], "strides": [2, 2], "pads": [0, 0, kernel - 2, kernel - 2]}
+    y = writer.op("MaxPool", writer.quantized(x) if integer else x, **window)
+    y = writer.quantized(y) if integer else y
+    features = {"start": 1.0, "tap": channels * (size // 2) ** 2 * kernel**2}
+    return writer.profile(y, ["MaxPool"]), features
+
+
 def reordered(writer: Writer, x: str) -> str:
     return writer.op("Conv", x, writer.normal(64, 64, 1, 1))
 
@@ -211,6 +222,8 @@ def samples() -> Iterator[tuple[str, Sample]]:
         for channels, group, size in ((64, 4, 28), (128, 32, 14), (64, 2, 28), (96, 3, 14)):
             shape = (channels, channels, size, 3, 1, group)
             yield f"grouped-{suffix}", convolution(*shape, integer=integer)
+        for channels, size, kernel in ((64, 56, 3), (24, 112, 3), (64, 28, 2), (256, 14, 3)):
+            yield f"max-pool-{suffix}", max_pool(channels, size, kernel, integer=integer)
     for how in ("float", "int8", "dynamic"):
         for rows, inner, columns in ((1, 256, 256), (1, 1024, 1024), (16, 384, 384), (128, 384, 1536), (64, 768, 768)):
             yield f"product-{how}", product(rows, inner, columns, how)

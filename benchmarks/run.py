@@ -233,9 +233,29 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _start(output: Path, *, keep_others: bool, quick: bool, work: Path) -> dict[str, Any]:
+    """Return results without models; with those of `output` if these are to be kept and were measured likewise."""
+    results: dict[str, Any] = {
+        "machine": timing.machine(),
+        "quick": quick,
+        "imports_mib": {
+            "ort-static": _imports_mib("onnxruntime.quantization", work),
+            OURS: _imports_mib("qgraph.compiler, onnxruntime", work),
+        },
+        "models": {},
+    }
+    if keep_others and output.is_file():
+        before: dict[str, Any] = json.loads(output.read_text())
+        if (before["machine"], before["quick"]) == (results["machine"], quick):
+            results["models"] = before["models"]
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure qgraph against its peers on real models.")
-    parser.add_argument("--only", help="models, by the beginnings of their names, separated by commas")
+    parser.add_argument(
+        "--only", help="models, by the beginnings of their names, separated by commas; others stay as they are on file"
+    )
     parser.add_argument("--tools", help="tools, separated by commas (default: all that suit the model)")
     parser.add_argument("--quick", action="store_true", help="four models, fewer feeds, min-max calibration only")
     parser.add_argument("--keep", type=Path, help="an empty folder for the models made (default: a temporary one)")
@@ -255,15 +275,7 @@ def main() -> None:
         frozenset(options.tools.split(",")) if options.tools else None,
         _onnxsim_python(),
     )
-    results: dict[str, Any] = {
-        "machine": timing.machine(),
-        "quick": options.quick,
-        "imports_mib": {
-            "ort-static": _imports_mib("onnxruntime.quantization", work),
-            OURS: _imports_mib("qgraph.compiler, onnxruntime", work),
-        },
-        "models": {},
-    }
+    results = _start(options.output, keep_others=options.only is not None, quick=options.quick, work=work)
     try:
         for task in tasks:
             results["models"][task.name] = Bench(task, settings).run()

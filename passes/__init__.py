@@ -6,6 +6,8 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "AlignChannels": "align_channels",
+    "AveragePoolToConv": "average_pool_to_conv",
     "ConvertOpset": "convert_opset",
     "DeduplicateInitializers": "deduplicate_initializers",
     "DynamicInt8": "dynamic_int8",

@@ -114,7 +114,7 @@ class QuantizedValues:
     def become_integers(self, value: ir.Value) -> None:
         """Turn a value itself, which an integer operator makes, into its quantized form."""
         value.name = qgraph.ir.fresh_name(self.graph, f"{self._names[value]}_q")
-        value.dtype = self.dtype
+        value.type = ir.TensorType(self.dtype)  # a clone of the model shares the old one
         self._integers[value] = value
 
     def take_over(self, name_of: ir.Value, by: ir.Value) -> None:

@@ -40,10 +40,11 @@ from qgraph.passes._qdq_nodes import rewrite
 from qgraph.passes._qdq_values import Schemes
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
-__all__ = ["FLOAT_KEY", "Qdq"]
+__all__ = ["EXCLUDED", "FLOAT_KEY", "Qdq"]
 
 FLOAT_KEY = "qgraph.float"
 """Metadata of a node that stays in float: the reason."""
+EXCLUDED = "it is excluded"
 _FIRST_OPSET = 13
 """The first whose DequantizeLinear knows channels, and whose movers all take integers."""
 _LARGEST = 1e30
@@ -145,7 +146,7 @@ class Qdq(Pass):
     def _excluded(self, node: ir.Node) -> str | None:
         label = qgraph.ir.node_label(node)
         if any(fnmatch.fnmatchcase(label, pattern) for pattern in self.exclude):
-            return "it is excluded"
+            return EXCLUDED
         return f"{node.op_type} is not among 'ops'" if self.ops and node.op_type not in self.ops else None
 
     def _notes(self, plan: IntegerPlan, model: ir.Model) -> list[str]:

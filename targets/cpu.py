@@ -3,7 +3,9 @@
 `cpu-int8` decides for every layer between integers with calibrated ranges (static), integers quantized at run time
 (dynamic) and float:
 
-    convolutions                          static: there is no dynamic integer convolution worth running
+    convolutions                          static, or float where that is faster: the first and last layers often, tiny
+                                          networks altogether (`cpu_costs.better_in_float`); there is no dynamic
+                                          integer convolution worth running
     products after integer layers         static or dynamic, whichever the table of costs says is faster
     products fed by float operators       dynamic (or float where small): its ranges follow the data, which is what a
                                           transformer needs; static only where the table says that it is much faster
@@ -11,6 +13,9 @@
 
 The table, `cpu_costs.toml`, was measured once by benchmarks/measure_kernel_costs.py and is read, never timed anew, so
 that builds repeat. `tune` times the candidates instead.
+
+Before static quantization, what integer kernels handle badly is written in a form that they handle well, with the same
+values: linear layers as Gemm, average pooling as convolution, channels in multiples that kernels like.
 """
 
 from __future__ import annotations
@@ -32,10 +37,12 @@ from qgraph import spec
 from qgraph.analysis.cost import cost
 from qgraph.analysis.integer_plan import IntegerPlan, integer_plan
 from qgraph.analysis.integer_rules import Kind, data_inputs
+from qgraph.passes.qdq import EXCLUDED, FLOAT_KEY
 from qgraph.pipeline import Context, Feeds, Pass, Pipeline, Skipped
 from qgraph.runtime.benchmark import compare
 from qgraph.runtime.session import input_signature, open_session, random_feeds
 from qgraph.targets.base import Kernels, Session, Target
+from qgraph.targets.cpu_costs import better_in_float, graph_cost
 
 __all__ = ["CpuFp32", "CpuInt8", "Product"]
 
@@ -43,7 +50,11 @@ _PREPARE = (
     "inline-functions,lift-constants,convert-opset{version=21},fold-constants,remove-identity,fold-batch-norm,"
     "deduplicate-initializers,merge-duplicates,remove-unused"
 )
+_STATIC_FORM = "matmul-add-to-gemm,average-pool-to-conv,align-channels"
+_PADDED_FORM = "matmul-add-to-gemm,average-pool-to-conv,align-channels{inputs=true}"
 _MUCH_FASTER = 1.25
+_LITTLE = 1.1
+"""How many times faster static layers must make a graph of dynamic ones to be worth asking for calibration data."""
 _NOMINAL_ROWS = 16
 """Rows of a product whose shapes are not known."""
 _TUNE_SECONDS = 1.0
@@ -122,10 +133,25 @@ class _OnnxRuntimeCpu(Target):
         with tempfile.TemporaryDirectory(prefix="qgraph-") as scratch:
             optimised = Path(scratch) / "model.onnx"
             open_session(folder / "model.onnx", optimised_path=optimised)
-            return _count(qgraph.ir.load(optimised))
+            return _count(qgraph.ir.load(optimised), _reasons(qgraph.ir.load(folder / "model.onnx")))
 
 
-def _count(model: ir.Model) -> Kernels:
+def _reasons(model: ir.Model) -> dict[str, str]:
+    """Return why layers stay in float, by the names that the runtime's form of them may have."""
+    reasons: dict[str, str] = {}
+    for node in model.graph:
+        layer: ir.Node | None = node
+        if qgraph.ir.is_op(node, "Relu", "Clip") and node.inputs[0] is not None:
+            layer = node.inputs[0].producer()  # the runtime fuses the two and names them after the second
+        reason = layer.metadata_props.get(FLOAT_KEY) if layer is not None else None
+        if reason == EXCLUDED:
+            reason = "it is excluded: float is faster here by the table of costs, or the pipeline says so"
+        if reason is not None:
+            reasons.update((name, reason) for name in (node.name, *(value.name for value in node.outputs)) if name)
+    return reasons
+
+
+def _count(model: ir.Model, reasons: Mapping[str, str]) -> Kernels:
     integer: Counter[str] = Counter()
     floating: Counter[str] = Counter()
     other: Counter[str] = Counter()
@@ -135,7 +161,7 @@ def _count(model: ir.Model) -> Kernels:
             integer[node.op_type] += 1
         elif node.op_type in _COMPUTE:
             floating[node.op_type] += 1
-            left.append(Skipped(qgraph.ir.node_label(node), _why_float(node)))
+            left.append(_left_in_float(node, reasons))
         else:
             other[node.op_type] += 1
     return Kernels(integer, floating, other, left)
@@ -143,6 +169,14 @@ def _count(model: ir.Model) -> Kernels:
 
 def _is_integer_kernel(op_type: str) -> bool:
     return op_type.startswith(("QLinear", "QGemm", "MatMulInteger", "MatMulNBits")) or op_type in _INTEGER_KERNELS
+
+
+def _left_in_float(node: ir.Node, reasons: Mapping[str, str]) -> Skipped:
+    names = [name.removesuffix("_nchwc") for name in (node.name, *(value.name for value in node.outputs)) if name]
+    known = next((name for name in names if name in reasons), None)
+    if known is not None:
+        return Skipped(known, reasons[known])
+    return Skipped(qgraph.ir.node_label(node), _why_float(node))
 
 
 def _why_float(node: ir.Node) -> str:
@@ -179,10 +213,17 @@ class CpuInt8(_OnnxRuntimeCpu):
         return Pipeline([*Pipeline.parse(_PREPARE), *Pipeline.parse("fuse-attention,remove-unused")])
 
     def compress_passes(self, model: ir.Model, context: Context) -> Pipeline:
-        """Return static quantization for what the table wants static, and dynamic quantization for the rest."""
-        plan, modes = _choose(model)
-        static = any(kind is Kind.CONVOLUTION for kind in plan.nodes.values()) or "static" in modes.values()
-        return _compress(model, context, modes, static=static)
+        """Return static quantization for what the table wants static, and dynamic quantization for the rest.
+
+        Without calibration data, a model of dynamic layers that gains little by static ones goes without.
+        """
+        form, formed, modes = _static_form(model)
+        optional = context.calibration is None and "dynamic" in modes.values()
+        if _gains_by_static(formed, modes, 1.0 if not optional else _LITTLE):
+            return form + _compress(formed, context, modes, static=True)
+        _, modes = _choose(model)
+        dynamic = {node: "dynamic" if mode == "static" else mode for node, mode in modes.items()}
+        return _compress(model, context, dynamic, static=False)
 
     def lower_passes(self) -> Pipeline:
         """Keep the runtime from quantizing what was left in float, and clean up."""
@@ -207,6 +248,44 @@ class CpuInt8(_OnnxRuntimeCpu):
         return candidates[fastest.name]
 
 
+def _static_form(model: ir.Model) -> tuple[Pipeline, ir.Model, dict[ir.Node, Mode]]:
+    """Return the passes that give `model` the form that static kernels handle best, the model in it, and the modes.
+
+    Images are padded to four channels where that makes the integer convolution that reads them worth while.
+    """
+    form, formed, modes = _formed(model, _STATIC_FORM)
+    padding, padded, padded_modes = _formed(model, _PADDED_FORM)
+    if len(padding) == 0 or _static_cost(padded, padded_modes) >= _static_cost(formed, modes):
+        return form, formed, modes
+    return padding, padded, padded_modes
+
+
+def _formed(model: ir.Model, passes: str) -> tuple[Pipeline, ir.Model, dict[ir.Node, Mode]]:
+    formed = model.clone()
+    form = Pipeline([one for one in Pipeline.parse(passes) if Pipeline([one]).run(formed).changed])
+    _, modes = _choose(formed)
+    slow = better_in_float(formed.graph, lambda node: _not_static(modes.get(node)))
+    return form, formed, {**modes, **dict.fromkeys(slow, "float")}
+
+
+def _static_cost(model: ir.Model, modes: Mapping[ir.Node, Mode]) -> float:
+    return graph_cost(model.graph, integer_plan(model.graph, lambda node: _not_static(modes.get(node))), dynamic=True)
+
+
+def _not_static(mode: Mode | None) -> str | None:
+    return None if mode in (None, "static") else "it is not static"
+
+
+def _gains_by_static(model: ir.Model, modes: Mapping[ir.Node, Mode], least: float) -> bool:
+    """Tell whether there is something to quantize statically, and whether float would take `least` times as long."""
+    plan = integer_plan(model.graph, lambda node: _not_static(modes.get(node)))
+    if not any(kind in (Kind.CONVOLUTION, Kind.PRODUCT) for kind in plan.nodes.values()):
+        return False
+    without = integer_plan(model.graph, lambda _: "it is not static")
+    costs = [graph_cost(model.graph, one, dynamic=True) for one in (plan, without)]
+    return least <= 1.0 or costs[1] > least * costs[0]
+
+
 def _feeds(session: Session, context: Context) -> list[Feeds]:
     if context.calibration is None:
         return random_feeds(input_signature(session), context.seed, count=_TUNE_FEEDS)
@@ -218,9 +297,9 @@ def _compress(model: ir.Model, context: Context, modes: Mapping[ir.Node, Mode], 
     passes: list[Pass] = []
     if static:
         passes.append(_excluding("qdq", [*in_float, *dynamic]))
-    if context.calibration is not None and (dynamic or not modes) and not (static and not dynamic):
-        passes.append(_excluding("smooth-quant", in_float))
-    if dynamic or not static or _has_dynamic(model):
+    if dynamic or _has_dynamic(model) or (not static and _has_products(model, in_float)):
+        if context.calibration is not None and (dynamic or not static):
+            passes.append(_excluding("smooth-quant", in_float))
         passes.append(_excluding("dynamic-int8", in_float))
     return Pipeline(passes)
 
@@ -247,6 +326,11 @@ def _has_dynamic(model: ir.Model) -> bool:
         if node.graph is not model.graph and qgraph.ir.is_op(node, "MatMul", "Gemm"):
             return True
     return False
+
+
+def _has_products(model: ir.Model, in_float: Collection[str]) -> bool:
+    products = [node for node in qgraph.ir.walk(model) if qgraph.ir.is_op(node, "MatMul", "Gemm", "Attention")]
+    return any(qgraph.ir.node_label(node) not in in_float for node in products)
 
 
 def _is_table(value: ir.Value | None) -> bool:

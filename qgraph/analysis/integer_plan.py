@@ -26,7 +26,7 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.integer_rules import Kind, data_inputs, kind_of, obstacle
 
-__all__ = ["IntegerPlan", "integer_plan"]
+__all__ = ["IntegerPlan", "integer_obstacles", "integer_plan"]
 
 _LOGARITHM = "a logarithm follows, for which 8 bits are too coarse"
 
@@ -57,30 +57,40 @@ class IntegerPlan:
         return value in self.group and value.producer() in self.nodes
 
 
-def integer_plan(graph: ir.Graph, allowed: Allowed) -> IntegerPlan:
+def integer_plan(
+    graph: ir.Graph, allowed: Allowed, obstacles: Mapping[ir.Node, str | None] | None = None
+) -> IntegerPlan:
     """Plan what runs in integers.
 
     Args:
         graph: the main graph; subgraphs are not planned, since nothing inside them can be calibrated.
         allowed: names the nodes that must stay in float.
+        obstacles: what `integer_obstacles` found, for those who plan the same graph several times.
     """
-    return _Planner(graph, allowed).plan()
+    return _Planner(integer_obstacles(graph) if obstacles is None else obstacles, allowed).plan()
+
+
+def integer_obstacles(graph: ir.Graph) -> dict[ir.Node, str | None]:
+    """Return the nodes whose operator can run in integers, in topological order, each with why it cannot, or None."""
+    delicate = _before_logarithms(graph)
+    return {
+        node: obstacle(node) or (_LOGARITHM if node in delicate else None)
+        for node in graph
+        if kind_of(node) is not None
+    }
 
 
 class _Planner:
-    def __init__(self, graph: ir.Graph, allowed: Allowed) -> None:
+    def __init__(self, obstacles: Mapping[ir.Node, str | None], allowed: Allowed) -> None:
         self.kinds: dict[ir.Node, Kind] = {}
         self.reasons: dict[ir.Node, str] = {}
-        delicate = _before_logarithms(graph)
-        for node in graph:
+        for node, found in obstacles.items():
+            reason = found or allowed(node)
             kind = kind_of(node)
-            if kind is None:
-                continue
-            reason = obstacle(node) or allowed(node) or (_LOGARITHM if node in delicate else None)
-            if reason is None:
-                self.kinds[node] = kind
-            else:
+            if reason is not None:
                 self.reasons[node] = reason
+            elif kind is not None:
+                self.kinds[node] = kind
         self.wanted: set[ir.Value] = set()
         self.integer: set[ir.Value] = set()
 
