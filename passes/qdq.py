@@ -64,7 +64,7 @@ class Qdq(Pass):
     symmetric: bool = field(default=False, metadata={"help": "activations around zero, without a zero point"})
     reduce_range: bool = field(default=False, metadata={"help": "7-bit weights, for x86 processors without VNNI"})
     method: Literal["minmax", "moving-average", "percentile", "entropy", "mse"] = field(
-        default="mse", metadata={"help": "how the ranges of activations are chosen"}
+        default="minmax", metadata={"help": "how the ranges of activations are chosen"}
     )
     exclude: tuple[str, ...] = field(default=(), metadata={"help": "patterns (*, ?) of names of nodes to leave alone"})
     ops: tuple[str, ...] = field(default=(), metadata={"help": "the only operators to quantize; all when empty"})
