@@ -1,0 +1,457 @@
+"""Weight matrices in few bits: groups of neighbouring inputs share a scale, and integers also a zero point.
+
+    integers     weight = (code - zero_point) * scale          code = clip(rint(weight / scale) + zero_point)
+    code books   weight = levels[code] * scale                 code = the nearest level's index
+
+A weight matrix is [N, K]: N outputs, K inputs. Groups run along K; the last one may be shorter. Results do not depend
+on how the matrix lies in memory: one that was stored as [K, N] is passed as its transposed view and is not copied.
+
+What is defined for unusual groups: zeros get scale 1 and are exact; a constant is met by the scale alone; a range so
+small that its scale would be denormal gets the least normal one. NaN and infinite weights are refused.
+
+A symmetric integer of up to 4 bits has one level more below zero than above it, which at 2 bits is half of the
+range. The scale is therefore negative where the largest magnitude of a group is positive. That is legal wherever a
+scale is a plain factor (MatMulNBits, DequantizeLinear), and ONNX Runtime's own quantizer does the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+
+from qgraph.numerics.formats import CODE_BOOKS, nearest_level, round_to_e4m3, round_to_e8m0
+
+__all__ = [
+    "Method",
+    "QuantizedWeight",
+    "WeightScheme",
+    "encode",
+    "group_parameters",
+    "levels",
+    "quantize_weight",
+]
+
+Method = Literal["minmax", "mse"]
+
+_BITS = (2, 3, 4, 5, 6, 8)
+_TINY = np.float32(np.finfo(np.float32).tiny)
+_TILE = 1 << 15
+"""Elements that are worked on at a time: they and two work arrays fit into the second-level cache."""
+_WIDEST_COLUMNS = 512
+"""Groups up to this long are worked on as columns, so that their scales lie beside one another in the inner loops."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightScheme:
+    """How a weight matrix [N, K] is stored.
+
+    Attributes:
+        format: "int", or a code book: "nf4", "fp8e4m3", "fp8e5m2", "mxfp4", "nvfp4", "ternary".
+        bits: 2, 3, 4, 5, 6 or 8 of an integer; a code book fixes it.
+        group: inputs that share a scale, 0 for the whole row; mxfp4 (32) and nvfp4 (16) fix it.
+        symmetric: the zero point of an integer is 2^(bits-1), rather than free; always true of a code book.
+    """
+
+    format: str = "int"
+    bits: int = 4
+    group: int = 32
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if self.group < 0:
+            raise ValueError(f"a group has at least one input (or 0 for the whole row), not {self.group}")
+        if self.format == "int":
+            if self.bits not in _BITS:
+                raise ValueError(f"weights have 2, 3, 4, 5, 6 or 8 bits, not {self.bits}")
+            return
+        if self.format not in CODE_BOOKS:
+            raise ValueError(f"there is no weight format {self.format!r}; there are int, {', '.join(CODE_BOOKS)}")
+        book = CODE_BOOKS[self.format]
+        object.__setattr__(self, "bits", book.bits)
+        object.__setattr__(self, "symmetric", True)
+        if book.group is not None:
+            object.__setattr__(self, "group", book.group)
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether codes are integers with a zero point, rather than indices into `levels`."""
+        return self.format == "int"
+
+    @property
+    def centre(self) -> int:
+        """The zero point of a symmetric integer."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def top(self) -> int:
+        """The highest code."""
+        return (1 << self.bits) - 1 if self.is_integer else len(CODE_BOOKS[self.format].levels) - 1
+
+    def groups(self, inputs: int) -> int:
+        """Return how many scales a row of `inputs` weights has."""
+        return -(-inputs // self.group) if self.group else 1
+
+    def bits_per_weight(self, inputs: int, scale_bits: int = 32) -> float:
+        """Return the bits of information per weight: codes, scales and, where they are free, zero points.
+
+        Args:
+            inputs: of a row, K.
+            scale_bits: of a stored scale; mxfp4 and nvfp4 have 8.
+        """
+        element, extra = float(self.bits), float(scale_bits)
+        if self.is_integer:
+            extra += 0 if self.symmetric else self.bits
+        else:
+            book = CODE_BOOKS[self.format]
+            element = book.information
+            extra = book.scale_bits if book.group else extra
+        return element + extra * self.groups(inputs) / inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight matrix in codes.
+
+    Attributes:
+        codes: uint8 [N, K], 0 to `scheme.top`.
+        scale: float32 [N, G]; what a level or an integer is multiplied with.
+        zero_point: uint8 [N, G]; None for code books.
+        scheme: how to read them.
+    """
+
+    codes: np.ndarray
+    scale: np.ndarray
+    zero_point: np.ndarray | None
+    scheme: WeightScheme
+
+    def dequantize(self) -> np.ndarray:
+        """Return the weights that the codes stand for, float32 [N, K]."""
+        inputs = self.codes.shape[1]
+        if self.zero_point is None:
+            work = levels(self.scheme)[self.codes]
+        else:
+            work = self.codes.astype(np.float32)
+            work -= spread_groups(self.zero_point.astype(np.float32), self.scheme, inputs)
+        work *= spread_groups(self.scale, self.scheme, inputs)
+        return np.asarray(work)
+
+
+def levels(scheme: WeightScheme) -> np.ndarray:
+    """Return the code book of a format that is not an integer: float32, ascending; `codes` are indices into it.
+
+    Raises:
+        ValueError: the scheme is one of integers.
+    """
+    if scheme.is_integer:
+        raise ValueError("integers have a zero point instead of a code book")
+    return np.asarray(CODE_BOOKS[scheme.format].levels, np.float32)
+
+
+def spread_groups(entries: np.ndarray, scheme: WeightScheme, inputs: int) -> np.ndarray:
+    """Return [N, K] (or [N, 1], which broadcasts) from [N, G]: each input's entry of its group."""
+    if entries.shape[1] == 1:
+        return entries
+    return np.repeat(entries, scheme.group, axis=1)[:, :inputs]
+
+
+def quantize_weight(
+    weight: np.ndarray, scheme: WeightScheme, *, method: Method = "mse", importance: np.ndarray | None = None
+) -> QuantizedWeight:
+    """Round a weight matrix to the nearest codes.
+
+    Args:
+        weight: real numbers [N, K].
+        scheme: format, bits and groups.
+        method: "minmax" lets no weight saturate; "mse" searches the scale (and zero point) of least squared error.
+        importance: [K], not negative: what an input's squared error counts in the search. Equal when None.
+
+    Raises:
+        ValueError: a weight is NaN or infinite (the message gives its index), or a shape does not fit.
+    """
+    weight, importance = _checked(weight, importance)
+    result = _empty(weight.shape, scheme)
+    for tile in _tiles(weight, scheme):
+        scale, zero_point = _tile_parameters(tile, weight, scheme, method, importance)
+        tile.put_groups(result.scale, scale)
+        if result.zero_point is not None and zero_point is not None:
+            tile.put_groups(result.zero_point, zero_point)
+        tile.put_elements(result.codes, _tile_codes(tile.values, scale, zero_point, scheme))
+    return result
+
+
+def group_parameters(
+    weight: np.ndarray, scheme: WeightScheme, *, method: Method = "mse", importance: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return scale (float32 [N, G]) and zero point (uint8 [N, G], None for code books) as `quantize_weight` does.
+
+    Raises:
+        ValueError: as `quantize_weight`.
+    """
+    weight, importance = _checked(weight, importance)
+    result = _empty(weight.shape, scheme, codes=False)
+    for tile in _tiles(weight, scheme):
+        scale, zero_point = _tile_parameters(tile, weight, scheme, method, importance)
+        tile.put_groups(result.scale, scale)
+        if result.zero_point is not None and zero_point is not None:
+            tile.put_groups(result.zero_point, zero_point)
+    return result.scale, result.zero_point
+
+
+def encode(weight: np.ndarray, scale: np.ndarray, zero_point: np.ndarray | None, scheme: WeightScheme) -> np.ndarray:
+    """Return the codes (uint8 [N, K]) nearest to a weight matrix at given parameters.
+
+    Args:
+        weight: real numbers [N, K].
+        scale: float32 [N, G], not zero.
+        zero_point: integers [N, G]; None for code books.
+        scheme: format, bits and groups.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    weight, _ = _checked(weight, None)
+    shape = (weight.shape[0], scheme.groups(weight.shape[1]))
+    if scale.shape != shape or (zero_point is not None and zero_point.shape != shape):
+        raise ValueError(f"scales of shape {scale.shape} do not fit a weight of shape {weight.shape}: {shape}")
+    codes = np.empty(weight.shape, np.uint8)
+    for tile in _tiles(weight, scheme):
+        zeros = None if zero_point is None else tile.take_groups(zero_point)
+        tile.put_elements(codes, _tile_codes(tile.values, tile.take_groups(scale), zeros, scheme))
+    return codes
+
+
+def _checked(weight: np.ndarray, importance: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+    if weight.ndim != 2 or weight.size == 0:
+        raise ValueError(f"a weight matrix is [outputs, inputs], not {weight.shape}")
+    if importance is not None:
+        importance = np.asarray(importance, np.float32)
+        if importance.shape != weight.shape[1:] or not (np.isfinite(importance).all() and (importance >= 0).all()):
+            raise ValueError(f"importance must be {weight.shape[1:]} finite numbers that are not negative")
+        largest = importance.max()
+        importance = importance / largest if largest > 0 else None
+    return weight, importance
+
+
+def _empty(shape: tuple[int, ...], scheme: WeightScheme, *, codes: bool = True) -> QuantizedWeight:
+    grid = (shape[0], scheme.groups(shape[1]))
+    return QuantizedWeight(
+        np.empty(shape if codes else (0, 0), np.uint8),
+        np.empty(grid, np.float32),
+        np.empty(grid, np.uint8) if scheme.is_integer else None,
+        scheme,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+    """Some rows and some groups of a weight matrix, as columns: `values` [group, rows * groups] in float32."""
+
+    values: np.ndarray
+    rows: slice
+    groups: slice
+    inputs: slice
+
+    def put_groups(self, target: np.ndarray, entries: np.ndarray) -> None:
+        """Store [1, columns] into an array [N, G]."""
+        part = target[self.rows, self.groups]
+        part[...] = entries.reshape(part.shape)
+
+    def take_groups(self, source: np.ndarray) -> np.ndarray:
+        """Return [1, columns] of an array [N, G]."""
+        return np.ascontiguousarray(source[self.rows, self.groups]).reshape(1, -1)
+
+    def put_elements(self, target: np.ndarray, entries: np.ndarray) -> None:
+        """Store [group, columns] into an array [N, K]."""
+        part = target[self.rows, self.inputs]
+        size = len(entries)
+        part.reshape(part.shape[0], -1, size)[...] = entries.T.reshape(part.shape[0], -1, size)
+
+    def spread(self, per_input: np.ndarray) -> np.ndarray:
+        """Return [group, columns] (or [group, 1]) of an array [K]."""
+        size, columns = self.values.shape
+        part = per_input[self.inputs].reshape(-1, size).T
+        return part if part.shape[1] == 1 else np.tile(part, (1, columns // part.shape[1]))
+
+
+def _tiles(weight: np.ndarray, scheme: WeightScheme) -> Iterator[_Tile]:
+    """Cut a weight matrix into tiles that fit the cache; a shorter last group comes in tiles of its own."""
+    rows, inputs = weight.shape
+    size = min(scheme.group, inputs) if scheme.group else inputs
+    whole = inputs // size
+    stored_by_inputs = weight.strides[0] < weight.strides[1]
+    spans = [(index, 1) for index in range(whole)] if stored_by_inputs or whole == 0 else [(0, whole)]
+    if inputs % size:
+        spans.append((whole, 1))
+    for first, count in spans:
+        start, stop = first * size, min((first + count) * size, inputs)
+        if not stored_by_inputs and count > 1 and count * size > _TILE:
+            yield from _row_tiles(weight, size, first, count)
+            continue
+        height = max(1, _TILE // (stop - start))
+        for top in range(0, rows, height):
+            part = weight[top : top + height, start:stop]
+            values = part.reshape(part.shape[0] * count, -1).T
+            if values.dtype != np.float32 or (values.strides[0] < values.strides[1]):
+                values = np.ascontiguousarray(values, np.float32)
+            yield _Tile(values, slice(top, top + height), slice(first, first + count), slice(start, stop))
+
+
+def _row_tiles(weight: np.ndarray, size: int, first: int, count: int) -> Iterator[_Tile]:
+    """Cut rows that are longer than a tile."""
+    step = max(1, _TILE // size)
+    for row in range(weight.shape[0]):
+        for group in range(first, first + count, step):
+            last = min(group + step, first + count)
+            part = weight[row : row + 1, group * size : last * size]
+            values = np.ascontiguousarray(part.reshape(-1, size).T, np.float32)
+            yield _Tile(values, slice(row, row + 1), slice(group, last), slice(group * size, last * size))
+
+
+def _tile_parameters(
+    tile: _Tile, weight: np.ndarray, scheme: WeightScheme, method: Method, importance: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    low = np.minimum.reduce(tile.values, axis=0, keepdims=True)
+    high = np.maximum.reduce(tile.values, axis=0, keepdims=True)
+    # Not a number and infinity pass through minimum and maximum: no other look at the weights is needed.
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        _refuse(weight)
+    np.minimum(low, 0, out=low)
+    np.maximum(high, 0, out=high)
+    weights = None if importance is None else tile.spread(importance)
+    if not scheme.is_integer:
+        return _book_scale(tile.values, np.maximum(-low, high), scheme, method, weights), None
+    scale, zero_point = _integer_parameters(low, high, scheme)
+    if method == "mse":
+        scale, zero_point = _search_integer(tile.values, low, high, scale, zero_point, scheme, weights)
+    return scale, zero_point
+
+
+def _refuse(weight: np.ndarray) -> None:
+    index = tuple(int(entry) for entry in np.argwhere(~np.isfinite(weight.astype(np.float32)))[0])
+    raise ValueError(f"weight {index} is {weight[index]}, which no code can stand for")
+
+
+def _integer_parameters(low: np.ndarray, high: np.ndarray, scheme: WeightScheme) -> tuple[np.ndarray, np.ndarray]:
+    """Return the parameters at which neither end saturates; low <= 0 <= high."""
+    if not scheme.symmetric:
+        top = np.float32(scheme.top)
+        scale = _usable(high / top - low / top)
+        zero_point = np.clip(np.rint(-low / scale), 0, top).astype(np.uint8)
+        return scale, zero_point
+    below, above = np.float32(scheme.centre), np.float32(scheme.centre - 1)
+    scale = _usable(np.maximum(-low / below, high / above))
+    if scheme.bits <= 4:
+        turned = _usable(np.maximum(high / below, -low / above))
+        scale = np.where(turned < scale, -turned, scale)
+    return scale, np.full(scale.shape, scheme.centre, np.uint8)
+
+
+def _usable(scale: np.ndarray) -> np.ndarray:
+    return np.where(scale == 0, np.float32(1), np.maximum(scale, _TINY)).astype(np.float32)
+
+
+def _tile_codes(
+    values: np.ndarray, scale: np.ndarray, zero_point: np.ndarray | None, scheme: WeightScheme
+) -> np.ndarray:
+    """Return uint8 [group, columns]."""
+    work = np.multiply(values, _reciprocal(scale))
+    if zero_point is None:
+        return nearest_level(work, scheme.format)
+    np.rint(work, out=work)
+    work += zero_point.astype(np.float32)
+    np.clip(work, 0, np.float32(scheme.top), out=work)
+    return work.astype(np.uint8)
+
+
+def _reciprocal(scale: np.ndarray) -> np.ndarray:
+    return np.float32(1) / scale
+
+
+@functools.cache
+def _factors(bits: int, *, symmetric: bool) -> tuple[float, ...]:
+    """Return the shares of the full range that the search tries; fewer bits are worth more clipping."""
+    lowest = {2: 0.3, 3: 0.45, 4: 0.6, 5: 0.7, 6: 0.8, 8: 0.9}[bits]
+    highest = (1 << (bits - 1)) / ((1 << (bits - 1)) - 1) if symmetric else 1.05
+    return tuple(float(np.float32(factor)) for factor in np.linspace(highest, lowest, 14))
+
+
+def _search_integer(
+    values: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    scale: np.ndarray,
+    zero_point: np.ndarray,
+    scheme: WeightScheme,
+    weights: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the parameters of least squared error among shrunken ranges, each with the scale that fits its codes best.
+
+    Codes q = clip(rint(x / s)) of a tried scale s have their least squared error at the scale <x, q> / <q, q>, where
+    it is <x, x> - <x, q>^2 / <q, q>: the largest quotient wins, and neither error nor scale of a candidate is computed.
+    """
+    start, zeros = scale, zero_point.astype(np.float32)
+    if scheme.symmetric:
+        # The largest magnitude goes to the end that has one level more.
+        start = np.where(high > -low, -high, -low) / np.float32(scheme.centre)
+        start = np.where(start == 0, np.float32(1), np.copysign(np.maximum(np.abs(start), _TINY), start))
+        if scheme.bits > 4:
+            start = np.abs(start)
+    unit = np.multiply(values, _reciprocal(start))
+    weighted = unit if weights is None else unit * weights
+    work = np.empty_like(unit)
+    scratch = None if weights is None else np.empty_like(unit)
+
+    def fit(factor: np.float32 | np.ndarray, zero: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        np.multiply(unit, np.float32(1) / factor, out=work)
+        np.rint(work, out=work)
+        np.maximum(work, -zero, out=work)
+        np.minimum(work, np.float32(scheme.top) - zero, out=work)
+        product = np.einsum("ij,ij->j", weighted, work)
+        if scratch is None:
+            square = np.einsum("ij,ij->j", work, work)
+        else:
+            np.multiply(work, weights, out=scratch)
+            square = np.einsum("ij,ij->j", scratch, work)
+        fitted = product / np.maximum(square, np.float32(1e-30))
+        return product * fitted, fitted
+
+    best_gain = np.full(scale.shape[1], -1, np.float32)
+    best_factor = np.ones_like(best_gain)
+    best_fitted = np.ones_like(best_gain)
+    best_zero = zeros[0].copy()
+
+    def consider(factor: np.ndarray, zero: np.ndarray) -> None:
+        gain, fitted = fit(factor, zero)
+        better = gain > best_gain
+        np.copyto(best_gain, gain, where=better)
+        np.copyto(best_factor, np.broadcast_to(factor, gain.shape), where=better)
+        np.copyto(best_fitted, fitted, where=better)
+        np.copyto(best_zero, zero[0], where=better)
+
+    for factor in _factors(scheme.bits, symmetric=scheme.symmetric):
+        consider(np.float32(factor), zeros)
+    if not scheme.symmetric:
+        centre = best_zero.copy()
+        at = best_factor.copy()
+        for shift in (-1, 1):
+            shifted = np.clip(centre + np.float32(shift), 0, np.float32(scheme.top))[None]
+            for nudge in (0.93, 1.0):
+                consider(at * np.float32(nudge), shifted)
+    fitted = np.where(best_gain > 0, best_fitted, 1)[None] * start
+    magnitude = np.maximum(np.abs(fitted), _TINY)
+    result = np.where(high == low, scale, np.copysign(magnitude, fitted)).astype(np.float32)
+    return result, best_zero[None].astype(np.uint8)
+
+
+def _book_scale(
+    values: np.ndarray, largest: np.ndarray, scheme: WeightScheme, method: Method, weights: np.ndarray | None
+) -> np.ndarray:
+    book = CODE_BOOKS[scheme.format]
+    if scheme.format == "ternary":
+        scale = np.abs(values).mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
+        return _usable(scale)
+    return _usable(largest / np.float32(book.largest))
