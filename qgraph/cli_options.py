@@ -68,6 +68,7 @@ class Common:
     labels: str | None = None
     preprocess: str | None = None
     tokenizer: Path | None = None
+    window: int | None = None
     seed: int = 0
     jobs: int = 0
     as_json: bool = False
@@ -77,7 +78,8 @@ class Common:
         """Return where samples come from and how they are read; unless `labelled`, --labels is not about them."""
         from qgraph.compiler import Data
 
-        return Data(source, self.rename, self.preprocess, self.tokenizer, self.labels if labelled else None)
+        labels = self.labels if labelled else None
+        return Data(source, self.rename, self.preprocess, self.tokenizer, labels, self.window)
 
     def optional_data(self, source: str | None, *, labelled: bool = True) -> Data | None:
         """Return the same, or None where no source was given."""
@@ -133,7 +135,14 @@ def data_options(function: F) -> F:
         _shared(
             "--preprocess", field="preprocess", metavar="PRESET", help="How images are prepared; for image folders."
         ),
-        _shared("--tokenizer", field="tokenizer", metavar="FILE", type=PATH, help="tokenizer.json, for text."),
+        _shared("--tokenizer", field="tokenizer", metavar="FILE", type=PATH, help="tokenizer.json or bytes, for text."),
+        _shared(
+            "--window",
+            field="window",
+            metavar="N",
+            type=click.IntRange(min=1),
+            help="Cut text into windows of N tokens [default: a line is a sample].",
+        ),
     )
 
 

@@ -64,7 +64,8 @@ class Data:
         source: a .npz file, a folder of .npz files or of images, a text file, `module:callable`, or feeds.
         rename: array name -> input name.
         preprocess: name of an image preset.
-        tokenizer: a tokenizer.json, for text.
+        tokenizer: a tokenizer.json or `bytes`, for text.
+        window: tokens to a sample of text; without it, a line is a sample unless the model keeps a cache.
         labels: name of the array that holds class labels.
     """
 
@@ -73,6 +74,7 @@ class Data:
     preprocess: str | None = None
     tokenizer: str | Path | None = None
     labels: str | None = None
+    window: int | None = None
 
     @classmethod
     def of(cls, data: Data | str | Path | Iterable[Feeds]) -> Data:
@@ -91,6 +93,7 @@ class Data:
             preprocess=self.preprocess,
             tokenizer=Path(self.tokenizer) if self.tokenizer is not None else None,
             rename=self.rename,
+            window=self.window,
         )
 
 

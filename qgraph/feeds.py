@@ -25,11 +25,14 @@ class InputSpec:
         name: as feeds name it.
         dtype: numpy's name, such as float32; `string` for text.
         shape: None for an axis of any size; None as a whole when not even the rank is known.
+        below: number of rows of the table that the input picks from, such as the tokens that a model knows; None
+            where it is no such number.
     """
 
     name: str
     dtype: str
     shape: tuple[int | None, ...] | None
+    below: int | None = None
 
 
 def signature(model: ir.Model) -> tuple[InputSpec, ...]:
@@ -46,7 +49,19 @@ def _spec(value: ir.Value) -> InputSpec:
         raise UserError(f"input '{value.name}' is no tensor ({value.type}): no feeds can be made for this model")
     dtype = value.type.dtype
     shape = None if value.shape is None else tuple(d if isinstance(d, int) else None for d in value.shape)
-    return InputSpec(str(value.name), "string" if dtype == ir.DataType.STRING else dtype.numpy().name, shape)
+    name = "string" if dtype == ir.DataType.STRING else dtype.numpy().name
+    return InputSpec(str(value.name), name, shape, _rows(value) if dtype.is_integer() else None)
+
+
+def _rows(value: ir.Value) -> int | None:
+    """Return how many rows the tables have, the smallest of them, that `value` indexes directly."""
+    tables = [node.inputs[0] for node, place in value.uses() if node.op_type == "Gather" and place == 1]
+    sizes = [
+        table.const_value.shape[0]
+        for table in tables
+        if table is not None and table.const_value is not None and len(table.const_value.shape) == 2
+    ]
+    return min((size for size in sizes if isinstance(size, int)), default=None)
 
 
 def show_shape(shape: Sequence[int | None] | None) -> str:

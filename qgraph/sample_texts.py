@@ -1,26 +1,94 @@
-"""Samples from text: one a line, turned into token numbers by a tokenizer.json."""
+"""Samples from text: one a line, or windows of a fixed number of tokens, numbered by a tokenizer."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from qgraph.errors import UserError
-from qgraph.feeds import InputSpec, cast, show_shape
+from qgraph.feeds import InputSpec
 from qgraph.pipeline import Feeds
+from qgraph.token_feeds import TokenInputs
+from qgraph.tokens import BYTES, Tokenizer, load_tokenizer, open_tokenizer, read_documents, read_lines
 
-__all__ = ["TextFile"]
+__all__ = ["TextLines", "TextWindows", "open_text"]
 
 _BATCH = 8
 _LONGEST = 512
-_FILLED = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
-class TextFile:
+def open_text(
+    path: Path, inputs: Sequence[InputSpec], tokenizer: Path | None, batch: int | None, window: int | None = None
+) -> TextLines | TextWindows:
+    """Open a text file: as windows when `window` is given or the model takes a cache of keys and values, else as lines.
+
+    Raises:
+        UserError: the tokenizer, a package or an input is missing, a file cannot be read, the text is shorter than
+            one window, or a token is beyond the model's vocabulary.
+    """
+    if tokenizer is None:
+        raise UserError(f"{path} is text: pass --tokenizer tokenizer.json")
+    takes = TokenInputs(inputs)
+    if window is None and not takes.cached and tokenizer != Path(BYTES):
+        return TextLines(path, takes, tokenizer, batch)
+    if window is not None and takes.length not in (None, window):
+        raise UserError(f"the model reads {takes.length} tokens at once: a window of {window} does not fit")
+    return TextWindows(path, takes, open_tokenizer(tokenizer), batch, takes.length or window or _LONGEST)
+
+
+class TextWindows:
+    """A text as consecutive windows of equally many tokens, as language models are calibrated.
+
+    The documents of a .jsonl follow one another. What is left over after the last window, or the last feed of a fixed
+    batch, is not used.
+
+    Args:
+        path: one document, or a .jsonl with one in each line.
+        inputs: what the model takes.
+        tokenizer: numbers the text.
+        batch: windows to a feed where the model leaves that open; 1 when None.
+        window: tokens to a window.
+
+    Raises:
+        UserError: the text cannot be read or is shorter than one window, or the model does not know a token.
+    """
+
+    def __init__(self, path: Path, inputs: TokenInputs, tokenizer: Tokenizer, batch: int | None, window: int) -> None:
+        if window < 1:
+            raise UserError(f"a window must have at least 1 token, not {window}")
+        documents = [one.ids for one in tokenizer.encode(read_documents(path))]
+        ids = np.concatenate([np.empty(0, np.int64), *documents])
+        inputs.check_vocabulary(ids, f"{path} as its tokenizer numbers it")
+        self._batch = inputs.batch or batch or 1
+        needed = window * self._batch
+        if len(ids) < needed and (len(ids) < window or inputs.batch):
+            windows = f"one window of {window}" if self._batch == 1 else f"a feed of {self._batch} windows of {window}"
+            raise UserError(
+                f"{path} has {len(ids)} tokens, too few for {windows}: give more text, or a smaller --window"
+            )
+        count = len(ids) // window
+        if inputs.batch:
+            count -= count % self._batch
+        self._inputs = inputs
+        self._windows = ids[: count * window].reshape(count, window)
+
+    def __len__(self) -> int:
+        return -(-len(self._windows) // self._batch)
+
+    def feeds(self, indices: Sequence[int]) -> Iterator[Feeds]:
+        """See `qgraph.samples.Source`."""
+        for index in indices:
+            yield self._inputs.feed(self._windows[index * self._batch : (index + 1) * self._batch])
+
+    def labels(self, name: str | None, indices: Sequence[int]) -> np.ndarray | None:
+        """See `qgraph.samples.Source`."""
+        del indices
+        return _no_labels(name)
+
+
+class TextLines:
     """A text file as feeds for input_ids and those of attention_mask, token_type_ids, position_ids that the model has.
 
     A feed is as long as its longest line, or as the input when its shape is fixed. Lines are cut there, at what
@@ -30,35 +98,24 @@ class TextFile:
     Args:
         path: one sample a line, empty lines aside; in .jsonl a line is a string or an object with "text".
         inputs: what the model takes.
-        tokenizer: a tokenizer.json; required.
+        tokenizer: a tokenizer.json.
         batch: lines to a feed where the input leaves that open; 8 when None. Those left over are a smaller feed, or
             are not used if the input is of a fixed batch.
 
     Raises:
-        UserError: the tokenizer, a package or an input is missing, or a file cannot be read.
+        UserError: the tokenizer or a package is missing, or a file cannot be read.
     """
 
-    def __init__(self, path: Path, inputs: Sequence[InputSpec], tokenizer: Path | None, batch: int | None) -> None:
-        if tokenizer is None:
-            raise UserError(f"{path} is text: pass --tokenizer tokenizer.json")
-        names = {spec.name for spec in inputs}
-        for spec in inputs:
-            if spec.name not in _FILLED or (spec.shape is not None and len(spec.shape) != 2):
-                raise UserError(
-                    f"text cannot fill input '{spec.name}' {show_shape(spec.shape)}: "
-                    f"only {', '.join(_FILLED)} of [batch, length]"
-                )
-        if "input_ids" not in names:
-            raise UserError("text cannot feed this model: it has no input 'input_ids'")
+    def __init__(self, path: Path, inputs: TokenInputs, tokenizer: Path, batch: int | None) -> None:
+        self._path = path
         self._inputs = inputs
-        self._tokenizer = _load_tokenizer(tokenizer)
-        self._lines = _read_lines(path)
-        fixed_batch, self._length = _fixed(inputs)
-        self._batch = fixed_batch or (batch or _BATCH if "attention_mask" in names else 1)
-        if fixed_batch:
-            self._lines = self._lines[: len(self._lines) // fixed_batch * fixed_batch]
+        self._tokenizer = load_tokenizer(tokenizer)
+        self._lines = read_lines(path)
+        self._batch = inputs.batch or (batch or _BATCH if inputs.masked else 1)
+        if inputs.batch:
+            self._lines = self._lines[: len(self._lines) // inputs.batch * inputs.batch]
         truncation = self._tokenizer.truncation or {}
-        longest = self._length or min(int(truncation.get("max_length", _LONGEST)), _LONGEST)
+        longest = inputs.length or min(int(truncation.get("max_length", _LONGEST)), _LONGEST)
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(longest)
 
@@ -70,21 +127,19 @@ class TextFile:
         for index in indices:
             lines = self._lines[index * self._batch : (index + 1) * self._batch]
             encodings = self._tokenizer.encode_batch(lines)
-            length = self._length or max(1, *(len(encoding.ids) for encoding in encodings))
-            columns = {
-                "input_ids": _padded([encoding.ids for encoding in encodings], length, self._filling()),
-                "attention_mask": _padded([encoding.attention_mask for encoding in encodings], length, 0),
-                "token_type_ids": _padded([encoding.type_ids for encoding in encodings], length, 0),
-                "position_ids": np.tile(np.arange(length, dtype=np.int64), (len(lines), 1)),
-            }
-            yield {spec.name: cast(columns[spec.name], spec, f"'{spec.name}'") for spec in self._inputs}
+            length = self._inputs.length or max(1, *(len(encoding.ids) for encoding in encodings))
+            ids = _padded([encoding.ids for encoding in encodings], length, self._filling())
+            self._inputs.check_vocabulary(ids, f"{self._path} as its tokenizer numbers it")
+            yield self._inputs.feed(
+                ids,
+                _padded([encoding.attention_mask for encoding in encodings], length, 0),
+                _padded([encoding.type_ids for encoding in encodings], length, 0),
+            )
 
     def labels(self, name: str | None, indices: Sequence[int]) -> np.ndarray | None:
         """See `qgraph.samples.Source`."""
         del indices
-        if name is not None:
-            raise UserError(f"a text file has no array '{name}' for labels: put tokens and labels into a .npz file")
-        return None
+        return _no_labels(name)
 
     def _filling(self) -> int:
         for token in ("[PAD]", "<pad>", "</s>", "<|endoftext|>"):
@@ -94,9 +149,9 @@ class TextFile:
         return 0
 
 
-def _fixed(inputs: Sequence[InputSpec]) -> tuple[int | None, int | None]:
-    batch, length = next(spec.shape or (None, None) for spec in inputs if spec.name == "input_ids")
-    return batch, length
+def _no_labels(name: str | None) -> None:
+    if name is not None:
+        raise UserError(f"a text file has no array '{name}' for labels: put tokens and labels into a .npz file")
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int, filling: int) -> np.ndarray:
@@ -104,35 +159,3 @@ def _padded(rows: Sequence[Sequence[int]], length: int, filling: int) -> np.ndar
     for row, numbers in zip(result, rows, strict=True):
         row[: len(numbers)] = numbers
     return result
-
-
-def _load_tokenizer(path: Path) -> Any:
-    try:
-        import tokenizers
-    except ImportError:
-        raise UserError("reading text needs the package tokenizers: pip install 'qgraph-compiler[text]'") from None
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:
-        raise UserError(f"{path} is no tokenizer.json that can be read: {error}") from error
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    if path.suffix.lower() == ".jsonl":
-        lines = [_json_text(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    return [line for line in lines if line.strip()]
-
-
-def _json_text(path: Path, number: int, line: str) -> str:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number}: no valid JSON ({error.msg})") from None
-    text = value.get("text") if isinstance(value, dict) else value
-    if not isinstance(text, str):
-        raise UserError(f'{path}, line {number}: must be a string, or an object with "text"')
-    return text

@@ -78,6 +78,7 @@ def open_samples(
     rename: Mapping[str, str] | None = None,
     batch: int | None = None,
     limit: int | None = None,
+    window: int | None = None,
 ) -> SampleSet:
     """Open data for the inputs of a model.
 
@@ -87,20 +88,22 @@ def open_samples(
             [1, 3, 8, 8] takes [n, 3, 8, 8] or [n, 1, 3, 8, 8]), a 0-d array goes into every feed;
             a folder of .npz files, one feed each, in the order of their names;
             a folder of images, in the order of their names, with `preprocess`;
-            a text file, one sample a line (.jsonl: a string or an object with "text" a line), with `tokenizer`;
+            a text file, one sample a line (.jsonl: a string or an object with "text" a line), with `tokenizer`; with
+            `window`, or for a model that takes a cache of keys and values, windows of the whole text;
             `module:callable`, where the callable takes nothing and returns an iterable of feeds, equal at every call;
             an iterable of feeds.
         inputs: what `signature` gives.
         preprocess: name of a preset, for images and for arrays of uint8 images.
-        tokenizer: a tokenizer.json.
+        tokenizer: a tokenizer.json, or `bytes`.
         rename: name of an array -> name of the input that it is for.
-        batch: samples to a feed, where the first axis of the inputs is dynamic; 8 for text and 1 otherwise.
+        batch: samples to a feed, where the first axis of the inputs is dynamic; 8 for lines and 1 otherwise.
         limit: use at most so many feeds, spread evenly.
+        window: cut text into windows of so many tokens.
 
     Raises:
         UserError: the data cannot be read, do not fit the inputs, or are empty, or a package is missing.
     """
-    opened = _open(source, inputs, preprocess, tokenizer, dict(rename or {}), batch)
+    opened = _open(source, inputs, preprocess, tokenizer, dict(rename or {}), batch, window)
     count = len(opened)
     if count == 0:
         raise UserError(f"{_name(source)} holds no samples: at least one is needed")
@@ -145,6 +148,7 @@ def _open(
     tokenizer: Path | None,
     rename: dict[str, str],
     batch: int | None,
+    window: int | None,
 ) -> Source:
     if batch is not None and batch < 1:
         raise UserError(f"the batch must be positive, not {batch}")
@@ -162,9 +166,9 @@ def _open(
 
         return NpzFile(path, inputs, rename, preprocess, batch or 1)
     if path.suffix.lower() in (".txt", ".jsonl") or tokenizer is not None:
-        from qgraph.sample_texts import TextFile
+        from qgraph.sample_texts import open_text
 
-        return TextFile(path, inputs, tokenizer, batch)
+        return open_text(path, inputs, tokenizer, batch, window)
     raise UserError(
         f"{path} is no data that can be read: give a .npz, .txt or .jsonl file, a folder, or module:callable"
     )

@@ -18,7 +18,8 @@ LAYERS = (
     ("ir",),
     ("pipeline",),
     ("targets.base",),
-    ("feeds",),
+    ("feeds", "tokens"),
+    ("token_feeds",),
     ("sample_images", "sample_texts"),
     ("sample_arrays",),
     ("samples",),
@@ -30,7 +31,7 @@ LAYERS = (
     ("report",),
     ("artifact",),
     ("compiler",),
-    ("catalog",),
+    ("catalog", "evaluation"),
     ("verbs", "doctor"),
     ("cli", "cli_commands", "cli_display", "cli_options", "cli_pages", "__main__"),
 )
