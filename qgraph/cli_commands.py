@@ -279,6 +279,61 @@ def diff(
     return 0
 
 
+@commands.group("eval", cls=_Commands)
+def evaluate() -> None:
+    """Measure what a model is worth on data of its task."""
+
+
+@evaluate.command("perplexity")
+@click.argument("model", metavar="ARTIFACT|MODEL.onnx", type=PATH)
+@click.option(
+    "--text", metavar="FILE", type=PATH, required=True, help="UTF-8 text; of a .jsonl, each line is a document."
+)
+@click.option(
+    "--tokenizer", metavar="FILE", type=PATH, required=True, help="tokenizer.json, or `bytes` for models over bytes."
+)
+@click.option(
+    "--window", metavar="N", type=click.IntRange(min=2), help="Tokens read at once [default: 512, or the model's]."
+)
+@click.option(
+    "--stride", metavar="N", type=click.IntRange(min=1), help="Tokens between windows [default: half a window]."
+)
+@click.option(
+    "--batch", metavar="N", type=click.IntRange(min=1), help="Windows run together [default: as fit 128 MiB]."
+)
+@run_options
+@output_options
+@pass_common
+def perplexity(
+    common: Common,
+    *,
+    model: Path,
+    text: Path,
+    tokenizer: Path,
+    window: int | None,
+    stride: int | None,
+    batch: int | None,
+) -> int:
+    """Score a text with a language model: nats per token, bits per byte, perplexity."""
+    from qgraph.cli_pages import perplexity_table
+    from qgraph.evaluation import text_perplexity
+
+    with common.display() as display:
+        result = text_perplexity(
+            model,
+            text,
+            tokenizer,
+            window=window,
+            stride=stride,
+            batch=batch,
+            threads=common.jobs,
+            progress=display.progress,
+        )
+        display.table(perplexity_table(result))
+    common.print_json(result.to_json())
+    return 0
+
+
 @commands.command()
 @click.argument("name", required=False)
 @output_options

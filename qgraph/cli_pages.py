@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qgraph.catalog import Entry
     from qgraph.cli_display import Display
     from qgraph.doctor import Survey
+    from qgraph.evaluation import Perplexity
     from qgraph.registry import Kind
     from qgraph.runtime.difference import Difference
     from qgraph.runtime.verification import Verification
@@ -24,6 +25,7 @@ __all__ = [
     "difference_tables",
     "inspection_tables",
     "outputs_table",
+    "perplexity_table",
     "show_entry",
     "survey_tables",
     "verification_table",
@@ -92,6 +94,16 @@ def outputs_table(outputs: Outputs) -> Table:
     written = f", written to {outputs.path}" if outputs.path is not None else "; -o Y.npz writes the outputs"
     note = f"{outputs.samples} samples in {seconds_text(outputs.seconds)}{written}"
     return Table(("output", "type", "shape"), rows, note=note)
+
+
+def perplexity_table(result: Perplexity) -> Table:
+    """Return how well a model predicts a text."""
+    rows = [("perplexity", f"{result.perplexity:.4f}"), ("nats per token", f"{result.nats:.4f}")]
+    if result.bits_per_byte is not None:
+        rows.append(("bits per byte", f"{result.bits_per_byte:.4f}"))
+    protocol = f"{result.windows} windows of {result.window}, stride {result.stride}"
+    note = f"{result.tokens:,} tokens scored in {seconds_text(result.seconds)}: {protocol}"
+    return Table(("", ">value"), tuple(rows), note=note)
 
 
 def verification_table(result: Verification) -> Table:
