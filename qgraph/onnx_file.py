@@ -27,6 +27,7 @@ import onnx_ir as ir
 
 from qgraph import wire
 from qgraph.errors import UserError
+from qgraph.lazy_tensors import JointTensor, evaluated
 
 __all__ = ["MappedTensor", "forget_pages", "read", "write"]
 
@@ -344,7 +345,7 @@ def write(model: ir.Model, path: Path, external_above: int) -> None:
 
 
 def _is_streamed(tensor: ir.TensorProtocol) -> bool:
-    if isinstance(tensor, ir.ExternalTensor):
+    if isinstance(tensor, ir.ExternalTensor | JointTensor):
         return True
     return tensor.nbytes >= STREAMED_FROM if tensor.dtype != ir.DataType.STRING else False
 
@@ -388,32 +389,33 @@ def _write_inside(proto: onnx.ModelProto, tensors: list[ir.TensorProtocol], file
     length = len(graph) + sum(len(head) + (tensor.nbytes if tensor is not None else 0) for head, tensor in parts)
     file.write(wire.length_delimited(7, length))
     file.write(graph)
-    for head, tensor in parts:
-        file.write(head)
-        if tensor is not None:
-            _write_tensor(tensor, file)
+    with contextlib.closing(evaluated(tensors, finished=forget_pages)) as contents:
+        for head, tensor in parts:
+            file.write(head)
+            if tensor is not None:
+                _write_tensor(tensor, next(contents), file)
 
 
 def _write_beside(proto: onnx.ModelProto, tensors: list[ir.TensorProtocol], data: BinaryIO, name: str) -> None:
     """Write the streamed tensors to a weight file and refer to them in `proto`."""
     waiting = iter(tensors)
-    for initializer in proto.graph.initializer:
-        if not _is_stand_in(initializer):
-            continue
-        tensor = next(waiting)
-        data.write(bytes(-data.tell() % ALIGNMENT))
-        initializer.ClearField("external_data")
-        for key, value in (("location", name), ("offset", str(data.tell())), ("length", str(tensor.nbytes))):
-            initializer.external_data.add(key=key, value=value)
-        _write_tensor(tensor, data)
+    with contextlib.closing(evaluated(tensors, finished=forget_pages)) as contents:
+        for initializer in filter(_is_stand_in, proto.graph.initializer):
+            tensor = next(waiting)
+            data.write(bytes(-data.tell() % ALIGNMENT))
+            initializer.ClearField("external_data")
+            for key, value in (("location", name), ("offset", str(data.tell())), ("length", str(tensor.nbytes))):
+                initializer.external_data.add(key=key, value=value)
+            _write_tensor(tensor, next(contents), data)
 
 
-def _write_tensor(tensor: ir.TensorProtocol, file: BinaryIO) -> None:
+def _write_tensor(tensor: ir.TensorProtocol, content: ir.TensorProtocol, file: BinaryIO) -> None:
+    """Write `content`, which is what the perhaps lazy `tensor` has announced."""
     before = file.tell()
-    if hasattr(tensor, "tofile"):
-        tensor.tofile(file)
+    if hasattr(content, "tofile"):
+        content.tofile(file)
     else:
-        file.write(tensor.tobytes())
+        file.write(content.tobytes())
     written = file.tell() - before
     if written != tensor.nbytes:
         raise ValueError(f"tensor '{tensor.name}' announced {tensor.nbytes} bytes and has {written}")

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDERS = {"qgraph": "qgraph", "passes": "qgraph.passes", "targets": "qgraph.targets", "models": "qgraph.models"}
 
 LAYERS = (
-    ("errors", "wire"),
+    ("errors", "wire", "lazy_tensors"),
     ("spec", "registry", "numerics", "onnx_file", "signatures"),
     ("ir",),
     ("pipeline",),

@@ -1,0 +1,141 @@
+"""Tensors that are computed when a file is written, several at once, with few of them in memory.
+
+    integers, scale, zero_point = joint_tensors(compute, specs)      one call of compute() gives all three
+
+The writer goes through the tensors in their order; those ahead are computed by threads meanwhile. What is written does
+not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import onnx_ir as ir
+
+__all__ = ["Joint", "JointTensor", "evaluated", "joint_tensors", "usable_cores"]
+
+IN_FLIGHT = 1 << 27
+"""Elements of lazy tensors that are computed or wait to be written at a time, unless a single one has more."""
+
+
+class Joint:
+    """A computation that gives several tensors.
+
+    Attributes:
+        compute: gives them; called anew by whoever needs one of them, and once by the writer if they follow one
+            another.
+        source: what a pass may look for to compute something else from, such as the function that quantizes.
+    """
+
+    def __init__(self, compute: Callable[[], Sequence[ir.TensorProtocol]], source: Any = None) -> None:
+        self.compute = compute
+        self.source = source
+
+
+class JointTensor(ir.LazyTensor):
+    """One of the tensors that a `Joint` gives."""
+
+    def __init__(self, group: Joint, index: int, dtype: ir.DataType, shape: Sequence[int]) -> None:
+        super().__init__(lambda: group.compute()[index], dtype, ir.Shape(shape))
+        self.group = group
+        self.index = index
+
+
+def joint_tensors(
+    compute: Callable[[], Sequence[ir.TensorProtocol]],
+    specs: Sequence[tuple[ir.DataType, Sequence[int]]],
+    *,
+    source: Any = None,
+) -> list[JointTensor]:
+    """Return lazy tensors that `compute` gives together.
+
+    Register them as initializers one after the other, so that the writer computes them once.
+
+    Args:
+        compute: gives as many tensors as there are `specs`.
+        specs: data type and shape of each.
+        source: see `Joint`.
+    """
+    group = Joint(compute, source)
+    return [JointTensor(group, index, dtype, shape) for index, (dtype, shape) in enumerate(specs)]
+
+
+def usable_cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def evaluated(
+    tensors: Sequence[ir.TensorProtocol], *, threads: int = 0, finished: Callable[[], None] = lambda: None
+) -> Iterator[ir.TensorProtocol]:
+    """Yield the tensors in their order, lazy ones computed; those ahead are computed in threads meanwhile.
+
+    A tensor that was handed out is forgotten when the next is asked for.
+
+    Args:
+        tensors: in the order in which they are written.
+        threads: that compute; 0 for one on each core.
+        finished: called in the thread that has computed something, for instance to release what was read for it.
+    """
+    units = _units(tensors)
+    workers = threads or usable_cores()
+    if not any(isinstance(unit[0], ir.LazyTensor) for unit in units):
+        yield from tensors
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="qgraph-write")
+    waiting: deque[Future[list[ir.TensorProtocol]]] = deque()
+    sizes: deque[int] = deque()
+    ahead = iter(units)
+    following = next(ahead, None)
+    try:
+        while waiting or following is not None:
+            while following is not None and _fits(following, sizes, workers):
+                waiting.append(pool.submit(_compute, following, finished))
+                sizes.append(_elements(following))
+                following = next(ahead, None)
+            done = waiting.popleft().result()
+            while done:
+                yield done.pop(0)
+            sizes.popleft()
+    finally:
+        # After an error or Ctrl-C nothing else is begun; what runs is waited for, since it reads mapped files.
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _fits(unit: Sequence[ir.TensorProtocol], sizes: deque[int], workers: int) -> bool:
+    return not sizes or (len(sizes) <= workers and sum(sizes) + _elements(unit) <= IN_FLIGHT)
+
+
+def _elements(unit: Sequence[ir.TensorProtocol]) -> int:
+    return sum(tensor.size for tensor in unit) if isinstance(unit[0], ir.LazyTensor) else 0
+
+
+def _units(tensors: Sequence[ir.TensorProtocol]) -> list[list[ir.TensorProtocol]]:
+    """Cut the tensors into runs that one computation gives; a tensor that is not joint is a run of its own."""
+    key = itertools.count()
+    return [
+        list(run)
+        for _, run in itertools.groupby(
+            tensors, lambda tensor: id(tensor.group) if isinstance(tensor, JointTensor) else -next(key) - 1
+        )
+    ]
+
+
+def _compute(unit: Sequence[ir.TensorProtocol], finished: Callable[[], None]) -> list[ir.TensorProtocol]:
+    first = unit[0]
+    if not isinstance(first, ir.LazyTensor):
+        return list(unit)
+    try:
+        if isinstance(first, JointTensor):
+            results = first.group.compute()
+            return [results[tensor.index] for tensor in unit if isinstance(tensor, JointTensor)]
+        return [first.raw()]
+    finally:
+        finished()
