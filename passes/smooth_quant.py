@@ -6,10 +6,11 @@
     =>
     y = MatMul(Attention(q, k, MatMul(z, V diag(1 / s)) + b / s), diag(s) W)        without a Mul
 
-Exact in real numbers; what changes is what 8 bits make of it. Products of the same x share one Mul. s is 1 for most
-channels: see `qgraph.numerics.smoothing`. It is found from calibration samples, and a Mul is spent only where the noise
-of the quantized product is above `tolerated` and falls by `least_gain` at least. All that an encoder wants cost about
-4 % of its time.
+Exact in real numbers; what changes is what 8 bits make of it. Products of the same x share one Mul, and need none
+where the constants that make x take the factors: those of a norm or a layer before (`qgraph.analysis.scale_folding`).
+s is 1 for most channels: see `qgraph.numerics.smoothing`. It is found from calibration samples, and scales are set
+only where the noise of the quantized product is above `tolerated` and falls by `least_gain` at least. All Muls that an
+encoder wants cost about 4 % of its time.
 
 It does not fire on weights that are computed, of more than two dimensions, of another type than float32, or that
 somebody else reads too. A second run finds nothing to gain.
@@ -17,9 +18,8 @@ somebody else reads too. A second run finds nothing to gain.
 
 from __future__ import annotations
 
-import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -28,8 +28,11 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.activations import Watch
+from qgraph.analysis.linear_layers import LinearLayer, linear_layers, matches
 from qgraph.analysis.reductions import Request
-from qgraph.numerics.smoothing import Sample, search_scales
+from qgraph.analysis.scale_folding import current, find_folding, scale_input
+from qgraph.analysis.shapes import shapes_of
+from qgraph.numerics.smoothing import Sample, product_noise, search_scales
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
 __all__ = ["SmoothQuant"]
@@ -54,42 +57,49 @@ class SmoothQuant(Pass):
         Raises:
             UserError: there are no calibration samples, or the model does not run on one.
         """
-        groups, skipped = self._groups(model)
+        layers = linear_layers(model).layers
+        groups, skipped = self._groups(model, layers)
         if not groups:
             return Report(skipped=skipped)
         samples, unavailable = _watch(model, context, groups)
+        shapes = context.analyse(shapes_of, model)
         changed, figures = 0, {}
-        for x, nodes in groups.items():
+        for x, stale in groups.items():
+            readers = [current(layer) for layer in stale]
             seen = samples.get(x.name or "", [])
             if not seen:
                 reason = unavailable.get(x.name or "", "its input was empty in every sample")
-                skipped += [Skipped(qgraph.ir.node_label(node), reason) for node in nodes]
+                skipped += [Skipped(layer.name, reason) for layer in readers]
                 continue
-            scales, before, after = search_scales(seen, np.hstack([_matrix(node) for node in nodes]))
+            folding = find_folding(x, readers, shapes, layers)
+            weight = np.hstack([layer.matrix().T for layer in readers])
+            scales, before, after = _tied_search(seen, weight, folding.tied)
             gains = _decibels(before) < self.tolerated and _decibels(after) - _decibels(before) >= self.least_gain
             if gains:
-                _smooth(model, x, nodes, scales)
-                changed += len(nodes)
+                scale_input(model, folding, scales, suffix="smooth")
+                changed += len(readers)
             figures[x.name or ""] = [round(_decibels(noise), 2) for noise in (before, after if gains else before)]
         smoothed = sum(before != after for before, after in figures.values())
         notes = [f"{smoothed} of {len(figures)} inputs smoothed"] if smoothed else []
         return Report(changed=changed, skipped=skipped, notes=notes, figures={"signal_to_noise": figures})
 
-    def _groups(self, model: ir.Model) -> tuple[dict[ir.Value, list[ir.Node]], list[Skipped]]:
-        """Return the nodes that multiply a constant, by the activation they read."""
-        groups: dict[ir.Value, list[ir.Node]] = {}
+    def _groups(
+        self, model: ir.Model, layers: Sequence[LinearLayer]
+    ) -> tuple[dict[ir.Value, list[LinearLayer]], list[Skipped]]:
+        """Return the layers that can be scaled, by the activation they read."""
+        groups: dict[ir.Value, list[LinearLayer]] = {}
         skipped: list[Skipped] = []
+        found = {layer.node: layer for layer in layers}
         for node in model.graph:
             if not qgraph.ir.is_op(node, "MatMul", "Gemm"):
                 continue
             label = qgraph.ir.node_label(node)
-            excluded = any(fnmatch.fnmatchcase(label, pattern) for pattern in self.exclude)
-            reason = "it is excluded" if excluded else _why_not(node)
-            x = node.inputs[0]
-            if reason is not None or x is None:
-                skipped.append(Skipped(label, reason or "it has no input"))
+            layer = found.get(node)
+            reason = "it is excluded" if matches(label, self.exclude) else _why_not(node)
+            if reason is not None or layer is None:
+                skipped.append(Skipped(label, reason or "it is no product of rows with a constant matrix"))
                 continue
-            groups.setdefault(x, []).append(node)
+            groups.setdefault(layer.x, []).append(layer)
         return groups, skipped
 
 
@@ -106,19 +116,8 @@ def _why_not(node: ir.Node) -> str | None:
     return "its input is transposed" if node.attributes.get_int("transA", 0) else None
 
 
-def _matrix(node: ir.Node) -> np.ndarray:
-    """Return the weight as [channels, columns]."""
-    weight = qgraph.ir.constant(node.inputs[1])
-    assert weight is not None
-    return weight.T if _is_transposed(node) else weight
-
-
-def _is_transposed(node: ir.Node) -> bool:
-    return node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
-
-
 def _watch(
-    model: ir.Model, context: Context, groups: Mapping[ir.Value, Sequence[ir.Node]]
+    model: ir.Model, context: Context, groups: Iterable[ir.Value]
 ) -> tuple[dict[str, list[Sample]], Mapping[str, str]]:
     watch = Watch(model, context, [Request(x.name or "", -1, _ROWS_PER_FEED) for x in groups])
     samples: dict[str, list[Sample]] = {}
@@ -129,72 +128,15 @@ def _watch(
     return samples, watch.unavailable
 
 
-def _smooth(model: ir.Model, x: ir.Value, nodes: Sequence[ir.Node], scales: np.ndarray) -> None:
-    """Divide x by the scales, in the constants that make it if possible, and multiply the weights by them."""
-    source = _values_constants(x, len(nodes), len(scales))
-    for value in source:
-        _rescale(model, value, 1.0 / scales)
-    smoothed = x if source else _divided(model, x, nodes[0], scales)
-    for node in nodes:
-        weight = node.inputs[1]
-        assert weight is not None
-        node.replace_input_with(0, smoothed)
-        _rescale(model, weight, scales if _is_transposed(node) else scales[:, None])
-
-
-def _values_constants(x: ir.Value, readers: int, channels: int) -> list[ir.Value]:
-    """Return the constants that are linear in x, column by column: weight and bias of an attention's values.
-
-    Empty if x is nothing of the kind, or is read by others than the products.
-    """
-    attention = x.producer()
-    if not qgraph.ir.is_op(attention, "Attention") or len(x.uses()) != readers or x.is_graph_output():
-        return []
-    assert attention is not None
-    value = attention.inputs[2]
-    constants: list[ir.Value] = []
-    while value is not None and qgraph.ir.only_consumer(value) is not None:
-        node = value.producer()
-        if not qgraph.ir.is_op(node, "Add", "MatMul"):
-            return []
-        assert node is not None
-        constant = next((one for one in node.inputs if one is not None and one.const_value is not None), None)
-        if constant is None or not _fits_columns(constant, channels):
-            return []
-        constants.append(constant)
-        if node.op_type == "MatMul":
-            return constants if node.inputs[1] is constant else []
-        value = next(one for one in node.inputs if one is not constant)
-    return []
-
-
-def _fits_columns(constant: ir.Value, channels: int) -> bool:
-    tensor = constant.const_value
-    assert tensor is not None
-    own = not constant.is_graph_input() and qgraph.ir.only_consumer(constant) is not None
-    return own and tensor.dtype == ir.DataType.FLOAT and tensor.shape.numpy()[-1:] == (channels,)
-
-
-def _divided(model: ir.Model, x: ir.Value, before: ir.Node, scales: np.ndarray) -> ir.Value:
-    factor = qgraph.ir.initializer(model.graph, f"{x.name}_smoothing", (1.0 / scales).astype(np.float32))
-    mul = ir.node("Mul", [x, factor], name=qgraph.ir.fresh_name(model.graph, f"{x.name}_smooth"))
-    smoothed = mul.outputs[0]
-    smoothed.name, smoothed.type, smoothed.shape = mul.name, x.type, x.shape
-    qgraph.ir.insert_before(before, mul)
-    return smoothed
-
-
-def _rescale(model: ir.Model, constant: ir.Value, factors: np.ndarray) -> None:
-    """Put a constant times `factors`, computed when the file is written, in the place of a constant."""
-    tensor = constant.const_value
-    assert tensor is not None
-    shape = tensor.shape.numpy()
-    scaled = qgraph.ir.lazy(lambda: (tensor.numpy() * factors).astype(np.float32), ir.DataType.FLOAT, shape)
-    new = qgraph.ir.initializer(model.graph, f"{constant.name}_smooth", scaled)
-    constant.replace_all_uses_with(new)
-    name = constant.name
-    if name is not None and model.graph.initializers.get(name) is constant:
-        del model.graph.initializers[name]
+def _tied_search(seen: Sequence[Sample], weight: np.ndarray, tied: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """Search scales; channels that have to take the same one take the largest that any of them wants."""
+    scales, before, after = search_scales(seen, weight)
+    if np.array_equal(tied, np.arange(len(tied))):
+        return scales, before, after
+    largest = np.zeros_like(scales)
+    np.maximum.at(largest, tied, scales)
+    scales = largest[tied]
+    return scales, before, product_noise(seen, weight, scales)
 
 
 def _decibels(noise: float) -> float:

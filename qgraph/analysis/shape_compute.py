@@ -40,8 +40,8 @@ _LIKE_FIRST_INPUT = (
     "HardSwish", "Hardmax", "InstanceNormalization", "LRN", "LeakyRelu", "Log", "LogSoftmax", "LpNormalization",
     "MeanVarianceNormalization", "Mish", "Neg", "PRelu", "RMSNormalization", "Reciprocal", "Relu",
     "ReverseSequence", "RotaryEmbedding", "Round", "ScaledTanh", "Scatter", "ScatterElements", "ScatterND",
-    "Selu", "Shrink", "Sigmoid", "Sign", "Sin", "Sinh", "Softmax", "Softplus", "Softsign", "Sqrt", "Swish",
-    "Tan", "Tanh", "TensorScatter", "ThresholdedRelu", "Trilu",
+    "Selu", "Shrink", "Sigmoid", "Sign", "SimplifiedLayerNormalization", "Sin", "Sinh", "Softmax", "Softplus",
+    "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "TensorScatter", "ThresholdedRelu", "Trilu",
 )
 _ARITHMETIC = (
     "Add", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Max", "Mean", "Min",
@@ -56,7 +56,11 @@ def _same(node: ir.Node, facts: Facts) -> Sequence[Fact]:
     return [Fact(facts.dtype(node.inputs[0]), dims_of(node, facts))]
 
 
-@rule("FastGelu", "BiasGelu", "QuickGelu", "Gelu", "SkipLayerNormalization", domain="com.microsoft")
+_LIKE_FIRST_CONTRIBUTED = ("FastGelu", "BiasGelu", "QuickGelu", "Gelu", "SimplifiedLayerNormalization")
+_SKIP_NORMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
+
+
+@rule(*_LIKE_FIRST_CONTRIBUTED, *_SKIP_NORMS, domain="com.microsoft")
 def _same_contributed(node: ir.Node, facts: Facts) -> Sequence[Fact]:
     return [Fact(facts.dtype(node.inputs[0]), dims_of(node, facts))]
 

@@ -16,9 +16,11 @@ from qgraph.passes.smooth_quant import SmoothQuant
 from qgraph.pipeline import Pipeline, Report
 
 HEAD = '<ir_version: 10, opset_import: ["" : 23]>'
-LAYERS = """g (float[n, 32] x, float[32] spread, float[32, 24] w, float[24, 32] t) => (float[n, 24] y, float[n, 24] z)
+LAYERS = """g (float[n, 32] x, float[32] spread, float[32, 24] w, float[24, 32] t)
+    => (float[n, 24] y, float[n, 24] z, float[n, 32] seen)
 {
     wide = Mul (x, spread)
+    seen = Identity (wide)
     y = MatMul (wide, w)
     z = Gemm <transB = 1> (wide, t)
 }"""
@@ -74,13 +76,24 @@ def test_products_of_one_input_share_a_mul_and_lose_less():
     model = layers(outliers(32))
     report = smooth(model)
     assert (report.changed, list(report.notes)) == (2, ["1 of 1 inputs smoothed"])
-    assert Counter(node.op_type for node in model.graph) == {"Mul": 2, "MatMul": 1, "Gemm": 1}
+    assert Counter(node.op_type for node in model.graph) == {"Mul": 2, "Identity": 1, "MatMul": 1, "Gemm": 1}
     onnx.checker.check_model(ir.to_proto(model))
     for one, other in zip(run(model, x), exact, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
     before, after = report.figures["signal_to_noise"]["wide"]
     assert after > before + 15
     assert error(model, x, exact) < 0.2 * error(layers(outliers(32)), x, exact)
+
+
+def test_what_makes_the_input_takes_the_factors():
+    text, small = LAYERS.replace("seen = Identity (wide)", "seen = Identity (x)"), 1 / outliers(32)
+    model = model_with(text, spread=outliers(32), w=normal(32, 24) * small[:, None], t=normal(24, 32, seed=1) * small)
+    x = normal(16, 32, seed=9)
+    exact = run(model, x)
+    assert smooth(model).changed == 2
+    assert Counter(node.op_type for node in model.graph) == {"Mul": 1, "Identity": 1, "MatMul": 1, "Gemm": 1}
+    for one, other in zip(run(model, x), exact, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
 
 
 def test_a_second_run_changes_nothing():

@@ -1,0 +1,538 @@
+"""Which constants make the channels of an activation, and which channels have to change alike.
+
+Followed upwards from a value, channel by channel, through everything that passes a positive factor on:
+
+    Identity, Cast, Dropout, Neg, Relu, LeakyRelu, Reshape, Transpose, Squeeze, Unsqueeze, Expand, Split, Concat
+    Add, Sub            both sides; a constant side is a source
+    Mul, Div            one side: a constant vector, else the side that leads to sources (up in act(gate) * up)
+    Where               the side that is not zero
+    MatMul(p, v)        v: probabilities times values; Attention, MultiHeadAttention, GroupQueryAttention likewise
+    MatMul(z, W), Gemm  ends: the columns of W (and the bias) are sources
+    the norms           end: weight and bias are sources
+
+Nothing else may read what lies on the way: it would see the factors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+
+import qgraph.ir
+from qgraph.analysis.linear_layers import LinearLayer
+from qgraph.analysis.shapes import Shapes
+from qgraph.analysis.symbols import Dim
+
+__all__ = ["NoSourceError", "Origin", "Source", "find_origin"]
+
+Dims: TypeAlias = tuple[Dim, ...]
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+_NONE = -1
+_MICROSOFT = "com.microsoft"
+
+
+class NoSourceError(Exception):
+    """The reason why no constants take factors for the channels of a value."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """A constant whose elements are linear in channels of the activation.
+
+    Attributes:
+        node: reads the constant.
+        index: as which input.
+        channels: which channel's factor each element takes, -1 for none; broadcasts against the constant.
+        matrix: the layer whose weight or bias it is, None for others.
+    """
+
+    node: ir.Node
+    index: int
+    channels: np.ndarray
+    matrix: LinearLayer | None = None
+
+    @property
+    def value(self) -> ir.Value:
+        """The constant as it stands."""
+        value = self.node.inputs[self.index]
+        assert value is not None
+        return value
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Origin:
+    """Where the channels of an activation come from.
+
+    Attributes:
+        sources: the constants that take the factors, all of them.
+        tied: int, (channels,): the first channel of those that have to take the same factor.
+        heads: int, (heads, size): channels that are mixed over rows with the same weights, in an order that all heads
+            share; None if the way up is not linear, or passes no attention or more than one.
+    """
+
+    sources: Sequence[Source]
+    tied: np.ndarray
+    heads: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Found:
+    sources: tuple[Source, ...] = ()
+    ties: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+    heads: tuple[np.ndarray, ...] = ()
+    linear: bool = True
+
+    def __add__(self, other: _Found) -> _Found:
+        return _Found(
+            self.sources + other.sources,
+            self.ties + other.ties,
+            self.heads + other.heads,
+            self.linear and other.linear,
+        )
+
+
+def find_origin(
+    x: ir.Value, readers: Sequence[ir.Node], channels: int, shapes: Shapes, layers: Sequence[LinearLayer]
+) -> Origin:
+    """Return the constants that make x.
+
+    Args:
+        x: an activation [..., channels].
+        readers: those who get the inverse factors.
+        channels: length of the last axis of x.
+        shapes: of the model.
+        layers: its linear layers.
+
+    Raises:
+        NoSourceError: there are none, or somebody else reads x or what lies between.
+    """
+    tracer = _Tracer(shapes, {layer.node: layer for layer in layers})
+    found = tracer.up(x, np.arange(channels), readers)
+    tied = _classes(channels, found.ties)
+    if channels > 1 and (tied == 0).all():
+        raise NoSourceError("all its channels would have to take the same factor")
+    heads = found.heads[0] if len(found.heads) == 1 and found.linear else None
+    return Origin(found.sources, tied, heads)
+
+
+def _classes(channels: int, ties: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Return the least channel of each one's class."""
+    tied = np.arange(channels)
+    while True:
+        before = tied.copy()
+        for one, other in ties:
+            least = np.minimum(tied[one], tied[other])
+            np.minimum.at(tied, one, least)
+            np.minimum.at(tied, other, least)
+        tied = tied[tied]
+        if (tied == before).all():
+            return tied
+
+
+class _Tracer:
+    """Goes up. `ids` has the channel of each element, -1 for none; its axes count from the last, and may be 1."""
+
+    def __init__(self, shapes: Shapes, layers: dict[ir.Node, LinearLayer]) -> None:
+        self._shapes = shapes
+        self._layers = layers
+
+    def up(self, value: ir.Value | None, ids: np.ndarray, readers: Sequence[ir.Node]) -> _Found:
+        if value is None:
+            raise NoSourceError("an input is missing on the way up")
+        if value.is_graph_output():
+            raise NoSourceError(f"'{value.name}' is an output of the model")
+        using = [use.node for use in value.uses() if not qgraph.ir.is_op(use.node, "Shape", "Size")]
+        other = next((one for one in using if one not in readers or using.count(one) > 1), None)
+        if other is not None:
+            raise NoSourceError(f"'{value.name}' is read by '{qgraph.ir.node_label(other)}' too")
+        node = value.producer()
+        if node is None:
+            raise NoSourceError(f"'{value.name}' is no result of a node")
+        rule = _RULES.get(_key(node))
+        if rule is None:
+            raise NoSourceError(f"it comes through {_at(node)}")
+        return rule(self, node, value, ids)
+
+    # --- where it goes on --------------------------------------------------------------------------------------------
+
+    def passed(self, node: ir.Node, value: ir.Value, ids: np.ndarray) -> _Found:
+        if value is not node.outputs[0]:
+            raise NoSourceError(f"it is a side output of '{qgraph.ir.node_label(node)}'")
+        return self.up(node.inputs[0], ids, [node])
+
+    def bent(self, node: ir.Node, value: ir.Value, ids: np.ndarray) -> _Found:
+        """Positively homogeneous, not linear."""
+        return dataclasses.replace(self.passed(node, value, ids), linear=False)
+
+    def added(self, node: ir.Node, value: ir.Value, ids: np.ndarray) -> _Found:
+        del value
+        found = _Found()
+        for index in range(2):
+            found += self._operand(node, index, ids)
+        return found
+
+    def multiplied(self, node: ir.Node, value: ir.Value, ids: np.ndarray) -> _Found:
+        """One factor takes it: a constant vector first, then whatever leads to sources, a single number last."""
+        del value
+        indices = range(1) if node.op_type == "Div" else range(2)
+        order = sorted(indices, key=lambda index: _preference(node.inputs[index]))
+        reasons: list[str] = []
+        for index in order:
+            try:
+                found = self._operand(node, index, ids)
+            except NoSourceError as reason:
+                reasons.append(str(reason))
+                continue
+            scalar = _is_single(node.inputs[1 - index])
+            return found if scalar else dataclasses.replace(found, linear=False)
+        raise NoSourceError("; ".join(dict.fromkeys(reasons)))
+
+    def chosen(self, node: ir.Node, value: ir.Value, ids: np.ndarray) -> _Found:
+        """Where, of which one branch is zero."""
+        del value
+        for index in (1, 2):
+            other = qgraph.ir.constant(node.inputs[3 - index])
+            if other is not None and not other.any():
+                found = self._operand(node, index, ids)
+                return dataclasses.replace(found, linear=False)
+        raise NoSourceError(f"neither branch of {_at(node)} is zero")
+
+    def _operand(self, node: ir.Node, index: int, ids: np.ndarray) -> _Found:
+        """Follow one input of an operator that broadcasts."""
+        value = node.inputs[index]
+        constant = _constant(value)
+        if constant is not None:
+            return _Found((_vector(node, index, ids),))
+        narrow, ties = self._narrowed(value, ids)
+        return _Found(ties=ties) + self.up(value, narrow, [node])
+
+    def _narrowed(
+        self, value: ir.Value | None, ids: np.ndarray
+    ) -> tuple[np.ndarray, tuple[tuple[np.ndarray, np.ndarray], ...]]:
+        """Fit ids to an input that is broadcast to them; what is spread over several channels ties them."""
+        dims = self._dims(value)
+        ties = []
+        for axis in range(ids.ndim):
+            size = ids.shape[axis]
+            place = axis - ids.ndim
+            dim = dims[place] if -place <= len(dims) else 1
+            if size == 1 or dim == size:
+                continue
+            if dim != 1:
+                raise NoSourceError(f"the size of '{value.name if value else ''}' is not certain")
+            first, rest = np.take(ids, [0], axis), np.take(ids, range(1, size), axis)
+            ties.append(_tie(np.broadcast_to(first, rest.shape), rest))
+            ids = first
+        return ids.reshape(ids.shape[max(0, ids.ndim - len(dims)) :]), tuple(ties)
+
+    def _dims(self, value: ir.Value | None) -> Dims:
+        dims = self._shapes.dims(value) if value is not None else None
+        if dims is None:
+            raise NoSourceError(f"the shape of '{value.name if value else ''}' is not known")
+        return tuple(dims)
+
+    # --- movement ----------------------------------------------------------------------------------------------------
+
+    def transposed(self, node: ir.Node, value: ir.Value, ids: np.ndarray) -> _Found:
+        del value
+        perm = node.attributes.get_ints("perm", ()) or range(len(self._dims(node.inputs[0])))[::-1]
+        ids = ids.reshape([1] * (len(perm) - ids.ndim) + list(ids.shape))
+        return self.up(node.inputs[0], ids.transpose(np.argsort(perm)), [node])
+
+    def reshaped(self, node: ir.Node, value: ir.Value, ids: np.ndarray) -> _Found:
+        after, before = self._dims(value), self._dims(node.inputs[0])
+        return self.up(node.inputs[0], _reshape(ids, after, before), [node])
+
+    def expanded(self, node: ir.Node, value: ir.Value, ids: np.ndarray) -> _Found:
+        del value
+        narrow, ties = self._narrowed(node.inputs[0], ids)
+        return _Found(ties=ties) + self.up(node.inputs[0], narrow, [node])
+
+    def split(self, node: ir.Node, value: ir.Value, ids: np.ndarray) -> _Found:
+        """One part of an input whose other parts stay as they are."""
+        axis = node.attributes.get_int("axis", 0)
+        place = axis if axis < 0 else axis - len(self._dims(node.inputs[0]))
+        sizes = [self._dims(one)[place] for one in node.outputs]
+        if -place > ids.ndim or any(not isinstance(size, int) for size in sizes):
+            raise NoSourceError(f"{_at(node)} does not split channels")
+        whole = [int(size) for size in sizes if isinstance(size, int)]
+        number = next(index for index, one in enumerate(node.outputs) if one is value)
+        shape = list(ids.shape)
+        shape[place] = whole[number]
+        part = np.broadcast_to(ids, shape)
+        shape[place] = sum(whole)
+        source = np.full(shape, _NONE)
+        start = sum(whole[:number])
+        np.moveaxis(source, place, 0)[start : start + whole[number]] = np.moveaxis(part, place, 0)
+        return self.up(node.inputs[0], source, [node])
+
+    def joined(self, node: ir.Node, value: ir.Value, ids: np.ndarray) -> _Found:
+        axis = node.attributes.get_int("axis", 0)
+        place = axis if axis < 0 else axis - len(self._dims(value))
+        found, start = _Found(), 0
+        for index, one in enumerate(node.inputs):
+            part = ids
+            if -place <= ids.ndim and ids.shape[place] > 1:
+                size = self._dims(one)[place]
+                if not isinstance(size, int):
+                    raise NoSourceError(f"the size of '{one.name if one else ''}' is not certain")
+                part = np.take(ids, range(start, start + size), place)
+                start += size
+            constant = _constant(one)
+            if constant is not None:
+                found += _Found((_vector(node, index, part),))
+            elif (part != _NONE).any():
+                found += self.up(one, part, [node])
+        return found
+
+    # --- products ----------------------------------------------------------------------------------------------------
+
+    def product(self, node: ir.Node, value: ir.Value, ids: np.ndarray) -> _Found:
+        del value
+        layer = self._layers.get(node)
+        if layer is not None:
+            return self._columns(layer, ids)
+        if node.op_type == "Gemm" or _constant(node.inputs[0]) is not None or _constant(node.inputs[1]) is not None:
+            raise NoSourceError(f"{_at(node)} has a weight that cannot be rewritten")
+        if ids.ndim > 1 and ids.shape[-2] != 1:
+            raise NoSourceError(f"the rows of {_at(node)} are channels")
+        mixed = ids.reshape(-1, ids.shape[-1])
+        values, ties = self._narrowed(node.inputs[1], ids)
+        return _Found(ties=ties, heads=_heads(mixed)) + self.up(node.inputs[1], values, [node])
+
+    def _columns(self, layer: LinearLayer, ids: np.ndarray) -> _Found:
+        if ids.size != ids.shape[-1]:
+            raise NoSourceError(f"the rows of '{layer.name}' ({layer.node.op_type}) are channels")
+        columns = np.broadcast_to(ids.reshape(-1), (layer.outputs,))
+        if not _is_own(layer):
+            raise NoSourceError(f"the weight of '{layer.name}' is used elsewhere too")
+        flipped = _behind(layer)
+        sources = [Source(flipped or layer.node, 0 if flipped else 1, columns, layer)]
+        sources[0] = dataclasses.replace(sources[0], channels=columns[:, None] if layer.transposed else columns)
+        addend = layer.node.inputs[2] if layer.node.op_type == "Gemm" and len(layer.node.inputs) > 2 else None
+        if addend is not None:
+            if _constant(addend) is None:
+                raise NoSourceError(f"the bias of '{layer.name}' is computed")
+            sources.append(Source(layer.node, 2, columns, layer))
+        return _Found(tuple(sources))
+
+    def attention(self, node: ir.Node, value: ir.Value, ids: np.ndarray) -> _Found:
+        """Attention of the standard: values are input 2, [batch, rows, heads * size] or [batch, heads, rows, size]."""
+        self._require_no_cache(node, value, 5, 2)
+        values = self._dims(node.inputs[2])
+        if len(values) == 4:
+            if ids.ndim < 3 or ids.shape[-2] != 1:
+                raise NoSourceError(f"{_at(node)} is not laid out by heads")
+            return self._repeated(node, ids[..., 0, :], values[-3], split=True)
+        return self._merged(node, ids, node.attributes.get_int("kv_num_heads", 0))
+
+    def multi_head_attention(self, node: ir.Node, value: ir.Value, ids: np.ndarray) -> _Found:
+        self._require_no_cache(node, value, 7, 2)
+        if len(node.inputs) < 3 or node.inputs[2] is None or len(self._dims(node.inputs[2])) != 3:
+            raise NoSourceError(f"{_at(node)} takes packed values")
+        found = self._merged(node, ids, node.attributes.get_int("num_heads", 0))
+        bias = node.inputs[3] if len(node.inputs) > 3 else None
+        if bias is None:
+            return found
+        size = self._dims(bias)[-1]
+        if _constant(bias) is None or not isinstance(size, int) or size < ids.size:
+            raise NoSourceError(f"the bias of {_at(node)} is computed")
+        places = np.full(size, _NONE)
+        places[size - ids.size :] = ids.reshape(-1)
+        return dataclasses.replace(found + _Found((_vector(node, 3, places),)), linear=False)
+
+    def group_query_attention(self, node: ir.Node, value: ir.Value, ids: np.ndarray) -> _Found:
+        self._require_no_cache(node, value, 4, 2)
+        if node.inputs[2] is None:
+            raise NoSourceError(f"{_at(node)} takes packed values")
+        return self._merged(node, ids, node.attributes.get_int("kv_num_heads", 0))
+
+    def _require_no_cache(self, node: ir.Node, value: ir.Value, past: int, present: int) -> None:
+        """Values that are kept for the next call, or come from the last, are seen outside."""
+        name = _at(node)
+        if value is not node.outputs[0]:
+            raise NoSourceError(f"it is a side output of {name}")
+        kept = node.outputs[present] if len(node.outputs) > present else None
+        if kept is not None and (kept.uses() or kept.is_graph_output()):
+            raise NoSourceError(f"{name} hands its values out, as '{kept.name}'")
+        if any(one is not None for one in node.inputs[past : past + 1]):
+            raise NoSourceError(f"{name} takes values of an earlier call")
+
+    def _merged(self, node: ir.Node, ids: np.ndarray, kv_heads: int) -> _Found:
+        """Values [batch, rows, kv_heads * size]; ids is over query heads * size."""
+        width = self._dims(node.inputs[2])[-1]
+        if not isinstance(width, int) or kv_heads < 1 or width % kv_heads or ids.size != ids.shape[-1]:
+            raise NoSourceError(f"the heads of {_at(node)} are not certain")
+        return self._repeated(node, ids.reshape(-1, width // kv_heads), kv_heads, split=False)
+
+    def _repeated(self, node: ir.Node, ids: np.ndarray, kv_heads: Dim, *, split: bool) -> _Found:
+        """Query head i reads the values of head i // (query heads / kv_heads); ids is [query heads, size]."""
+        ids = ids.reshape(-1, ids.shape[-1])
+        if not isinstance(kv_heads, int) or len(ids) % kv_heads:
+            raise NoSourceError(f"the heads of {_at(node)} are not certain")
+        grouped = ids.reshape(kv_heads, -1, ids.shape[-1])
+        first, rest = grouped[:, :1], grouped[:, 1:]
+        ties = (_tie(np.broadcast_to(first, rest.shape), rest),)
+        values = first if split else first.reshape(-1)
+        return _Found(ties=ties, heads=_heads(ids)) + self.up(node.inputs[2], values, [node])
+
+    # --- norms -------------------------------------------------------------------------------------------------------
+
+    def normalized(self, node: ir.Node, value: ir.Value, ids: np.ndarray) -> _Found:
+        """Weight and bias take it, over the last axis alone."""
+        weight, bias = _NORMS[_key(node)]
+        if value is not node.outputs[0] or ids.size != ids.shape[-1]:
+            raise NoSourceError(f"it is a side output of {_at(node)}")
+        places = [place for place in (weight, bias) if place < len(node.inputs) and node.inputs[place] is not None]
+        for place in places:
+            if _constant(node.inputs[place]) is None or self._dims(node.inputs[place]) != (ids.size,):
+                raise NoSourceError(f"{_at(node)} has no constant weight per channel")
+        if weight not in places:
+            raise NoSourceError(f"{_at(node)} has no weight")
+        return _Found(tuple(_vector(node, place, ids.reshape(-1)) for place in places), linear=False)
+
+
+_NORMS = {
+    ("", "LayerNormalization"): (1, 2),
+    ("", "RMSNormalization"): (1, 99),
+    ("", "SimplifiedLayerNormalization"): (1, 99),
+    (_MICROSOFT, "SimplifiedLayerNormalization"): (1, 99),
+    (_MICROSOFT, "SkipSimplifiedLayerNormalization"): (2, 99),
+    (_MICROSOFT, "SkipLayerNormalization"): (2, 3),
+}
+"""Where weight and bias stand among the inputs; 99 is nowhere."""
+
+_RULES: dict[tuple[str, str], Callable[[_Tracer, ir.Node, ir.Value, np.ndarray], _Found]] = {
+    **{("", op): _Tracer.passed for op in ("Identity", "Cast", "Dropout", "Neg")},
+    **{("", op): _Tracer.bent for op in ("Relu", "LeakyRelu")},
+    **{("", op): _Tracer.added for op in ("Add", "Sub")},
+    **{("", op): _Tracer.multiplied for op in ("Mul", "Div")},
+    **{("", op): _Tracer.reshaped for op in ("Reshape", "Flatten", "Squeeze", "Unsqueeze")},
+    **dict.fromkeys(_NORMS, _Tracer.normalized),
+    ("", "Transpose"): _Tracer.transposed,
+    ("", "Expand"): _Tracer.expanded,
+    ("", "Split"): _Tracer.split,
+    ("", "Concat"): _Tracer.joined,
+    ("", "Where"): _Tracer.chosen,
+    ("", "MatMul"): _Tracer.product,
+    ("", "Gemm"): _Tracer.product,
+    ("", "Attention"): _Tracer.attention,
+    (_MICROSOFT, "MultiHeadAttention"): _Tracer.multi_head_attention,
+    (_MICROSOFT, "GroupQueryAttention"): _Tracer.group_query_attention,
+}
+
+
+def _at(node: ir.Node) -> str:
+    return f"'{qgraph.ir.node_label(node)}' ({node.op_type})"
+
+
+def _key(node: ir.Node) -> tuple[str, str]:
+    return "" if node.domain == "ai.onnx" else node.domain, node.op_type
+
+
+def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """Return the tensor of a floating-point constant, unread."""
+    if value is None or value.is_graph_input():
+        return None
+    tensor = value.const_value
+    if tensor is None and qgraph.ir.is_op(value.producer(), "Constant"):
+        tensor = ir.convenience.get_const_tensor(value)
+    return tensor if tensor is not None and tensor.dtype in _FLOATS else None
+
+
+def _preference(value: ir.Value | None) -> int:
+    tensor = _constant(value)
+    if tensor is None:
+        return 1
+    return 2 if tensor.size == 1 else 0
+
+
+def _is_single(value: ir.Value | None) -> bool:
+    tensor = _constant(value)
+    return tensor is not None and tensor.size == 1
+
+
+def _vector(node: ir.Node, index: int, ids: np.ndarray) -> Source:
+    return Source(node, index, ids.reshape([size for place, size in enumerate(ids.shape) if size > 1 or place]))
+
+
+def _tie(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if ((one == _NONE) != (other == _NONE)).any():
+        raise NoSourceError("some of what is shared with other channels must stay as it is")
+    used = one != _NONE
+    return one[used], other[used]
+
+
+def _heads(mixed: np.ndarray) -> tuple[np.ndarray, ...]:
+    used = mixed[(mixed != _NONE).all(axis=1)]
+    return (used,) if len(used) else ()
+
+
+def _behind(layer: LinearLayer) -> ir.Node | None:
+    """Return the Transpose that now stands between the weight and the node."""
+    right = layer.node.inputs[1]
+    return right.producer() if right is not None and right.const_value is None else None
+
+
+def _is_own(layer: LinearLayer) -> bool:
+    """Tell whether nobody else reads the weight, or the Transpose behind it."""
+    values = [layer.node.inputs[1]]
+    behind = _behind(layer)
+    if behind is not None:
+        values.append(behind.inputs[0])
+    return all(value is not None and qgraph.ir.only_consumer(value) is not None for value in values)
+
+
+def _reshape(ids: np.ndarray, after: Dims, before: Dims) -> np.ndarray:
+    """Take ids of a reshaped value back to the shape before.
+
+    Raises:
+        NoSourceError: channels are mixed with sizes that are not known.
+    """
+    ids = ids.reshape([1] * (len(after) - ids.ndim) + list(ids.shape))
+    whole: list[int] = []
+    shape: list[int] = []
+    for wide, narrow in _blocks(after, before):
+        old, new = after[wide], before[narrow]
+        sizes = ids.shape[wide]
+        if all(size == 1 for size in sizes):
+            whole[:0], shape[:0] = sizes, [1] * len(new)
+            continue
+        static = [dim for dim in (*old, *new) if isinstance(dim, int)]
+        if len(static) < len(old) + len(new):
+            raise NoSourceError("channels are reshaped together with rows")
+        whole[:0], shape[:0] = static[: len(old)], static[len(old) :]
+    return np.broadcast_to(ids, whole).reshape(shape)
+
+
+def _blocks(after: Dims, before: Dims) -> list[tuple[slice, slice]]:
+    """Cut two shapes of the same number of elements, from the right, into runs that stand for each other."""
+    blocks = []
+    right, other_right = len(after), len(before)
+    while right or other_right:
+        left, other_left = _block(after[:right], before[:other_right])
+        blocks.append((slice(left, right), slice(other_left, other_right)))
+        right, other_right = left, other_left
+    return blocks
+
+
+def _block(after: Dims, before: Dims) -> tuple[int, int]:
+    """Return where the last run of each starts."""
+    if after and before and after[-1] == before[-1]:
+        return len(after) - 1, len(before) - 1
+    left, other_left = len(after), len(before)
+    size, other_size = 1, 1
+    while True:
+        if size <= other_size and left and isinstance(dim := after[left - 1], int):
+            left, size = left - 1, size * dim
+        elif other_size <= size and other_left and isinstance(dim := before[other_left - 1], int):
+            other_left, other_size = other_left - 1, other_size * dim
+        else:
+            return 0, 0
+        if size == other_size:
+            return left, other_left
