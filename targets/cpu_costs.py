@@ -20,7 +20,7 @@ from importlib import resources
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.analysis.integer_plan import IntegerPlan, integer_obstacles, integer_plan
+from qgraph.analysis.integer_plan import IntegerPlan, integer_candidates, integer_plan
 from qgraph.analysis.integer_rules import Kind, data_inputs, is_constant
 
 __all__ = ["better_in_float", "graph_cost", "node_cost", "table"]
@@ -82,16 +82,20 @@ class _Search:
     def __init__(self, graph: ir.Graph, allowed: Callable[[ir.Node], str | None]) -> None:
         self._graph = graph
         self._allowed = allowed
-        self._obstacles = integer_obstacles(graph)
+        self._candidates = integer_candidates(graph)
+        self._node_cost = functools.cache(node_cost)
         self.excluded: set[ir.Node] = set()
         self.plan = self._plan(self.excluded)
-        self.cost = graph_cost(graph, self.plan)
+        self.cost = self._cost(self.plan)
+
+    def _cost(self, plan: IntegerPlan) -> float:
+        return graph_cost(self._graph, plan, cost_of=self._node_cost)
 
     def _plan(self, excluded: set[ir.Node]) -> IntegerPlan:
         def allowed(node: ir.Node) -> str | None:
             return "it is faster in float" if node in excluded else self._allowed(node)
 
-        return integer_plan(self._graph, allowed, self._obstacles)
+        return integer_plan(self._graph, allowed, self._candidates)
 
     def layers(self) -> list[ir.Node]:
         """Return the convolutions and products that run in integers, in topological order."""
@@ -99,14 +103,14 @@ class _Search:
 
     def may_be_slow(self, node: ir.Node) -> bool:
         """Tell whether a layer is slower in integers, or stands where integers begin or end."""
-        if node_cost(node, "int8") > node_cost(node, "float"):
+        if self._node_cost(node, "int8") > self._node_cost(node, "float"):
             return True
         begins = any(not self.plan.comes_in_integers(value) for _, value in data_inputs(node))
         return begins or not any(use.node in self.plan.nodes for use in node.outputs[0].uses())
 
     def cost_without(self, nodes: Iterable[ir.Node]) -> float:
         """Return what the graph costs when `nodes` stay in float too."""
-        return graph_cost(self._graph, self._plan(self.excluded | set(nodes)))
+        return self._cost(self._plan(self.excluded | set(nodes)))
 
     def try_all(self, candidates: Iterable[Iterable[ir.Node]]) -> None:
         """Leave those nodes in float that make the graph cheapest, if any do."""
@@ -114,7 +118,7 @@ class _Search:
         for nodes in candidates:
             excluded = base | set(nodes)
             plan = self._plan(excluded)
-            cost = graph_cost(self._graph, plan)
+            cost = self._cost(plan)
             if cost < self.cost * _LEAST_GAIN and _layers(plan):
                 self.excluded, self.plan, self.cost = excluded, plan, cost
 
@@ -123,20 +127,28 @@ def _layers(plan: IntegerPlan) -> list[ir.Node]:
     return [node for node, kind in plan.nodes.items() if kind in (Kind.CONVOLUTION, Kind.PRODUCT)]
 
 
-def graph_cost(graph: ir.Graph, plan: IntegerPlan, *, dynamic: bool = False) -> float:
+def graph_cost(
+    graph: ir.Graph,
+    plan: IntegerPlan,
+    *,
+    dynamic: bool = False,
+    cost_of: Callable[[ir.Node, str], float] | None = None,
+) -> float:
     """Return the nanoseconds that a run of `graph` takes when the nodes of `plan` run in integers.
 
     Args:
         graph: the main graph, with shapes.
         plan: what runs in integers.
         dynamic: let other products with constant weights quantize their inputs as they come, where that is faster.
+        cost_of: what to take for `node_cost`, such as the same with a memory.
     """
-    total = sum(node_cost(node, "int8" if node in plan.nodes else "float") for node in graph)
+    cost_of = cost_of or node_cost
+    total = sum(cost_of(node, "int8" if node in plan.nodes else "float") for node in graph)
     if dynamic:
         products = [node for node in graph if node not in plan.nodes and qgraph.ir.is_op(node, *_PRODUCTS)]
         for node in products:
             if is_constant(node.inputs[1]):
-                total += min(0.0, node_cost(node, "dynamic") - node_cost(node, "float"))
+                total += min(0.0, cost_of(node, "dynamic") - cost_of(node, "float"))
     for value in plan.group:
         made = plan.comes_in_integers(value)
         readers = [use.node for use in value.uses()]

@@ -26,7 +26,7 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.integer_rules import Kind, data_inputs, kind_of, obstacle
 
-__all__ = ["IntegerPlan", "integer_obstacles", "integer_plan"]
+__all__ = ["Candidate", "IntegerPlan", "integer_candidates", "integer_plan"]
 
 _LOGARITHM = "a logarithm follows, for which 8 bits are too coarse"
 
@@ -57,40 +57,57 @@ class IntegerPlan:
         return value in self.group and value.producer() in self.nodes
 
 
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A node whose operator can run in integers.
+
+    Attributes:
+        kind: what the operator does to scales.
+        operands: the inputs that are data.
+        obstacle: why this node cannot run in integers, or None.
+    """
+
+    kind: Kind
+    operands: tuple[ir.Value, ...]
+    obstacle: str | None
+
+
 def integer_plan(
-    graph: ir.Graph, allowed: Allowed, obstacles: Mapping[ir.Node, str | None] | None = None
+    graph: ir.Graph, allowed: Allowed, candidates: Mapping[ir.Node, Candidate] | None = None
 ) -> IntegerPlan:
     """Plan what runs in integers.
 
     Args:
         graph: the main graph; subgraphs are not planned, since nothing inside them can be calibrated.
         allowed: names the nodes that must stay in float.
-        obstacles: what `integer_obstacles` found, for those who plan the same graph several times.
+        candidates: what `integer_candidates` found, for those who plan the same graph several times.
     """
-    return _Planner(integer_obstacles(graph) if obstacles is None else obstacles, allowed).plan()
+    return _Planner(integer_candidates(graph) if candidates is None else candidates, allowed).plan()
 
 
-def integer_obstacles(graph: ir.Graph) -> dict[ir.Node, str | None]:
-    """Return the nodes whose operator can run in integers, in topological order, each with why it cannot, or None."""
+def integer_candidates(graph: ir.Graph) -> dict[ir.Node, Candidate]:
+    """Return the nodes whose operator can run in integers, in topological order."""
     delicate = _before_logarithms(graph)
-    return {
-        node: obstacle(node) or (_LOGARITHM if node in delicate else None)
-        for node in graph
-        if kind_of(node) is not None
-    }
+    found = {}
+    for node in graph:
+        kind = kind_of(node)
+        if kind is not None:
+            reason = obstacle(node) or (_LOGARITHM if node in delicate else None)
+            found[node] = Candidate(kind, tuple(value for _, value in data_inputs(node)), reason)
+    return found
 
 
 class _Planner:
-    def __init__(self, obstacles: Mapping[ir.Node, str | None], allowed: Allowed) -> None:
+    def __init__(self, candidates: Mapping[ir.Node, Candidate], allowed: Allowed) -> None:
         self.kinds: dict[ir.Node, Kind] = {}
         self.reasons: dict[ir.Node, str] = {}
-        for node, found in obstacles.items():
-            reason = found or allowed(node)
-            kind = kind_of(node)
+        self._candidates = candidates
+        for node, candidate in candidates.items():
+            reason = candidate.obstacle or allowed(node)
             if reason is not None:
                 self.reasons[node] = reason
-            elif kind is not None:
-                self.kinds[node] = kind
+            else:
+                self.kinds[node] = candidate.kind
         self.wanted: set[ir.Value] = set()
         self.integer: set[ir.Value] = set()
 
@@ -124,18 +141,21 @@ class _Planner:
         self.wanted = set()
         for node in reversed(self.kinds):
             if not self._passes_on(node) or any(value in self.wanted for value in node.outputs):
-                self.wanted.update(value for _, value in data_inputs(node))
+                self.wanted.update(self._operands(node))
 
     def _follow_integers(self) -> None:
         """Find the values that come as integers, or that a layer quantizes whatever the others do."""
         self.integer = set()
         for node, kind in self.kinds.items():
-            operands = data_inputs(node)
+            operands = self._operands(node)
             if kind is Kind.CONVOLUTION or (kind is Kind.PRODUCT and len(operands) == 1):
-                self.integer.add(operands[0][1])
+                self.integer.add(operands[0])
         for node in self.kinds:
-            if not self._passes_on(node) or data_inputs(node)[0][1] in self.integer:
+            if not self._passes_on(node) or self._operands(node)[0] in self.integer:
                 self.integer.update(node.outputs)
+
+    def _operands(self, node: ir.Node) -> tuple[ir.Value, ...]:
+        return self._candidates[node].operands
 
     def _passes_on(self, node: ir.Node) -> bool:
         return self.kinds[node] in (Kind.MOVER, Kind.CLAMP)
@@ -144,13 +164,13 @@ class _Planner:
         """Tell whether `value`, or what it is a copy of, is made by an integer node that cannot make it in float."""
         node = value.producer()
         while node is not None and node in self.kinds and self._passes_on(node):
-            node = data_inputs(node)[0][1].producer()
+            node = self._operands(node)[0].producer()
         return node is not None and self.kinds.get(node, Kind.PRODUCT) is not Kind.PRODUCT
 
     def _pointless(self, node: ir.Node) -> str | None:
         """Return why an integer kernel would not pay here, or None."""
         kind = self.kinds[node]
-        operands = [value for _, value in data_inputs(node)]
+        operands = self._operands(node)
         from_integers = all(value in self.integer for value in operands)
         wanted = any(value in self.wanted for value in node.outputs)
         if kind is Kind.PRODUCT:
@@ -183,7 +203,7 @@ class _Planner:
     def _quantized(self) -> dict[ir.Value, None]:
         found: dict[ir.Value, None] = {}
         for node, kind in self.kinds.items():
-            found.update((value, None) for _, value in data_inputs(node))
+            found.update((value, None) for value in self._operands(node))
             if kind is not Kind.PRODUCT:
                 used = [value for value in node.outputs if value.uses() or value.is_graph_output()]
                 found.update((value, None) for value in used or node.outputs[:1])
@@ -202,9 +222,9 @@ class _Planner:
             if self._passes_on(node):
                 for value in node.outputs:
                     if value in leader:
-                        leader[find(value)] = find(data_inputs(node)[0][1])
+                        leader[find(value)] = find(self._operands(node)[0])
             elif node.op_type == "Concat":
-                for _, value in data_inputs(node):
+                for value in self._operands(node):
                     if self._only_for(node, value):
                         leader[find(value)] = find(node.outputs[0])
         return {value: find(value) for value in leader}
@@ -219,7 +239,7 @@ class _Planner:
                 return True
             if sum(1 for output in node.outputs if output.uses() or output.is_graph_output()) > 1:
                 return False
-            value, reader = data_inputs(node)[0][1], node
+            value, reader = self._operands(node)[0], node
         return False
 
     def _observed(
