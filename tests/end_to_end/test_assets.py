@@ -48,15 +48,15 @@ CASES = {
     "minilm_dynamo_eager": Case(20, 2, 1000, 20, 0.5, ENCODER),
     "minilm_legacy_sdpa": Case(17, 2, 1000, 20, 0.5, ENCODER),
     "minilm_legacy_eager": Case(17, 2, 1000, 20, 0.5, ENCODER),
-    "resnet20": Case(18, 10, 20, 25, 1.0, {"QLinearConv": 18, "QLinearAdd": 8}),
-    "resnet32": Case(18, 10, 10, 25, 1.0, {"QLinearConv": 30, "QLinearAdd": 14}),
-    "mobilenet_v2": Case(18, 20, 60, 19, 2.0, {"QLinearConv": 51, "QLinearAdd": 10}),
-    "squeezenet": Case(7, 15, 60, 18, 2.0, {"QLinearConv": 24, "QLinearConcat": 8}),
+    "resnet20": Case(18, 10, 20, 27, 1.0, {"QLinearConv": 18, "QLinearAdd": 8}),
+    "resnet32": Case(18, 10, 10, 26, 1.0, {"QLinearConv": 30, "QLinearAdd": 14}),
+    "mobilenet_v2": Case(18, 20, 60, 20.5, 2.0, {"QLinearConv": 51, "QLinearAdd": 10}),
+    "squeezenet": Case(7, 15, 60, 22, 2.0, {"QLinearConv": 24, "QLinearConcat": 8}),
     "mnist": Case(7, 20, 500, 30, 0.5),
-    "fastestdet": Case(11, 8, 16, 10, 5.0),
-    "face_rfb320": Case(9, 8, 16, 35, None, {"QLinearConv": 44}),
-    "silero_vad": Case(15, 40, 60, 18, None),
-    "basic_pitch": Case(15, 4, 3, 25, None),
+    "fastestdet": Case(11, 8, 16, 11.5, 3.0),
+    "face_rfb320": Case(9, 8, 16, 45, None, {"QLinearConv": 44}),
+    "silero_vad": Case(15, 40, 60, 24, None),
+    "basic_pitch": Case(15, 4, 3, 32, None),
 }
 
 
