@@ -177,10 +177,14 @@ class _Tracer:
         return found
 
     def multiplied(self, node: ir.Node, value: ir.Value, ids: np.ndarray) -> _Found:
-        """One factor takes it: a constant vector first, then whatever leads to sources, a single number last."""
+        """One factor takes it: a constant vector, or whatever leads to sources.
+
+        A single number stays one. As a vector it would keep runtimes from recognising what it is part of: ONNX Runtime
+        runs MiniLM an eighth slower when the 0.5 of a GELU is no scalar.
+        """
         del value
-        indices = range(1) if node.op_type == "Div" else range(2)
-        order = sorted(indices, key=lambda index: _preference(node.inputs[index]))
+        indices = [index for index in range(2 if node.op_type == "Mul" else 1) if not _is_single(node.inputs[index])]
+        order = sorted(indices, key=lambda index: _constant(node.inputs[index]) is None)
         reasons: list[str] = []
         for index in order:
             try:
@@ -190,7 +194,7 @@ class _Tracer:
                 continue
             scalar = _is_single(node.inputs[1 - index])
             return found if scalar else dataclasses.replace(found, linear=False)
-        raise NoSourceError("; ".join(dict.fromkeys(reasons)))
+        raise NoSourceError("; ".join(dict.fromkeys(reasons)) or f"it comes through {_at(node)}")
 
     def chosen(self, node: ir.Node, value: ir.Value, ids: np.ndarray) -> _Found:
         """Where, of which one branch is zero."""
@@ -443,13 +447,6 @@ def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     if tensor is None and qgraph.ir.is_op(value.producer(), "Constant"):
         tensor = ir.convenience.get_const_tensor(value)
     return tensor if tensor is not None and tensor.dtype in _FLOATS else None
-
-
-def _preference(value: ir.Value | None) -> int:
-    tensor = _constant(value)
-    if tensor is None:
-        return 1
-    return 2 if tensor.size == 1 else 0
 
 
 def _is_single(value: ir.Value | None) -> bool:
