@@ -16,6 +16,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -109,6 +110,8 @@ class Context:
         threads: for numerics and sessions; 0 lets the runtime choose.
         calibration_memory: bound in bytes on activations held at once while calibrating.
         opset: the default-domain opset that the target executes best, or None to keep the model's.
+        work_folder: where long steps keep what they have finished, to go on from there if they are stopped; None keeps
+            nothing.
     """
 
     seed: int = 0
@@ -117,6 +120,7 @@ class Context:
     threads: int = 0
     calibration_memory: int = 1 << 30
     opset: int | None = None
+    work_folder: Path | None = None
     _analyses: dict[tuple[Callable[..., Any], tuple[Any, ...]], Any] = dataclasses.field(
         default_factory=dict, repr=False
     )

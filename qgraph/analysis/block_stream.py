@@ -1,0 +1,353 @@
+"""Calibration block by block: what goes into linear layers, while the layers before them are being changed.
+
+    for stage in BlockStream(model, context, layers).stages():
+        for rows in stage.rows():              # one calibration sample after the other
+            ...                                # rows[x].changed [n, K]: what the layers that read x get now
+        stage.change(weight, matrix)           # the layers that follow see the change
+
+The graph is cut into its blocks (`qgraph.analysis.blocks`). Only what crosses from one to the next is kept, for every
+sample, on disk if it exceeds `Context.calibration_memory`; only one block's weights are in memory at a time. So the
+memory is that of a block, whatever the model's size. The model itself is not changed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+import qgraph.ir
+from qgraph.analysis.blocks import Segment, segments
+from qgraph.analysis.linear_layers import LinearLayer
+from qgraph.analysis.probes import Probe, first_line, raw_outputs
+from qgraph.errors import UserError
+from qgraph.pipeline import Context, Feeds
+
+__all__ = ["BlockStream", "Rows", "Stage"]
+
+
+class Rows(NamedTuple):
+    """What one sample sends into the layers that read a value: float32 [n, K] each.
+
+    Attributes:
+        changed: with the changes made so far.
+        original: in the model as it was; None unless the stream was asked for it.
+    """
+
+    changed: np.ndarray
+    original: np.ndarray | None
+
+
+class Stage:
+    """Layers whose inputs are taken before any of them is changed.
+
+    Attributes:
+        layers: by the value that they read, in topological order.
+    """
+
+    def __init__(self, stream: BlockStream, segment: Segment, layers: Mapping[ir.Value, Sequence[LinearLayer]]) -> None:
+        self.layers = layers
+        self._stream = stream
+        self._segment = segment
+
+    def rows(self) -> Iterator[dict[ir.Value, Rows]]:
+        """Run the graph up to here on one sample after the other and yield what goes into the layers.
+
+        Raises:
+            UserError: the graph does not run on a sample, or NaN or infinity goes into a layer.
+        """
+        return self._stream._rows(self._segment, self.layers)  # noqa: SLF001 - of this module
+
+    def change(self, weight: ir.Value, matrix: np.ndarray) -> None:
+        """Let the layers that read `weight` use `matrix`, float32 [N, K], from here on."""
+        layer = next(one for some in self.layers.values() for one in some if one.weight is weight)
+        self._stream._change(layer, matrix)  # noqa: SLF001
+
+
+class BlockStream:
+    """Goes over the layers of a model in the order in which they run.
+
+    Args:
+        model: is not changed, and must not be while the stream runs.
+        context: its samples, threads, memory bound, progress and work folder are used.
+        layers: those of interest; embeddings among them are passed over.
+        who: the name that progress and errors show.
+        sequential: "layer" lets each layer's input be taken after all layers before it were changed, those of its own
+            block too; "block" takes the inputs of all layers of a block at once, in fewer runs.
+        originals: carry what the unchanged model computes as well, for twice the runs and twice the space.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        context: Context,
+        layers: Sequence[LinearLayer],
+        *,
+        who: str,
+        sequential: Literal["layer", "block"] = "layer",
+        originals: bool = False,
+    ) -> None:
+        self._model = model
+        self._context = context
+        self._who = who
+        self._originals = originals
+        self._chain = segments(model, context).chain
+        wanted = [layer for layer in layers if layer.kind == "linear"]
+        self._stages = [self._staged(segment, wanted, sequential) for segment in self._chain]
+        self._changes: dict[ir.Value, np.ndarray] = {}
+        self._last = {value: index for index, segment in enumerate(self._chain) for value in segment.reads}
+        self._done = 0
+
+    @property
+    def count(self) -> int:
+        """The number of stages."""
+        return sum(map(len, self._stages))
+
+    @staticmethod
+    def _staged(
+        segment: Segment, layers: Sequence[LinearLayer], sequential: str
+    ) -> list[dict[ir.Value, list[LinearLayer]]]:
+        nodes = set(segment.nodes)
+        groups: dict[ir.Value, list[LinearLayer]] = {}
+        for layer in layers:
+            if layer.node in nodes:
+                groups.setdefault(layer.x, []).append(layer)
+        if sequential == "block":
+            return [groups] if groups else []
+        return [{x: group} for x, group in groups.items()]
+
+    def stages(self) -> Iterator[Stage]:
+        """Yield the stages; go over `rows` of one, as often as needed, before asking for the next.
+
+        Raises:
+            UserError: there are no samples, the graph does not run on one, or the disk is full.
+        """
+        samples = self._context.samples(f"'{self._who}'")
+        if not len(samples):
+            raise UserError("the calibration set is empty: give at least one sample")
+        last = max((index for index, stages in enumerate(self._stages) if stages), default=-1)
+        folder = self._context.work_folder
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        # Beside the results, where there is room for a model of this size.
+        with tempfile.TemporaryDirectory(prefix="activations-", dir=folder) as scratch:
+            self._open(Path(scratch))
+            self._total = (self.count + last) * len(samples)
+            for index in range(last + 1):
+                segment = self._chain[index]
+                for layers in self._stages[index]:
+                    yield Stage(self, segment, layers)
+                if index < last:
+                    self._carry_on(segment)
+                self._forget(index, segment)
+            self._context.progress(self._who, self._total, self._total)
+
+    def _open(self, folder: Path) -> None:
+        half = self._context.calibration_memory // (2 if self._originals else 1)
+        self._changed = _Store(folder / "changed", half)
+        self._original = _Store(folder / "original", half) if self._originals else None
+        samples = self._context.samples(f"'{self._who}'")
+        for number, feed in enumerate(samples):
+            for value in self._last:
+                if value.name in feed and value.is_graph_input():
+                    for store in self._stores():
+                        store.put(value, number, feed[value.name])
+
+    def _stores(self) -> list[_Store]:
+        return [self._changed] if self._original is None else [self._changed, self._original]
+
+    def _rows(
+        self, segment: Segment, layers: Mapping[ir.Value, Sequence[LinearLayer]]
+    ) -> Iterator[dict[ir.Value, Rows]]:
+        inputs = [x for x in layers if x not in segment.reads]
+        runs = self._runs(segment, inputs)
+        for number in range(self._changed.samples):
+            self._step()
+            arrays = [run(number) for run in runs]
+            found: dict[ir.Value, Rows] = {}
+            for x, group in layers.items():
+                sides = [
+                    side[x] if x in side else store.get(x, number)
+                    for side, store in zip(arrays, self._stores(), strict=True)
+                ]
+                rows = [_as_rows(side, group[0], number) for side in sides]
+                found[x] = Rows(rows[0], rows[1] if self._original is not None else None)
+            yield found
+
+    def _carry_on(self, segment: Segment) -> None:
+        """Run a segment, as changed, and keep what it gives."""
+        runs = self._runs(segment, segment.gives)
+        for number in range(self._changed.samples):
+            self._step()
+            for run, store in zip(runs, self._stores(), strict=True):
+                for value, array in run(number).items():
+                    store.put(value, number, array)
+
+    def _runs(self, segment: Segment, outputs: Sequence[ir.Value]) -> list[_Run]:
+        return [
+            _Run(self, segment, outputs, store, self._changes if store is self._changed else {})
+            for store in self._stores()
+        ]
+
+    def _forget(self, index: int, segment: Segment) -> None:
+        for value in segment.reads:
+            if self._last[value] == index:
+                for store in self._stores():
+                    store.drop(value)
+        later = {value for one in self._chain[index + 1 :] for node in one.nodes for value in node.inputs}
+        for weight in list(self._changes):
+            if not _is_read(weight, later):
+                del self._changes[weight]
+        qgraph.ir.forget_pages()
+
+    def _change(self, layer: LinearLayer, matrix: np.ndarray) -> None:
+        tensor = layer.weight.const_value
+        assert tensor is not None
+        stored = matrix if layer.transposed else matrix.T
+        self._changes[layer.weight] = np.ascontiguousarray(stored.astype(tensor.dtype.numpy()))
+
+    def _step(self) -> None:
+        self._context.progress(self._who, min(self._done, self._total), self._total)
+        self._done += 1
+
+
+def _is_read(weight: ir.Value, later: set[ir.Value | None]) -> bool:
+    """Tell whether later segments read a weight, or what a node (a Transpose) makes of it."""
+    return weight in later or any(output in later for use in weight.uses() for output in use.node.outputs)
+
+
+def _as_rows(array: np.ndarray, layer: LinearLayer, number: int) -> np.ndarray:
+    rows = np.ascontiguousarray(array.reshape(-1, layer.inputs), dtype=np.float32)
+    if not np.isfinite(rows).all():
+        raise UserError(
+            f"calibration sample {number}: what goes into '{layer.name}' holds NaN or infinity. "
+            "Mend the sample, or the weights that lead there."
+        )
+    return rows
+
+
+class _Run:
+    """A session of one segment, which gives some of its values."""
+
+    def __init__(
+        self,
+        stream: BlockStream,
+        segment: Segment,
+        outputs: Sequence[ir.Value],
+        store: _Store,
+        changes: Mapping[ir.Value, np.ndarray],
+    ) -> None:
+        self._segment = segment
+        self._outputs = outputs
+        self._store = store
+        self._who = stream._who  # noqa: SLF001
+        self._probe: Probe | None = None
+        if outputs:
+            part = _extracted(stream._model, segment, outputs, store, changes)  # noqa: SLF001
+            names = [str(value.name) for value in outputs]
+            fed = frozenset(str(value.name) for value in segment.reads)
+            self._probe = Probe(part, raw_outputs(names), fed, threads=stream._context.threads)  # noqa: SLF001
+
+    def __call__(self, number: int) -> dict[ir.Value, np.ndarray]:
+        """Run one sample."""
+        if self._probe is None:
+            return {}
+        feed: Feeds = {str(value.name): self._store.get(value, number) for value in self._segment.reads}
+        try:
+            arrays = self._probe.run(feed)
+        except Exception as error:
+            raise UserError(f"the model does not run on calibration sample {number}: {first_line(error)}") from error
+        return dict(zip(self._outputs, arrays, strict=True))
+
+
+def _extracted(
+    model: ir.Model,
+    segment: Segment,
+    outputs: Sequence[ir.Value],
+    store: _Store,
+    changes: Mapping[ir.Value, np.ndarray],
+) -> ir.Model:
+    """Copy what computes `outputs` from what the segment reads; weights are shared, not copied."""
+    graph = ir.convenience.extract(model.graph, list(segment.reads), list(outputs))
+    for value, source in zip(graph.inputs, segment.reads, strict=True):
+        array = store.get(source, 0)
+        value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
+        value.shape = ir.Shape([None] * array.ndim)
+    for weight, array in changes.items():
+        copied = graph.initializers.get(weight.name or "")
+        if copied is not None:
+            copied.const_value = ir.tensor(array, name=weight.name)
+    return ir.Model(graph, ir_version=model.ir_version, functions=tuple(model.functions.values()))
+
+
+class _Store:
+    """Arrays by value and sample; the first that fit are kept in memory, the others in files.
+
+    Args:
+        folder: for the files; made when the first is written.
+        room: bytes to keep in memory.
+    """
+
+    def __init__(self, folder: Path, room: int) -> None:
+        self.samples = 0
+        self._folder = folder
+        self._room = room
+        self._held: dict[ir.Value, dict[int, _Kept]] = {}
+        self._written = 0
+
+    def put(self, value: ir.Value, number: int, array: np.ndarray) -> None:
+        """Keep the array that `value` has on sample `number`; what is the same on several samples is kept once.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        self.samples = max(self.samples, number + 1)
+        held = self._held.setdefault(value, {})
+        digest = hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16).digest()
+        twin = next((one for one in held.values() if one.digest == digest and one.shape == array.shape), None)
+        held[number] = twin if twin is not None else self._kept(array, digest)
+
+    def _kept(self, array: np.ndarray, digest: bytes) -> _Kept:
+        if array.nbytes <= self._room:
+            self._room -= array.nbytes
+            return _Kept(array, digest, array.shape, array.nbytes)
+        path = self._folder / f"{self._written}.npy"
+        self._written += 1
+        try:
+            self._folder.mkdir(exist_ok=True)
+            np.save(path, array)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"the disk is full: {self._folder.parent} has no room for the activations of the calibration samples. "
+                "Free some, or give fewer samples."
+            ) from error
+        return _Kept(path, digest, array.shape, 0)
+
+    def get(self, value: ir.Value, number: int) -> np.ndarray:
+        """Return an array that was kept, read-only in spirit."""
+        place = self._held[value][number].place
+        return place if isinstance(place, np.ndarray) else np.load(place, mmap_mode="r")
+
+    def drop(self, value: ir.Value) -> None:
+        """Forget a value on all samples."""
+        for one in {id(kept): kept for kept in self._held.pop(value, {}).values()}.values():
+            self._room += one.bytes
+            if isinstance(one.place, Path):
+                one.place.unlink()
+
+
+class _Kept(NamedTuple):
+    """Where an array is, and what it is known by; `bytes` counts what it takes of the memory."""
+
+    place: np.ndarray | Path
+    digest: bytes
+    shape: tuple[int, ...]
+    bytes: int
