@@ -19,7 +19,15 @@ import functools
 import ml_dtypes
 import numpy as np
 
-__all__ = ["CODE_BOOKS", "CodeBook", "nearest_level", "round_to_e4m3", "round_to_e8m0"]
+__all__ = [
+    "CODE_BOOKS",
+    "CodeBook",
+    "code_book_scale",
+    "nearest_level",
+    "nvfp4_tensor_scale",
+    "round_to_e4m3",
+    "round_to_e8m0",
+]
 
 _NF4 = (
     -1.0,
@@ -40,7 +48,7 @@ _NF4 = (
     1.0,
 )
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_LEAST_EXPONENT, _LARGEST_EXPONENT = -127, 127
+_LEAST_EXPONENT, _LARGEST_EXPONENT = -126, 127
 _E4M3_LEAST, _E4M3_LARGEST = 2.0**-9, 448.0
 
 
@@ -116,6 +124,96 @@ def round_to_e4m3(values: np.ndarray) -> np.ndarray:
 
 
 def round_to_e8m0(values: np.ndarray) -> np.ndarray:
-    """Return the largest power of two that is not above each positive value, as float32; E8M0 has 2^-127 to 2^127."""
+    """Return the largest power of two that is not above each positive value, as float32; at least 2^-126."""
     _, exponent = np.frexp(np.asarray(values, np.float32))
     return np.ldexp(np.float32(1.0), np.clip(exponent - 1, _LEAST_EXPONENT, _LARGEST_EXPONENT)).astype(np.float32)
+
+
+def nvfp4_tensor_scale(weight: np.ndarray) -> float:
+    """Return the float32 that stands in front of a tensor's block scales: the largest block then has scale 448."""
+    largest = max(float(weight.max()), -float(weight.min()))
+    return float(np.float32(largest / (_E4M3_LARGEST * _E2M1[-1]))) or 1.0
+
+
+def code_book_scale(
+    values: np.ndarray,
+    largest: np.ndarray,
+    name: str,
+    tensor_scale: float,
+    weights: np.ndarray | None,
+    *,
+    search: bool,
+) -> np.ndarray:
+    """Return the scale of each block, [1, blocks], as the format defines it or by search of the least squared error.
+
+    Definitions: nf4 and fp8 bring the largest magnitude to the largest level; mxfp4 takes the power of two that brings
+    it between 4 and 8 (OCP 6.3: what lies beyond 6 saturates); nvfp4 rounds to float8 what brings it to 6; ternary has
+    the mean magnitude. The search tries shares of it, with the scale that fits the levels best where scales are free.
+
+    Args:
+        values: float32 [elements, blocks].
+        largest: the largest magnitude of each block, [1, blocks].
+        name: a key of `CODE_BOOKS`.
+        tensor_scale: of nvfp4.
+        weights: what each squared error counts, broadcasting against `values`; equal when None.
+        search: for the least squared error, instead of the definition.
+
+    Returns:
+        float32, what levels are multiplied with: with nvfp4, the block's float8 times `tensor_scale`.
+    """
+    start = np.maximum(largest / np.float32(CODE_BOOKS[name].largest), np.finfo(np.float32).tiny)
+    if name == "ternary":
+        mean = np.abs(values).mean(axis=0, keepdims=True, dtype=np.float64)
+        start = np.maximum(mean.astype(np.float32), np.finfo(np.float32).tiny)
+    if name == "mxfp4":
+        start = round_to_e8m0(largest) / np.float32(4)
+        candidates = [start * np.float32(factor) for factor in (1.0, 2.0, 0.5)]
+    elif name == "nvfp4":
+        tensor = np.float32(tensor_scale)
+        candidates = [round_to_e4m3(start / tensor * np.float32(factor)) * tensor for factor in _NVFP4_FACTORS]
+    else:
+        candidates = [start * np.float32(factor) for factor in _FACTORS[name]]
+    candidates = [np.maximum(candidate, np.finfo(np.float32).tiny) for candidate in candidates]
+    refit = CODE_BOOKS[name].group is None
+    chosen = _best_scale(values, candidates, name, weights, refit=refit) if search else candidates[0]
+    chosen = np.maximum(chosen, np.finfo(np.float32).tiny)
+    return np.where(largest == 0, np.float32(1), chosen).astype(np.float32)
+
+
+_NVFP4_FACTORS = (1.0, 0.8, 0.9, 1.1, 1.25, 1.5)
+"""The last puts the largest magnitude on level 4, whose neighbours are nearer than those of 6."""
+_FACTORS = {
+    "nf4": (1.0, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1),
+    "fp8e4m3": (1.0, 1.15, 1.3, 1.5, 1.75),
+    "fp8e5m2": (1.0, 1.15, 1.3, 1.5, 1.75),
+    "ternary": (1.0, 0.8, 0.9, 1.1, 1.2, 1.35, 1.5),
+}
+"""Shares of the defined scale that are tried; the first is the definition. Wider fp8 ranges lose no level."""
+
+
+def _best_scale(
+    values: np.ndarray, candidates: list[np.ndarray], name: str, weights: np.ndarray | None, *, refit: bool
+) -> np.ndarray:
+    """Return for each block the candidate of least squared error; with `refit`, the best scale for its codes."""
+    levels = np.asarray(CODE_BOOKS[name].levels, np.float32)
+    best, least = candidates[0], np.full(candidates[0].shape, np.inf, np.float32)
+    # Errors are taken in units of the first candidate: squares of very small or large weights leave float32.
+    unit = np.float32(1) / candidates[0]
+    real = values * unit
+    weighed = real if weights is None else real * weights
+    for candidate in candidates:
+        ratio = candidate * unit
+        held = levels[nearest_level(real / ratio, name)]
+        if refit:
+            square = np.einsum("ij,ij->j", held, held if weights is None else held * weights)
+            product = np.einsum("ij,ij->j", held, weighed)
+            fitted = product / np.maximum(square, np.float32(1e-30))
+            ratio = np.where(product > 0, fitted, ratio[0])[None]
+            held = levels[nearest_level(real / ratio, name)]
+        held *= ratio
+        held -= real
+        error = np.einsum("ij,ij->j", held, held if weights is None else held * weights)[None]
+        better = error < least
+        least = np.where(better, error, least)
+        best = np.where(better, ratio * candidates[0] if refit else candidate, best)
+    return best

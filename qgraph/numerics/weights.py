@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
 
-from qgraph.numerics.formats import CODE_BOOKS, nearest_level, round_to_e4m3, round_to_e8m0
+from qgraph.numerics.formats import CODE_BOOKS, code_book_scale, nearest_level, nvfp4_tensor_scale
+from qgraph.numerics.weight_tiles import Tile, tiles
 
 __all__ = [
     "Method",
@@ -39,10 +39,6 @@ Method = Literal["minmax", "mse"]
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _TINY = np.float32(np.finfo(np.float32).tiny)
-_TILE = 1 << 15
-"""Elements that are worked on at a time: they and two work arrays fit into the second-level cache."""
-_WIDEST_COLUMNS = 512
-"""Groups up to this long are worked on as columns, so that their scales lie beside one another in the inner loops."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,10 +168,10 @@ def quantize_weight(
     Raises:
         ValueError: a weight is NaN or infinite (the message gives its index), or a shape does not fit.
     """
-    weight, importance = _checked(weight, importance)
+    search = _Search.of(weight, scheme, method, importance)
     result = _empty(weight.shape, scheme)
-    for tile in _tiles(weight, scheme):
-        scale, zero_point = _tile_parameters(tile, weight, scheme, method, importance)
+    for tile in tiles(weight, scheme.group):
+        scale, zero_point = search.parameters(tile)
         tile.put_groups(result.scale, scale)
         if result.zero_point is not None and zero_point is not None:
             tile.put_groups(result.zero_point, zero_point)
@@ -191,10 +187,10 @@ def group_parameters(
     Raises:
         ValueError: as `quantize_weight`.
     """
-    weight, importance = _checked(weight, importance)
+    search = _Search.of(weight, scheme, method, importance)
     result = _empty(weight.shape, scheme, codes=False)
-    for tile in _tiles(weight, scheme):
-        scale, zero_point = _tile_parameters(tile, weight, scheme, method, importance)
+    for tile in tiles(weight, scheme.group):
+        scale, zero_point = search.parameters(tile)
         tile.put_groups(result.scale, scale)
         if result.zero_point is not None and zero_point is not None:
             tile.put_groups(result.zero_point, zero_point)
@@ -213,27 +209,21 @@ def encode(weight: np.ndarray, scale: np.ndarray, zero_point: np.ndarray | None,
     Raises:
         ValueError: a shape does not fit.
     """
-    weight, _ = _checked(weight, None)
+    require_matrix(weight)
     shape = (weight.shape[0], scheme.groups(weight.shape[1]))
     if scale.shape != shape or (zero_point is not None and zero_point.shape != shape):
         raise ValueError(f"scales of shape {scale.shape} do not fit a weight of shape {weight.shape}: {shape}")
     codes = np.empty(weight.shape, np.uint8)
-    for tile in _tiles(weight, scheme):
+    for tile in tiles(weight, scheme.group):
         zeros = None if zero_point is None else tile.take_groups(zero_point)
         tile.put_elements(codes, _tile_codes(tile.values, tile.take_groups(scale), zeros, scheme))
     return codes
 
 
-def _checked(weight: np.ndarray, importance: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+def require_matrix(weight: np.ndarray) -> None:
+    """Raise ValueError unless the array is a matrix with elements."""
     if weight.ndim != 2 or weight.size == 0:
         raise ValueError(f"a weight matrix is [outputs, inputs], not {weight.shape}")
-    if importance is not None:
-        importance = np.asarray(importance, np.float32)
-        if importance.shape != weight.shape[1:] or not (np.isfinite(importance).all() and (importance >= 0).all()):
-            raise ValueError(f"importance must be {weight.shape[1:]} finite numbers that are not negative")
-        largest = importance.max()
-        importance = importance / largest if largest > 0 else None
-    return weight, importance
 
 
 def _empty(shape: tuple[int, ...], scheme: WeightScheme, *, codes: bool = True) -> QuantizedWeight:
@@ -247,96 +237,56 @@ def _empty(shape: tuple[int, ...], scheme: WeightScheme, *, codes: bool = True) 
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tile:
-    """Some rows and some groups of a weight matrix, as columns: `values` [group, rows * groups] in float32."""
+class _Search:
+    """What the parameters of a group depend on besides its weights."""
 
-    values: np.ndarray
-    rows: slice
-    groups: slice
-    inputs: slice
+    weight: np.ndarray
+    scheme: WeightScheme
+    method: Method
+    importance: np.ndarray | None
+    tensor_scale: float
 
-    def put_groups(self, target: np.ndarray, entries: np.ndarray) -> None:
-        """Store [1, columns] into an array [N, G]."""
-        part = target[self.rows, self.groups]
-        part[...] = entries.reshape(part.shape)
+    @classmethod
+    def of(cls, weight: np.ndarray, scheme: WeightScheme, method: Method, importance: np.ndarray | None) -> _Search:
+        require_matrix(weight)
+        if importance is not None:
+            importance = np.asarray(importance, np.float32)
+            if importance.shape != weight.shape[1:] or not (np.isfinite(importance).all() and importance.min() >= 0):
+                raise ValueError(f"importance must be {weight.shape[1]} finite numbers that are not negative")
+            largest = importance.max()
+            importance = importance / largest if largest > 0 else None
+        tensor_scale = nvfp4_tensor_scale(weight) if scheme.format == "nvfp4" else 1.0
+        return cls(weight, scheme, method, importance, tensor_scale)
 
-    def take_groups(self, source: np.ndarray) -> np.ndarray:
-        """Return [1, columns] of an array [N, G]."""
-        return np.ascontiguousarray(source[self.rows, self.groups]).reshape(1, -1)
-
-    def put_elements(self, target: np.ndarray, entries: np.ndarray) -> None:
-        """Store [group, columns] into an array [N, K]."""
-        part = target[self.rows, self.inputs]
-        size = len(entries)
-        part.reshape(part.shape[0], -1, size)[...] = entries.T.reshape(part.shape[0], -1, size)
-
-    def spread(self, per_input: np.ndarray) -> np.ndarray:
-        """Return [group, columns] (or [group, 1]) of an array [K]."""
-        size, columns = self.values.shape
-        part = per_input[self.inputs].reshape(-1, size).T
-        return part if part.shape[1] == 1 else np.tile(part, (1, columns // part.shape[1]))
-
-
-def _tiles(weight: np.ndarray, scheme: WeightScheme) -> Iterator[_Tile]:
-    """Cut a weight matrix into tiles that fit the cache; a shorter last group comes in tiles of its own."""
-    rows, inputs = weight.shape
-    size = min(scheme.group, inputs) if scheme.group else inputs
-    whole = inputs // size
-    stored_by_inputs = weight.strides[0] < weight.strides[1]
-    spans = [(index, 1) for index in range(whole)] if stored_by_inputs or whole == 0 else [(0, whole)]
-    if inputs % size:
-        spans.append((whole, 1))
-    for first, count in spans:
-        start, stop = first * size, min((first + count) * size, inputs)
-        if not stored_by_inputs and count > 1 and count * size > _TILE:
-            yield from _row_tiles(weight, size, first, count)
-            continue
-        height = max(1, _TILE // (stop - start))
-        for top in range(0, rows, height):
-            part = weight[top : top + height, start:stop]
-            values = part.reshape(part.shape[0] * count, -1).T
-            if values.dtype != np.float32 or (values.strides[0] < values.strides[1]):
-                values = np.ascontiguousarray(values, np.float32)
-            yield _Tile(values, slice(top, top + height), slice(first, first + count), slice(start, stop))
+    def parameters(self, tile: Tile) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return scale (float32 [1, columns]) and zero point (uint8, None for code books) of a tile."""
+        low = np.minimum.reduce(tile.values, axis=0, keepdims=True)
+        high = np.maximum.reduce(tile.values, axis=0, keepdims=True)
+        # Not a number and infinity pass through minimum and maximum: no other look at the weights is needed.
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            refuse_infinite(self.weight)
+        np.minimum(low, 0, out=low)
+        np.maximum(high, 0, out=high)
+        weights = None if self.importance is None else tile.spread(self.importance)
+        searched = self.method == "mse"
+        if not self.scheme.is_integer:
+            largest = np.maximum(-low, high)
+            name = self.scheme.format
+            return code_book_scale(tile.values, largest, name, self.tensor_scale, weights, search=searched), None
+        scale, zero_point = integer_parameters(low, high, self.scheme)
+        if searched:
+            return _search_integer(tile.values, low, high, scale, zero_point, self.scheme, weights)
+        return scale, zero_point
 
 
-def _row_tiles(weight: np.ndarray, size: int, first: int, count: int) -> Iterator[_Tile]:
-    """Cut rows that are longer than a tile."""
-    step = max(1, _TILE // size)
-    for row in range(weight.shape[0]):
-        for group in range(first, first + count, step):
-            last = min(group + step, first + count)
-            part = weight[row : row + 1, group * size : last * size]
-            values = np.ascontiguousarray(part.reshape(-1, size).T, np.float32)
-            yield _Tile(values, slice(row, row + 1), slice(group, last), slice(group * size, last * size))
-
-
-def _tile_parameters(
-    tile: _Tile, weight: np.ndarray, scheme: WeightScheme, method: Method, importance: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray | None]:
-    low = np.minimum.reduce(tile.values, axis=0, keepdims=True)
-    high = np.maximum.reduce(tile.values, axis=0, keepdims=True)
-    # Not a number and infinity pass through minimum and maximum: no other look at the weights is needed.
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        _refuse(weight)
-    np.minimum(low, 0, out=low)
-    np.maximum(high, 0, out=high)
-    weights = None if importance is None else tile.spread(importance)
-    if not scheme.is_integer:
-        return _book_scale(tile.values, np.maximum(-low, high), scheme, method, weights), None
-    scale, zero_point = _integer_parameters(low, high, scheme)
-    if method == "mse":
-        scale, zero_point = _search_integer(tile.values, low, high, scale, zero_point, scheme, weights)
-    return scale, zero_point
-
-
-def _refuse(weight: np.ndarray) -> None:
+def refuse_infinite(weight: np.ndarray) -> None:
+    """Raise ValueError with the index of the first weight that is NaN or infinite in float32."""
     index = tuple(int(entry) for entry in np.argwhere(~np.isfinite(weight.astype(np.float32)))[0])
     raise ValueError(f"weight {index} is {weight[index]}, which no code can stand for")
 
 
-def _integer_parameters(low: np.ndarray, high: np.ndarray, scheme: WeightScheme) -> tuple[np.ndarray, np.ndarray]:
-    """Return the parameters at which neither end saturates; low <= 0 <= high."""
+def integer_parameters(low: np.ndarray, high: np.ndarray, scheme: WeightScheme) -> tuple[np.ndarray, np.ndarray]:
+    """Return scale and zero point at which neither end saturates, [1, columns] each; low <= 0 <= high."""
     if not scheme.symmetric:
         top = np.float32(scheme.top)
         scale = _usable(high / top - low / top)
@@ -445,13 +395,3 @@ def _search_integer(
     magnitude = np.maximum(np.abs(fitted), _TINY)
     result = np.where(high == low, scale, np.copysign(magnitude, fitted)).astype(np.float32)
     return result, best_zero[None].astype(np.uint8)
-
-
-def _book_scale(
-    values: np.ndarray, largest: np.ndarray, scheme: WeightScheme, method: Method, weights: np.ndarray | None
-) -> np.ndarray:
-    book = CODE_BOOKS[scheme.format]
-    if scheme.format == "ternary":
-        scale = np.abs(values).mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
-        return _usable(scale)
-    return _usable(largest / np.float32(book.largest))
