@@ -6,7 +6,7 @@ Nothing heavy is imported before a command needs it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -275,6 +275,46 @@ def diff(
         )
         for table in difference_tables(result):
             display.table(table)
+    common.print_json(result.to_json())
+    return 0
+
+
+@commands.command()
+@click.argument("folder", metavar="DIR", type=PATH)
+@click.option("--output", "-o", metavar="MODEL.onnx", type=PATH, help="Where to write [default: DIR.onnx].")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of weights, activations and cache.",
+)
+@click.option("--no-cache", is_flag=True, help="Neither take nor give keys and values: for scoring, not for decoding.")
+@click.option("--force", is_flag=True, help="Replace a model that stands at the output.")
+@output_options
+@pass_common
+def export(
+    common: Common,
+    *,
+    folder: Path,
+    output: Path | None,
+    dtype: Literal["float32", "float16"],
+    no_cache: bool,
+    force: bool,
+) -> int:
+    """Write a Hugging Face style folder (config.json and safetensors) as an ONNX model, without torch.
+
+    Decoders of the Llama, Qwen 2 and 3, Mistral and Gemma 1 and 2 kinds.
+    """
+    from qgraph.models.decoder import export as export_decoder
+    from qgraph.report.units import bytes_text, count_text
+
+    output = output or folder.resolve().with_name(f"{folder.resolve().name}.onnx")
+    with common.display() as display:
+        result = export_decoder(folder, output, dtype=dtype, cache=not no_cache, force=force, progress=display.progress)
+        facts = f"{result.family}   {count_text(result.parameters)} parameters, {result.dtype}"
+        display.step("export", f"{facts}{'' if result.cache else ', no cache'}   {bytes_text(result.bytes)}")
+        display.line("  ".join(str(file) for file in result.files))
     common.print_json(result.to_json())
     return 0
 

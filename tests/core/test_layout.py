@@ -15,7 +15,7 @@ FOLDERS = {"qgraph": "qgraph", "passes": "qgraph.passes", "targets": "qgraph.tar
 LAYERS = (
     ("errors", "wire", "lazy_tensors"),
     ("spec", "registry", "numerics", "onnx_file", "signatures"),
-    ("ir",),
+    ("ir", "safetensors"),
     ("pipeline",),
     ("targets.base",),
     ("feeds", "tokens"),
@@ -94,6 +94,8 @@ def test_imports_go_one_way(module: str):
     for other in imports(SOURCES[module]):
         if not other.startswith("qgraph."):
             continue
+        if other == "qgraph.models.decoder" and layer == len(LAYERS) - 1:
+            continue
         assert not other.startswith("qgraph.models"), f"{module} imports {other}"
         above, of = place(other)
         assert above < layer or of == component or (above == layer and layer == len(LAYERS) - 1), (
@@ -129,5 +131,5 @@ def test_heavy_packages_are_imported_where_they_are_needed(module: str):
 @pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("qgraph.models")])
 def test_reference_models_need_only_the_graph(module: str):
     for other in imports(SOURCES[module]):
-        allowed = ("qgraph.models", "qgraph.errors", "qgraph.ir")
+        allowed = ("qgraph.models", "qgraph.errors", "qgraph.ir", "qgraph.onnx_file", "qgraph.safetensors")
         assert not other.startswith("qgraph.") or other.startswith(allowed), f"{module} imports {other}"

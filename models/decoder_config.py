@@ -1,0 +1,250 @@
+"""What a config.json says about a decoder, and the refusal of what the graph builder does not know."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qgraph.errors import UserError
+
+__all__ = ["FAMILIES", "DecoderConfig", "read_config"]
+
+FAMILIES = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
+_FOREIGN = {
+    "num_local_experts": "a mixture of experts",
+    "num_experts": "a mixture of experts",
+    "n_routed_experts": "a mixture of experts",
+    "kv_lora_rank": "latent attention",
+    "quantization_config": "quantized weights; take the checkpoint that is not quantized",
+}
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Dimensions and variants of a decoder.
+
+    Attributes:
+        family: `model_type`.
+        vocabulary: rows of the embedding table.
+        hidden: channels between the layers.
+        feed_forward: channels inside the gated feed-forward network.
+        layers: number of them.
+        heads: query heads.
+        kv_heads: key and value heads; divides `heads`.
+        head_dim: channels of a head, even.
+        epsilon: of the RMS norms.
+        inverse_frequencies: of the rotary embedding, scaled if the config says so; head_dim / 2 of them.
+        activation: "silu", "gelu" or "gelu_tanh".
+        tied: whether the embedding table is also the output layer.
+        qkv_bias: whether the projections to queries, keys and values add a bias.
+        output_bias: whether the projection behind the attention does.
+        feed_forward_bias: whether the feed-forward network does.
+        head_norms: whether queries and keys are normalised per head (Qwen3).
+        offset_norms: whether norms multiply by 1 + weight (Gemma).
+        sandwich_norms: whether attention and feed-forward are normalised behind as well (Gemma 2).
+        embedding_scale: factor of the embeddings.
+        attention_scale: factor of the products of queries and keys.
+        attention_cap: bound that those are softly held in, or None.
+        logits_cap: bound that the logits are softly held in, or None.
+        windows: for each layer, how many tokens back it sees, itself included, or None for all.
+    """
+
+    family: str
+    vocabulary: int
+    hidden: int
+    feed_forward: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    epsilon: float
+    inverse_frequencies: tuple[float, ...]
+    activation: str
+    tied: bool
+    qkv_bias: bool
+    output_bias: bool
+    feed_forward_bias: bool
+    head_norms: bool
+    offset_norms: bool
+    sandwich_norms: bool
+    embedding_scale: float
+    attention_scale: float
+    attention_cap: float | None
+    logits_cap: float | None
+    windows: tuple[int | None, ...]
+
+
+def read_config(path: Path) -> DecoderConfig:
+    """Read a config.json.
+
+    Raises:
+        UserError: it cannot be read, a field is missing or wrong, or it describes what is not supported.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: name a folder with config.json and .safetensors files") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds {type(values).__name__}, not a JSON object")
+    return _Reader(path, values).config()
+
+
+class _Reader:
+    """Takes fields out of a config.json and checks them."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        self._path = path
+        self._values = values
+
+    def config(self) -> DecoderConfig:
+        family = self._family()
+        gemma = family.startswith("gemma")
+        hidden, heads = self._size("hidden_size"), self._size("num_attention_heads")
+        layers = self._size("num_hidden_layers")
+        kv_heads = self._size("num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise self._wrong("num_key_value_heads", f"must divide num_attention_heads, {heads}")
+        head_dim = self._size("head_dim", 256 if gemma else hidden // heads)
+        if head_dim % 2:
+            raise self._wrong("head_dim", "must be even")
+        attention_bias = self._flag("attention_bias", default=False)
+        scalar = self._number("query_pre_attn_scalar", float(head_dim)) if family == "gemma2" else float(head_dim)
+        return DecoderConfig(
+            family=family,
+            vocabulary=self._size("vocab_size"),
+            hidden=hidden,
+            feed_forward=self._size("intermediate_size"),
+            layers=layers,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            epsilon=self._number("rms_norm_eps", 1e-6),
+            inverse_frequencies=tuple(self._frequencies(head_dim).tolist()),
+            activation=self._activation(gemma=gemma),
+            tied=self._flag("tie_word_embeddings", default=gemma),
+            qkv_bias=attention_bias or family == "qwen2",
+            output_bias=attention_bias and family != "qwen2",
+            feed_forward_bias=self._flag("mlp_bias", default=False) and family == "llama",
+            head_norms=family == "qwen3",
+            offset_norms=gemma,
+            sandwich_norms=family == "gemma2",
+            embedding_scale=float(hidden) ** 0.5 if gemma else 1.0,
+            attention_scale=scalar**-0.5,
+            attention_cap=self._cap("attn_logit_softcapping", 50.0) if family == "gemma2" else None,
+            logits_cap=self._cap("final_logit_softcapping", 30.0) if family == "gemma2" else None,
+            windows=self._windows(family, layers),
+        )
+
+    def _family(self) -> str:
+        family = self._values.get("model_type")
+        if family not in FAMILIES:
+            raise self._wrong("model_type", f"only {', '.join(FAMILIES)} are supported")
+        for field, meaning in _FOREIGN.items():
+            if self._values.get(field):
+                raise UserError(f"{self._path}: {field} is set: {meaning} is not supported")
+        if self._values.get("partial_rotary_factor", 1) != 1:
+            raise self._wrong("partial_rotary_factor", "only rotary embedding of whole heads is supported")
+        return str(family)
+
+    def _activation(self, *, gemma: bool) -> str:
+        # Early Gemma configs say "gelu" in hidden_act and mean the approximation by tanh.
+        field, default = ("hidden_activation", "gelu_pytorch_tanh") if gemma else ("hidden_act", "silu")
+        name = self._values.get(field) or default
+        if name not in _ACTIVATIONS:
+            raise self._wrong(field, f"only {', '.join(_ACTIVATIONS)} are supported")
+        return _ACTIVATIONS[name]
+
+    def _windows(self, family: str, layers: int) -> tuple[int | None, ...]:
+        window = self._values.get("sliding_window")
+        if family in ("gemma2", "mistral") and "sliding_window" not in self._values:
+            window = 4096  # the default of both in transformers
+        if window is None or family in ("llama", "gemma"):
+            return (None,) * layers
+        if family.startswith("qwen") and not self._flag("use_sliding_window", default=False):
+            return (None,) * layers
+        if type(window) is not int or window < 1:
+            raise self._wrong("sliding_window", "must be a positive number")
+        kinds = self._values.get("layer_types")
+        if kinds is None:
+            first = self._values.get("max_window_layers", 28) if family.startswith("qwen") else 0
+            kinds = ["sliding_attention" if index >= first else "full_attention" for index in range(layers)]
+            if family == "gemma2":
+                kinds = ["full_attention" if index % 2 else "sliding_attention" for index in range(layers)]
+        if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+            raise self._wrong("layer_types", f"must hold full_attention or sliding_attention for {layers} layers")
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+    def _frequencies(self, head_dim: int) -> np.ndarray:
+        """Return the inverse frequencies of the rotary embedding (Su et al., 2021), float64 [head_dim / 2]."""
+        scaling = self._values.get("rope_parameters") or self._values.get("rope_scaling") or {}
+        if not isinstance(scaling, dict):
+            raise self._wrong("rope_scaling", "must be an object")
+        theta = scaling.get("rope_theta", self._values.get("rope_theta", 10000.0))
+        if not isinstance(theta, int | float) or theta <= 0:
+            raise self._wrong("rope_theta", "must be a positive number")
+        frequencies = float(theta) ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind == "default":
+            return frequencies
+        if kind == "linear":
+            return frequencies / self._scaling(scaling, "factor")
+        if kind == "llama3":
+            return self._llama3(frequencies, scaling)
+        raise UserError(f"{self._path}: rope_scaling of type {kind!r} is not supported, only default, linear, llama3")
+
+    def _llama3(self, frequencies: np.ndarray, scaling: Mapping[str, Any]) -> np.ndarray:
+        """Slow the long waves down by `factor`, leave the short ones, and go smoothly in between (Llama 3.1)."""
+        factor, low = self._scaling(scaling, "factor"), self._scaling(scaling, "low_freq_factor")
+        high = self._scaling(scaling, "high_freq_factor")
+        context = self._scaling(scaling, "original_max_position_embeddings")
+        if high <= low:
+            raise UserError(f"{self._path}: rope_scaling.high_freq_factor must be above low_freq_factor, {low}")
+        turns = context * frequencies / (2 * np.pi)
+        share = np.clip((turns - low) / (high - low), 0, 1)
+        return (1 - share) * frequencies / factor + share * frequencies
+
+    def _scaling(self, scaling: Mapping[str, Any], field: str) -> float:
+        value = scaling.get(field)
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+            raise UserError(f"{self._path}: rope_scaling.{field} is {value!r}: it must be a positive number")
+        return float(value)
+
+    def _size(self, field: str, default: int | None = None) -> int:
+        value = self._values.get(field)
+        value = default if value is None else value
+        if type(value) is not int or value < 1:
+            raise self._wrong(field, "must be a positive whole number")
+        return value
+
+    def _number(self, field: str, default: float) -> float:
+        value = self._values.get(field, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+            raise self._wrong(field, "must be a positive number")
+        return float(value)
+
+    def _cap(self, field: str, default: float) -> float | None:
+        return None if self._values.get(field, default) is None else self._number(field, default)
+
+    def _flag(self, field: str, *, default: bool) -> bool:
+        value = self._values.get(field, default)
+        if not isinstance(value, bool):
+            raise self._wrong(field, "must be true or false")
+        return value
+
+    def _wrong(self, field: str, why: str) -> UserError:
+        return UserError(f"{self._path}: {field} is {self._values.get(field)!r}: {why}")
