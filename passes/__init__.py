@@ -20,6 +20,7 @@ _HOMES = {
     "InlineFunctions": "inline_functions",
     "LiftConstants": "lift_constants",
     "MatmulAddToGemm": "matmul_add_to_gemm",
+    "MatmulNbits": "matmul_nbits",
     "MergeDuplicates": "merge_duplicates",
     "Qdq": "qdq",
     "RemoveIdentity": "remove_identity",
