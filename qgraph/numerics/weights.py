@@ -260,27 +260,33 @@ class _Search:
 
     def parameters(self, tile: Tile) -> tuple[np.ndarray, np.ndarray | None]:
         """Return scale (float32 [1, columns]) and zero point (uint8, None for code books) of a tile."""
-        low = np.minimum.reduce(tile.values, axis=0, keepdims=True)
-        high = np.maximum.reduce(tile.values, axis=0, keepdims=True)
-        # Not a number and infinity pass through minimum and maximum: no other look at the weights is needed.
-        if not (np.isfinite(low).all() and np.isfinite(high).all()):
-            refuse_infinite(self.weight)
-        np.minimum(low, 0, out=low)
-        np.maximum(high, 0, out=high)
+        low, high = tile_ranges(tile, self.weight)
         weights = None if self.importance is None else tile.spread(self.importance)
         searched = self.method == "mse"
         if not self.scheme.is_integer:
             largest = np.maximum(-low, high)
             name = self.scheme.format
             return code_book_scale(tile.values, largest, name, self.tensor_scale, weights, search=searched), None
-        scale, zero_point = integer_parameters(low, high, self.scheme)
         if searched:
-            return _search_integer(tile.values, low, high, scale, zero_point, self.scheme, weights)
-        return scale, zero_point
+            return search_integer(tile.values, low, high, self.scheme, weights)
+        return integer_parameters(low, high, self.scheme)
 
 
-def refuse_infinite(weight: np.ndarray) -> None:
-    """Raise ValueError with the index of the first weight that is NaN or infinite in float32."""
+def tile_ranges(tile: Tile, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the least and the largest weight of each column, [1, columns], widened to hold zero.
+
+    Raises:
+        ValueError: a weight is NaN or infinite in float32 (the message gives its index in `weight`).
+    """
+    low = np.minimum.reduce(tile.values, axis=0, keepdims=True)
+    high = np.maximum.reduce(tile.values, axis=0, keepdims=True)
+    # Not a number and infinity pass through minimum and maximum: no other look at the weights is needed.
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        _refuse(weight)
+    return np.minimum(low, 0, out=low), np.maximum(high, 0, out=high)
+
+
+def _refuse(weight: np.ndarray) -> None:
     index = tuple(int(entry) for entry in np.argwhere(~np.isfinite(weight.astype(np.float32)))[0])
     raise ValueError(f"weight {index} is {weight[index]}, which no code can stand for")
 
@@ -329,20 +335,19 @@ def _factors(bits: int, *, symmetric: bool) -> tuple[float, ...]:
     return tuple(float(np.float32(factor)) for factor in np.linspace(highest, lowest, 14))
 
 
-def _search_integer(
+def search_integer(
     values: np.ndarray,
     low: np.ndarray,
     high: np.ndarray,
-    scale: np.ndarray,
-    zero_point: np.ndarray,
     scheme: WeightScheme,
-    weights: np.ndarray | None,
+    weights: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the parameters of least squared error among shrunken ranges, each with the scale that fits its codes best.
 
     Codes q = clip(rint(x / s)) of a tried scale s have their least squared error at the scale <x, q> / <q, q>, where
     it is <x, x> - <x, q>^2 / <q, q>: the largest quotient wins, and neither error nor scale of a candidate is computed.
     """
+    scale, zero_point = integer_parameters(low, high, scheme)
     start, zeros = scale, zero_point.astype(np.float32)
     if scheme.symmetric:
         # The largest magnitude goes to the end that has one level more.
