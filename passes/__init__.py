@@ -15,6 +15,7 @@ _HOMES = {
     "FoldConstants": "fold_constants",
     "FuseAttention": "fuse_attention",
     "GemmToMatmulAdd": "gemm_to_matmul_add",
+    "Gptq": "gptq",
     "GuardFloat": "guard_float",
     "InferShapes": "infer_shapes",
     "InlineFunctions": "inline_functions",

@@ -1,6 +1,6 @@
 """Calibration block by block: what goes into linear layers, while the layers before them are being changed.
 
-    for stage in BlockStream(model, context, layers).stages():
+    for stage in BlockStream(model, context, layers, who="gptq").stages():
         for rows in stage.rows():              # one calibration sample after the other
             ...                                # rows[x].changed [n, K]: what the layers that read x get now
         stage.change(weight, matrix)           # the layers that follow see the change
@@ -67,7 +67,7 @@ class Stage:
     def change(self, weight: ir.Value, matrix: np.ndarray) -> None:
         """Let the layers that read `weight` use `matrix`, float32 [N, K], from here on."""
         layer = next(one for some in self.layers.values() for one in some if one.weight is weight)
-        self._stream._change(layer, matrix)  # noqa: SLF001
+        self._stream.change(layer, matrix)
 
 
 class BlockStream:
@@ -206,7 +206,11 @@ class BlockStream:
                 del self._changes[weight]
         qgraph.ir.forget_pages()
 
-    def _change(self, layer: LinearLayer, matrix: np.ndarray) -> None:
+    def change(self, layer: LinearLayer, matrix: np.ndarray) -> None:
+        """Let all readers of a layer's weight use `matrix`, float32 [N, K], from where the stream is now.
+
+        Before the first stage that may be an embedding's.
+        """
         tensor = layer.weight.const_value
         assert tensor is not None
         stored = matrix if layer.transposed else matrix.T

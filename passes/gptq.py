@@ -1,0 +1,359 @@
+"""Weights rounded one input after the other, so that those still to come make up for the error (GPTQ).
+
+    y = MatMul(x, W)    =>    y = MatMul(x, DequantizeLinear(Wq, scale, zero_point))        Gemm and Gather likewise
+
+What an input's error costs is seen from calibration samples: the Hessian of each layer's squared output error (Frantar
+et al. 2022), taken block by block, after the layers before were quantized. Layers that read the same value share it;
+that of a weight which several layers read is their sum. The weights also make up for a part of what quantizing the
+layers before has changed in their input (Li et al. 2025, GPTAQ). Embedding tables are rounded to the nearest, with
+ranges of least squared error; a table that is the output layer too stays one.
+
+It does not fire on weights that are computed, shared with a node that is no linear layer, or compressed already; see
+`qgraph.analysis.linear_layers`. Whatever scales or rotates weights (AWQ, rotations) goes before. A second run finds
+nothing to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+import qgraph.ir
+from qgraph.analysis.block_stream import BlockStream, Rows, Stage
+from qgraph.analysis.compressed_weights import store
+from qgraph.analysis.finished_layers import FinishedLayers
+from qgraph.analysis.linear_layers import LinearLayer, LinearLayers, linear_layers, matches
+from qgraph.errors import UserError
+from qgraph.numerics.gptq import Hessian, gptq, output_error
+from qgraph.numerics.retarget import Drift
+from qgraph.numerics.weights import QuantizedWeight, WeightScheme, quantize_weight
+from qgraph.passes._weight_options import chosen_bits, forget_bits
+from qgraph.pipeline import Context, Pass, Report, Skipped
+
+__all__ = ["Gptq"]
+
+_VERSION = 1
+"""Of what is kept of finished layers; another one starts anew."""
+_NEEDED_OPSET = 21
+
+
+@dataclass(frozen=True)
+class Gptq(Pass):
+    """Quantize weights so that the error in a layer's outputs is least (GPTQ)."""
+
+    name: ClassVar[str] = "gptq"
+    bits: int = field(default=4, metadata={"help": "bits of a weight: 2, 3, 4, 5, 6 or 8"})
+    group: int = field(default=32, metadata={"help": "inputs that share a scale; 0: all of an output"})
+    symmetric: bool = field(default=False, metadata={"help": "no zero points"})
+    format: str = field(default="int", metadata={"help": "int, or nf4, fp8e4m3, fp8e5m2, mxfp4, nvfp4, ternary"})
+    damping: float = field(default=0.01, metadata={"help": "share of the mean diagonal added to the Hessian"})
+    order: Literal["activation", "none"] = field(
+        default="activation", metadata={"help": "inputs of the largest activations first, or as they lie"}
+    )
+    clip: Literal["mse", "minmax"] = field(default="mse", metadata={"help": "ranges of least squared error, or full"})
+    refine: int = field(default=3, metadata={"help": "rounds of rounding again and fitting scales, after GPTQ's own"})
+    sequential: Literal["layer", "block"] = field(
+        default="layer", metadata={"help": "take the inputs of a layer after all before it, or a block at once"}
+    )
+    drift: float = field(
+        default=0.5,
+        metadata={"help": "share of what quantizing has changed in a layer's input that its weights make up for"},
+    )
+    exclude: tuple[str, ...] = field(default=(), metadata={"help": "patterns (*, ?) of names of nodes to leave alone"})
+    embeddings: bool = field(default=True, metadata={"help": "quantize embedding tables too"})
+    embedding_bits: int = field(default=0, metadata={"help": "bits of embedding tables; 0: as the others"})
+
+    def apply(self, model: ir.Model, context: Context) -> Report:
+        """Quantize; `figures` has bits and the relative output error of every layer.
+
+        Raises:
+            UserError: there are no calibration samples, the model does not run on one, a weight is not finite, or
+                bits, group and format do not go together.
+        """
+        scheme = self._scheme(self.bits)
+        self._scheme(self.embedding_bits or self.bits)
+        found = context.analyse(linear_layers, model)
+        chosen, skipped = self._chosen(found)
+        if not chosen:
+            return Report(skipped=skipped)
+        _require_opset(model)
+        work = _Work(self, model, context, chosen)
+        produced = work.run()
+        for layers in chosen.values():
+            layer = layers[0]
+            store(model, layer, self._scheme_of(layers), produced[layer.weight])
+            forget_bits(one.node for one in layers)
+        changed = sum(map(len, chosen.values()))
+        notes = [f"{len(chosen)} weights to {_words(scheme, chosen, self)}", *work.notes()]
+        return Report(changed=changed, skipped=skipped, notes=notes, figures={"layers": work.figures})
+
+    def _scheme(self, bits: int) -> WeightScheme:
+        try:
+            return WeightScheme(self.format, bits, self.group, self.symmetric)
+        except ValueError as error:
+            raise UserError(f"gptq: {error}") from error
+
+    def _scheme_of(self, layers: Sequence[LinearLayer]) -> WeightScheme:
+        default = self.embedding_bits or self.bits if _is_table(layers) else self.bits
+        bits = chosen_bits((layer.node for layer in layers), default)
+        assert bits is not None
+        return self._scheme(bits)
+
+    def _chosen(self, found: LinearLayers) -> tuple[dict[ir.Value, Sequence[LinearLayer]], list[Skipped]]:
+        """Return the layers of every weight to quantize."""
+        chosen: dict[ir.Value, Sequence[LinearLayer]] = {}
+        skipped = list(found.skipped)
+        for weight, layers in found.by_weight.items():
+            reason = self._why_not(layers)
+            if reason is None:
+                chosen[weight] = layers
+            else:
+                skipped += [Skipped(layer.name, reason) for layer in layers]
+        return chosen, skipped
+
+    def _why_not(self, layers: Sequence[LinearLayer]) -> str | None:
+        excluded = [layer for layer in layers if matches(layer.name, self.exclude)]
+        if len(excluded) == len(layers):
+            return "it is excluded"
+        if excluded:
+            return f"its weight is shared with '{excluded[0].name}', which is excluded"
+        if _is_table(layers) and not self.embeddings:
+            return "it is an embedding table, and embeddings=false" + (
+                "; the output layer shares it" if len(layers) > 1 else ""
+            )
+        if chosen_bits((layer.node for layer in layers), self.bits) is None:
+            return "it was chosen to stay in float"
+        return None
+
+
+def _is_table(layers: Sequence[LinearLayer]) -> bool:
+    return any(layer.kind == "embedding" for layer in layers)
+
+
+def _require_opset(model: ir.Model) -> None:
+    opset = model.graph.opset_imports.get("", 1)
+    if opset < _NEEDED_OPSET:
+        raise UserError(
+            f"gptq: compressed weights need opset {_NEEDED_OPSET}, and the model has {opset}: put "
+            f"convert-opset{{version={_NEEDED_OPSET}}} before"
+        )
+
+
+def _words(scheme: WeightScheme, chosen: Mapping[ir.Value, Sequence[LinearLayer]], options: Gptq) -> str:
+    if scheme.format != "int":
+        return scheme.format
+    widths = sorted({options._scheme_of(layers).bits for layers in chosen.values()})  # noqa: SLF001 - of this module
+    return f"{', '.join(map(str, widths))} bits"
+
+
+class _Work:
+    """One run over the layers: what came out, and what is to be told about it."""
+
+    def __init__(
+        self, options: Gptq, model: ir.Model, context: Context, chosen: Mapping[ir.Value, Sequence[LinearLayer]]
+    ) -> None:
+        self.figures: dict[str, dict[str, Any]] = {}
+        self._options = options
+        self._model = model
+        self._context = context
+        self._chosen = chosen
+        self._moments: dict[ir.Value, _Moments] = {}
+        self._short: list[str] = []
+        self._damped: list[str] = []
+        self._resumed = 0
+
+    def run(self) -> dict[ir.Value, Callable[[], QuantizedWeight]]:
+        """Return what gives each quantized weight."""
+        produced: dict[ir.Value, Callable[[], QuantizedWeight]] = {}
+        tables = {weight: layers for weight, layers in self._chosen.items() if _is_table(layers)}
+        linear = [layer for weight, some in self._chosen.items() if weight not in tables for layer in some]
+        for layers in self._chosen.values():
+            _require_finite(layers[0])
+        for weight, layers in tables.items():
+            produced[weight] = self._rounded(layers)
+        if not linear:
+            return produced
+        options = self._options
+        self._finished = FinishedLayers(self._model, self._context, f"{_VERSION} {options!r}")
+        stream = BlockStream(
+            self._model,
+            self._context,
+            linear,
+            who=options.name,
+            sequential=options.sequential,
+            originals=options.drift > 0,
+        )
+        for weight, produce in produced.items():
+            stream.change(tables[weight][0], produce().dequantize())
+        for stage in stream.stages():
+            produced |= self._stage(stage)
+        return produced
+
+    def _rounded(self, layers: Sequence[LinearLayer]) -> Callable[[], QuantizedWeight]:
+        """Round an embedding table to the nearest, whenever it is asked for."""
+        layer, scheme = layers[0], self._options._scheme_of(layers)  # noqa: SLF001
+        self.figures[layer.name] = {"bits": scheme.bits}
+        clip = self._options.clip
+        return lambda: quantize_weight(layer.matrix(), scheme, method=clip)
+
+    def _stage(self, stage: Stage) -> dict[ir.Value, Callable[[], QuantizedWeight]]:
+        """Quantize the weights whose last layer is in this stage."""
+        here = dict.fromkeys(layer.weight for layers in stage.layers.values() for layer in layers)
+        ready = [weight for weight in here if self._is_last(weight, stage)]
+        produced = {weight: one for weight in ready if (one := self._known(weight)) is not None}
+        self._resumed += len(produced)
+        open_ends = [weight for weight in here if weight not in produced]
+        if open_ends:
+            self._watch(stage, open_ends)
+            for weights in self._together([weight for weight in ready if weight not in produced]):
+                produced |= self._quantize(weights, self._moments[self._key(weights[0])])
+        for weight in ready:
+            stage.change(weight, produced[weight]().dequantize())
+        self._moments = {key: one for key, one in self._moments.items() if key in self._chosen and key not in produced}
+        return produced
+
+    def _is_last(self, weight: ir.Value, stage: Stage) -> bool:
+        last = self._chosen[weight][-1]
+        return any(layer is last for layer in stage.layers.get(last.x, ()))
+
+    def _key(self, weight: ir.Value) -> ir.Value:
+        """Return what a weight's moments are kept under: its layer's input, or itself if several layers read it."""
+        layers = self._chosen[weight]
+        return weight if len(layers) > 1 else layers[0].x
+
+    def _watch(self, stage: Stage, weights: Sequence[ir.Value]) -> None:
+        """Sum the moments of what goes into the layers of `weights`; what was summed before goes on."""
+        keys: dict[ir.Value, list[ir.Value]] = {}
+        for x, layers in stage.layers.items():
+            keys[x] = list(dict.fromkeys(self._key(layer.weight) for layer in layers if layer.weight in weights))
+            for key in keys[x]:
+                self._moments.setdefault(key, _Moments(layers[0].inputs))
+        for rows in stage.rows():
+            for x, one in rows.items():
+                for key in keys[x]:
+                    self._moments[key].add(one)
+
+    def _together(self, weights: Sequence[ir.Value]) -> list[list[ir.Value]]:
+        """Group weights that share moments and scheme: their rows are quantized in one go, with the same result."""
+        groups: dict[tuple[ir.Value, int], list[ir.Value]] = {}
+        for weight in weights:
+            groups.setdefault((self._key(weight), self._scheme_of(weight).bits), []).append(weight)
+        if self._options.format == "nvfp4":  # its groups share one more scale, that of the whole matrix
+            return [[weight] for weight in weights]
+        return list(groups.values())
+
+    def _scheme_of(self, weight: ir.Value) -> WeightScheme:
+        return self._options._scheme_of(self._chosen[weight])  # noqa: SLF001
+
+    def _known(self, weight: ir.Value) -> Callable[[], QuantizedWeight] | None:
+        produce = self._finished.find(weight.name or "", self._scheme_of(weight))
+        if produce is not None:
+            self.figures[self._chosen[weight][0].name] = {"bits": self._scheme_of(weight).bits}
+        return produce
+
+    def _quantize(
+        self, weights: Sequence[ir.Value], moments: _Moments
+    ) -> dict[ir.Value, Callable[[], QuantizedWeight]]:
+        options, scheme = self._options, self._scheme_of(weights[0])
+        layers = [self._chosen[weight][0] for weight in weights]
+        hessian = moments.hessian.matrix
+        original = np.concatenate([layer.matrix() for layer in layers])
+        wanted = moments.wanted(original, hessian, options)
+        try:
+            result = gptq(
+                wanted,
+                hessian,
+                scheme,
+                damping=options.damping,
+                order=options.order,
+                clip=options.clip,
+                refine=options.refine,
+            )
+        except ValueError as error:
+            raise UserError(f"gptq: '{layers[0].name}': {error}") from error
+        produced: dict[ir.Value, Callable[[], QuantizedWeight]] = {}
+        start = 0
+        for weight, layer in zip(weights, layers, strict=True):
+            part = _rows(result.quantized, slice(start, start + layer.outputs))
+            produced[weight] = self._finished.keep(weight.name or "", part)
+            rows = original[start : start + layer.outputs]
+            self._tell(layer, part, rows, hessian, moments, result.damping)
+            start += layer.outputs
+        return produced
+
+    def _tell(
+        self,
+        layer: LinearLayer,
+        quantized: QuantizedWeight,
+        weight: np.ndarray,
+        hessian: np.ndarray,
+        moments: _Moments,
+        damping: float,
+    ) -> None:
+        size = float(np.vdot(weight @ hessian, weight))
+        error = output_error(weight, quantized.dequantize(), hessian)
+        self.figures[layer.name] = {"bits": quantized.scheme.bits, "relative_error": error / size if size > 0 else 0.0}
+        if moments.hessian.rows < layer.inputs:
+            self._short.append(layer.name)
+        if damping > self._options.damping:
+            self._damped.append(f"{layer.name} {damping:g}")
+
+    def notes(self) -> list[str]:
+        """Return what the reader should know."""
+        notes = []
+        if self._resumed:
+            notes.append(f"{self._resumed} of them finished before")
+        ragged = [
+            layers[0].name
+            for layers in self._chosen.values()
+            if (group := self._scheme_of(layers[0].weight).group) and layers[0].inputs % group
+        ]
+        if ragged:
+            notes.append(f"the last group is shorter in {_some(ragged)}")
+        if self._short:
+            notes.append(f"fewer calibration rows than inputs (give more samples) in {_some(self._short)}")
+        if self._damped:
+            notes.append(f"damping raised in {_some(self._damped)}")
+        return notes
+
+
+class _Moments:
+    """What is summed of the rows that go into a layer."""
+
+    def __init__(self, inputs: int) -> None:
+        self.hessian = Hessian(inputs)
+        self._drift: Drift | None = None
+        self._inputs = inputs
+
+    def add(self, rows: Rows) -> None:
+        """Count one sample in."""
+        self.hessian.add(rows.changed)
+        if rows.original is not None:
+            self._drift = self._drift or Drift(self._inputs)
+            self._drift.add(rows.original, rows.changed)
+
+    def wanted(self, weight: np.ndarray, hessian: np.ndarray, options: Gptq) -> np.ndarray:
+        """Return the weights [N, K] to come near to."""
+        if self._drift is None:
+            return weight
+        return self._drift.retarget(weight, hessian, damping=options.damping, share=options.drift)
+
+
+def _require_finite(layer: LinearLayer) -> None:
+    if not np.isfinite(layer.matrix()).all():
+        raise UserError(f"the weight '{layer.weight.name}' of '{layer.name}' holds NaN or infinity: mend the model")
+    qgraph.ir.forget_pages()
+
+
+def _rows(weight: QuantizedWeight, rows: slice) -> QuantizedWeight:
+    zero_point = None if weight.zero_point is None else weight.zero_point[rows]
+    return QuantizedWeight(weight.codes[rows], weight.scale[rows], zero_point, weight.scheme)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"

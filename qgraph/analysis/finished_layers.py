@@ -1,0 +1,148 @@
+"""Weights that a long pass has finished, kept so that a run that was killed goes on where it was.
+
+Each is a file of its own in `Context.work_folder`, written whole or not at all. Its name holds a fingerprint of all
+that could change it: the pass with its options, the model with its weights, and the calibration samples. So nothing
+stale is ever taken up. Without a work folder they are kept in memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+import qgraph.ir
+from qgraph.errors import UserError
+from qgraph.numerics.packing import pack_bits, unpack_bits
+from qgraph.numerics.weights import QuantizedWeight, WeightScheme
+from qgraph.pipeline import Context
+
+__all__ = ["FinishedLayers"]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class FinishedLayers:
+    """Quantized weights by the order in which they are made.
+
+    Args:
+        model: as it is before the pass.
+        context: its work folder and samples.
+        settings: the pass and its options as text.
+    """
+
+    def __init__(self, model: ir.Model, context: Context, settings: str) -> None:
+        self._folder = context.work_folder
+        self._held: dict[str, QuantizedWeight] = {}
+        self._prefix = ""
+        if self._folder is not None:
+            self._make_folder(self._folder)
+            self._prefix = _fingerprint(model, context, settings)
+
+    @staticmethod
+    def _make_folder(folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the work folder {folder} cannot be made: {error.strerror}") from error
+
+    def find(self, name: str, scheme: WeightScheme) -> Callable[[], QuantizedWeight] | None:
+        """Return what reads the weight that was finished under `name`, or None if there is none, or a damaged one."""
+        if self._folder is None:
+            return (lambda: self._held[name]) if name in self._held else None
+        path = self._path(name)
+        try:
+            # Its checksums are looked at now: later there would be no way back.
+            with zipfile.ZipFile(path) as file:
+                sound = file.testzip() is None
+        except (OSError, zipfile.BadZipFile):
+            return None
+        return (lambda: _read(path, scheme)) if sound else None
+
+    def keep(self, name: str, weight: QuantizedWeight) -> Callable[[], QuantizedWeight]:
+        """Keep a weight and return what gives it back.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        if self._folder is None:
+            self._held[name] = weight
+            return lambda: weight
+        path = self._path(name)
+        unfinished = path.with_suffix(".unfinished")
+        try:
+            with unfinished.open("wb") as file:
+                _write(file, weight)
+            unfinished.replace(path)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            if error.errno not in _FULL:
+                raise
+            raise UserError(
+                f"the disk is full: {self._folder} has no room for another finished layer. Those that are done are "
+                "kept: free some room and run again with --resume."
+            ) from error
+        return lambda: _read(path, weight.scheme)
+
+    def _path(self, name: str) -> Path:
+        assert self._folder is not None
+        short = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+        return self._folder / f"{self._prefix}-{short}.npz"
+
+
+def _width(scheme: WeightScheme) -> int:
+    return next(width for width in (2, 4, 8) if width >= scheme.bits)
+
+
+def _write(file: object, weight: QuantizedWeight) -> None:
+    arrays = {"codes": pack_bits(weight.codes, _width(weight.scheme)), "scale": weight.scale}
+    if weight.zero_point is not None:
+        arrays["zero_point"] = weight.zero_point
+    np.savez(file, inputs=np.array(weight.codes.shape[1]), **arrays)  # type: ignore[arg-type]
+
+
+def _read(path: Path, scheme: WeightScheme) -> QuantizedWeight:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            codes = unpack_bits(arrays["codes"], _width(scheme), int(arrays["inputs"]))
+            zero_point = arrays["zero_point"] if "zero_point" in arrays.files else None
+            return QuantizedWeight(np.ascontiguousarray(codes), arrays["scale"], zero_point, scheme)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"the finished layer {path} cannot be read: {error}. Remove it and run again.") from error
+
+
+def _fingerprint(model: ir.Model, context: Context, settings: str) -> str:
+    """Return 32 hexadecimal digits that change with anything that the quantized weights depend on."""
+    digest = hashlib.blake2b(settings.encode(), digest_size=16)
+    for node in qgraph.ir.walk(model):
+        parts = [node.domain, node.op_type, *(value.name or "" if value is not None else "" for value in node.inputs)]
+        parts += [value.name or "" for value in node.outputs]
+        parts += [f"{name}={one.value}" for name, one in node.attributes.items() if _is_plain(one)]
+        parts += [f"{name}={one}" for name, one in sorted(node.metadata_props.items())]
+        digest.update("\0".join(parts).encode())
+    for graph in qgraph.ir.all_graphs(model):
+        for name, value in graph.initializers.items():
+            digest.update(name.encode())
+            if value.const_value is not None and value.const_value.dtype != ir.DataType.STRING:
+                _add(digest, value.const_value.numpy())
+                qgraph.ir.forget_pages()
+    for feed in context.samples("a pass that resumes"):
+        for name in sorted(feed):
+            digest.update(name.encode())
+            _add(digest, feed[name])
+    return digest.hexdigest()
+
+
+def _is_plain(attribute: ir.Attr) -> bool:
+    graphs = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    return not attribute.is_ref() and attribute.type not in (*graphs, ir.AttributeType.TENSOR, ir.AttributeType.TENSORS)
+
+
+def _add(digest: hashlib.blake2b, array: np.ndarray) -> None:
+    digest.update(f"{array.dtype}{array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")

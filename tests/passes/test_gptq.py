@@ -1,0 +1,208 @@
+"""gptq: better outputs than rounding, whatever reads the weights, and a run that was stopped goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from qgraph.analysis.compressed_weights import compressed
+from qgraph.analysis.linear_layers import linear_layers
+from qgraph.errors import UserError
+from qgraph.numerics.weights import WeightScheme, quantize_weight
+from qgraph.passes._weight_options import set_bits
+from qgraph.passes.gptq import Gptq
+from qgraph.pipeline import Context, Pipeline, Report
+
+HEAD = '<ir_version: 10, opset_import: ["" : 23]>'
+LAYERS = """g (float[n, 32] x, float[32, 48] a, float[48, 32] b, float[32, 48] c, float[24, 48] d, float[24] e)
+    => (float[n, 24] y)
+{
+    one = MatMul (x, a)
+    act = Relu (one)
+    two = MatMul (act, b)
+    sum = Add (two, x)
+    three = MatMul (sum, c)
+    [last] y = Gemm <transB = 1, alpha = 0.5, beta = 2.0> (three, d, e)
+}"""
+TIED = """g (int64[n] ids, float[40, 32] table, float[32, 32] w) => (float[n, 40] y)
+{
+    x = Gather (table, ids)
+    h = MatMul (x, w)
+    h2 = MatMul (h, w)
+    t = Transpose <perm = [1, 0]> (table)
+    y = MatMul (h2, t)
+}"""
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def correlated(rows: int, seed: int) -> np.ndarray:
+    return (normal(rows, 8, seed=seed) @ normal(8, 32, seed=9) + 0.3 * normal(rows, 32, seed=seed + 1)).astype(
+        np.float32
+    )
+
+
+def model_of(text: str, dtype: type[np.generic] = np.float32) -> ir.Model:
+    model = ir.from_onnx_text(f"{HEAD}\n{text}")
+    for number, value in enumerate(list(model.graph.inputs)[1:]):
+        array = (0.3 * normal(*value.shape.numpy(), seed=number)).astype(dtype)
+        value.const_value = ir.tensor(array, name=value.name)
+        model.graph.inputs.remove(value)
+        model.graph.register_initializer(value)
+    return model
+
+
+def context(**changes: object) -> Context:
+    feeds = [{"x": correlated(40, seed)} for seed in range(0, 20, 2)]
+    return dataclasses.replace(Context(calibration=feeds, threads=1), **changes)
+
+
+def run(model: ir.Model, feed: dict[str, np.ndarray]) -> np.ndarray:
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, feed)[0]
+
+
+def apply(model: ir.Model, gptq: Gptq, given: Context) -> Report:
+    return Pipeline([gptq]).run(model, context=given).parts[0]
+
+
+def error(changed: ir.Model, text: str = LAYERS) -> float:
+    feed = {"x": correlated(200, 100)}
+    return float(np.square(run(model_of(text), feed) - run(changed, feed)).sum())
+
+
+def rounded(scheme: WeightScheme) -> ir.Model:
+    """Round every weight to the nearest, as float."""
+    model = model_of(LAYERS)
+    for layer in linear_layers(model).layers:
+        matrix = quantize_weight(layer.matrix(), scheme).dequantize()
+        layer.weight.const_value = ir.tensor(np.ascontiguousarray(matrix if layer.transposed else matrix.T))
+    return model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 4},
+        {"bits": 3, "symmetric": True, "group": 16},
+        {"bits": 2, "drift": 0.0, "sequential": "block"},
+        {"format": "nf4", "order": "none"},
+        {"bits": 4, "group": 0, "refine": 0},
+    ],
+    ids=str,
+)
+def test_outputs_are_nearer_than_by_rounding_to_the_nearest(options: dict[str, object]) -> None:
+    model = model_of(LAYERS)
+    gptq = Gptq(**options)
+    report = apply(model, gptq, context())
+    assert report.changed == 4
+    scheme = WeightScheme(gptq.format, gptq.bits, gptq.group, gptq.symmetric)
+    assert {one.scheme for one in compressed(model)} == {scheme}
+    assert error(model) < 0.7 * error(rounded(scheme))
+    assert all(0 < one["relative_error"] < 0.3 for one in report.figures["layers"].values())
+
+
+def test_tied_and_shared_weights_stay_one() -> None:
+    model = model_of(TIED)
+    feeds = [{"ids": np.random.default_rng(seed).integers(0, 40, 16)} for seed in range(8)]
+    before = run(model, feeds[0])
+    report = apply(model, Gptq(bits=8), context(calibration=feeds))
+    found = list(compressed(model))
+    assert report.changed == 4
+    assert sorted(one.name for one in found) == ["table", "w"]
+    assert sorted(len(one.readers) for one in found) == [2, 2]
+    np.testing.assert_allclose(run(model, feeds[0]), before, atol=0.02 * np.abs(before).max())
+
+
+def test_what_is_left_alone_is_told_and_stays_as_it_is() -> None:
+    model = model_of(TIED)
+    report = apply(model, Gptq(exclude=("MatMul->h",), embeddings=False), context())
+    assert report.changed == 0
+    reasons = dict(report.skipped)
+    assert reasons["MatMul->h"] == "it is excluded" or "excluded" in reasons["MatMul->h"]
+    assert "shared with 'MatMul->h'" in reasons["MatMul->h2"]
+    assert "embeddings=false; the output layer shares it" in reasons["MatMul->y"]
+
+
+def test_widths_chosen_before_count_and_are_forgotten() -> None:
+    model = model_of(LAYERS)
+    layers = linear_layers(model).layers
+    set_bits(layers[0].node, 8)
+    set_bits(layers[1].node, 16)
+    report = apply(model, Gptq(bits=3), context())
+    assert [one.scheme.bits for one in compressed(model)] == [8, 3, 3]
+    assert ("MatMul->two", "it was chosen to stay in float") in report.skipped
+    assert not any("qgraph.bits" in node.metadata_props for node in (layers[0].node, layers[2].node))
+
+
+def test_a_second_run_finds_nothing_to_do() -> None:
+    model = model_of(LAYERS)
+    apply(model, Gptq(), context())
+    text = ir.to_proto(model).SerializeToString()
+    report = apply(model, Gptq(), context())
+    assert report.changed == 0
+    assert {reason for _, reason in report.skipped} == {"its weight is compressed already"}
+    assert ir.to_proto(model).SerializeToString() == text
+
+
+def test_too_little_calibration_and_ragged_groups_are_noted() -> None:
+    model = model_of(LAYERS)
+    report = apply(model, Gptq(), context(calibration=[{"x": correlated(5, 0)}]))
+    assert any("fewer calibration rows than inputs" in note for note in report.notes)
+    assert any("the last group is shorter in MatMul->two, last" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("bad", [{"bits": 7}, {"format": "int9"}, {"group": -1}])
+def test_schemes_that_are_none_are_an_error_of_the_user(bad: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="gptq"):
+        apply(model_of(LAYERS), Gptq(**bad), context())
+
+
+def test_a_weight_that_is_not_finite_is_named() -> None:
+    model = model_of(LAYERS)
+    model.graph.initializers["b"].const_value = ir.tensor(np.full((48, 32), np.nan, np.float32))
+    with pytest.raises(UserError, match=r"'b' of 'MatMul->two' holds NaN"):
+        apply(model, Gptq(), context())
+
+
+def test_an_old_opset_is_refused_before_any_work() -> None:
+    model = model_of(LAYERS)
+    model.graph.opset_imports[""] = 20
+    with pytest.raises(UserError, match="convert-opset"):
+        apply(model, Gptq(), context(calibration=None))
+
+
+def test_a_stopped_run_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
+    whole = model_of(LAYERS)
+    apply(whole, Gptq(), context())
+    work = tmp_path / "work"
+    steps = 0
+
+    def stop(step: str, done: int, total: int) -> None:
+        nonlocal steps
+        steps += 1
+        if done > total * 0.6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        apply(model_of(LAYERS), Gptq(), context(work_folder=work, progress=stop))
+    kept = sorted(path.name for path in work.iterdir())
+    assert 0 < len([name for name in kept if name.endswith(".npz")]) < 4
+    assert all(name.endswith(".npz") for name in kept)
+
+    (work / kept[0]).write_bytes((work / kept[0]).read_bytes()[:-40])  # one was damaged since
+    model = model_of(LAYERS)
+    report = apply(model, Gptq(), context(work_folder=work))
+    assert f"{len(kept) - 1} of them finished before" in report.notes
+    assert ir.to_proto(model).SerializeToString() == ir.to_proto(whole).SerializeToString()
+
+    other = model_of(LAYERS)
+    other.graph.initializers["a"].const_value = ir.tensor(normal(32, 48, seed=77))
+    assert not any("finished before" in note for note in apply(other, Gptq(), context(work_folder=work)).notes)
