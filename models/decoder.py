@@ -116,7 +116,7 @@ def export(
     output.parent.mkdir(parents=True, exist_ok=True)
     _require_room(output, counter.total + _GRAPH_BYTES)
     qgraph.ir.save(model, output, external_above=external_above)
-    files = (output, *qgraph.ir.data_files(qgraph.ir.load(output)))
+    files = (output, *(output.with_name(file.name) for file in qgraph.ir.data_files(qgraph.ir.load(output))))
     written = sum(file.stat().st_size for file in files)
     return Exported(output, files, written, weights.count, weights.config.family, dtype, cache)
 

@@ -215,3 +215,27 @@ def test_a_weight_beyond_float16_leaves_nothing_behind(tmp_path: Path):
     with pytest.raises(UserError, match=r"'lm_head.weight' overflows float16: export with --dtype float32"):
         decoder.export(tmp_path / "hf", tmp_path / "model.onnx", dtype="float16")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_real_checkpoint_computes_what_its_other_export_does(tmp_path: Path, assets: Path):
+    """stories260K (a Llama of 260 thousand parameters), against a graph that was written by hand for it."""
+    with np.load(assets / "stories260k" / "stories260K_hf_names.npz") as arrays:
+        weights = dict(arrays)
+    config = DEFAULTS | {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 172,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 512,
+        "tie_word_embeddings": True,
+    }
+    folder(tmp_path / "hf", config, weights)
+    decoder.export(tmp_path / "hf", tmp_path / "model.onnx")
+    run, ids = session(tmp_path / "model.onnx"), np.random.default_rng(2).integers(3, 512, (2, 300))
+    (wanted,) = session(assets / "stories260k" / "stories260K.onnx").run(None, {"input_ids": ids})
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    (logits,) = run.run(["logits"], feeds | empty_cache(run, 2))
+    assert np.abs(wanted).max() > 5
+    np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-4)
