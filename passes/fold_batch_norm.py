@@ -136,7 +136,9 @@ def _fold(node: ir.Node, main: ir.Graph) -> None:
     layer.replace_input_with(1, qgraph.ir.initializer(main, f"{name}_folded", scaled))
     layer.replace_input_with(2, qgraph.ir.initializer(main, f"{bias_name}_folded", new_bias))
     statistics = [value for value in node.inputs[1:] if value is not None]
-    qgraph.ir.bypass(node, layer.outputs[0])
+    result, normalized = layer.outputs[0], node.outputs[0].name
+    qgraph.ir.bypass(node, result)
+    result.name = normalized  # what the layer gives now is another tensor: comparisons go by names
     for value in dict.fromkeys([weight, *([bias] if bias is not None else []), *statistics]):
         if not value.uses() and not value.is_graph_output() and value.graph is not None:
             value.graph.initializers.pop(value.name or "")

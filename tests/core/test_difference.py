@@ -9,6 +9,7 @@ import pytest
 
 import qgraph.ir
 from qgraph.errors import UserError
+from qgraph.pipeline import Pipeline
 from qgraph.runtime import difference as module
 from qgraph.runtime.difference import Difference, TensorError, Unmatched, difference
 from qgraph.runtime.session import open_session
@@ -242,3 +243,23 @@ def test_samples_that_do_not_fit_are_the_users_fault(tmp_path):
         difference(path, path, [])
     with pytest.raises(UserError, match="the source cannot run the samples"):
         difference(path, path, [{"z": np.zeros(3, np.float32)}])
+
+
+def test_a_folded_batch_normalization_is_compared_with_what_it_gave_not_with_what_it_read(tmp_path):
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[n, 2, 1, 1] x) => (float[n, 2, 1, 1] y)
+<float[2, 2, 1, 1] w = {1.0, 2.0, 3.0, 4.0}, float[2] s = {3.0, 2.0}, float[2] b = {5.0, 1.0},
+ float[2] m = {0.5, -0.5}, float[2] v = {4.0, 1.0}> {
+    c = Conv(x, w)
+    normalized = BatchNormalization(c, s, b, m, v)
+    y = Relu(normalized)
+}"""
+    path = write(tmp_path, "m", text)
+    model = qgraph.ir.load(path)
+    Pipeline.parse("fold-batch-norm").run(model)
+    qgraph.ir.save(model, tmp_path / "folded.onnx")
+    feeds = [{"x": feed["x"].reshape(-1, 2, 1, 1)} for feed in samples()]
+    found = difference(path, tmp_path / "folded.onnx", feeds, threads=1)
+    assert [one.name for one in found.tensors] == ["normalized", "y"]
+    assert [one.name for one in found.unmatched] == ["c"]
+    assert all(one.cosine > 0.999999 for one in found.tensors)
