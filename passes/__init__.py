@@ -17,6 +17,7 @@ _HOMES = {
     "GemmToMatmulAdd": "gemm_to_matmul_add",
     "Gptq": "gptq",
     "GuardFloat": "guard_float",
+    "Hqq": "hqq",
     "InferShapes": "infer_shapes",
     "InlineFunctions": "inline_functions",
     "LiftConstants": "lift_constants",
@@ -26,6 +27,8 @@ _HOMES = {
     "Qdq": "qdq",
     "RemoveIdentity": "remove_identity",
     "RemoveUnused": "remove_unused",
+    "Rtn": "rtn",
+    "Rotate": "rotate",
     "SmoothQuant": "smooth_quant",
 }
 

@@ -149,8 +149,10 @@ def scale_input(model: ir.Model, folding: Folding, scales: np.ndarray, *, suffix
 
 
 def input_source(layer: LinearLayer) -> Source:
-    """Return the layer's weight with its rows as channels of the input."""
+    """Return the layer's weight, or table, as it stands now, with its rows as channels of the input."""
     channels = np.arange(layer.inputs)
+    if layer.kind == "embedding":
+        return Source(layer.node, 0, channels, layer)
     right = layer.node.inputs[1]
     assert right is not None
     behind = right.producer() if right.const_value is None else None
@@ -187,16 +189,17 @@ def rescale(model: ir.Model, source: Source, factors: np.ndarray, suffix: str) -
         return np.asarray(array.astype(np.float32) * spread).astype(array.dtype)
 
     shape = np.broadcast_shapes(tuple(tensor.shape.numpy()), spread.shape)
-    replace_constant(model, source, qgraph.ir.lazy(compute, tensor.dtype, shape), suffix)
+    replace_constant(model, [source], qgraph.ir.lazy(compute, tensor.dtype, shape), suffix)
 
 
-def replace_constant(model: ir.Model, source: Source, tensor: ir.TensorProtocol, suffix: str) -> None:
-    """Let the reader of a constant read `tensor` instead; a constant that nobody reads any more goes."""
-    old = source.value
+def replace_constant(model: ir.Model, sources: Sequence[Source], tensor: ir.TensorProtocol, suffix: str) -> None:
+    """Let the given readers of one constant read `tensor` instead; a constant that nobody reads any more goes."""
+    old = sources[0].value
     base = f"{old.name}".removesuffix(f"_{suffix}")
-    small = source.matrix is None or source.channels is None or len(tensor.shape) < 2
-    new = qgraph.ir.initializer(model.graph, f"{base}_{suffix}", ir.tensor(tensor.numpy()) if small else tensor)
-    source.node.replace_input_with(source.index, new)
+    vector = sources[0].matrix is None or len(tensor.shape) < 2
+    new = qgraph.ir.initializer(model.graph, f"{base}_{suffix}", ir.tensor(tensor.numpy()) if vector else tensor)
+    for source in sources:
+        source.node.replace_input_with(source.index, new)
     if old.uses() or old.is_graph_output():
         return
     producer = old.producer()
