@@ -62,6 +62,7 @@ def commands() -> None:
 @click.option("--set", "settings", metavar="PASS.OPTION=VALUE", multiple=True, help="Set one option; repeatable.")
 @click.option("--tolerance", metavar="METRIC=VALUE", multiple=True, help="Bound on sqnr, cosine, max_abs or top1.")
 @click.option("--tune", is_flag=True, help="Time candidates on this machine, and keep the choice as the recipe.")
+@click.option("--resume", is_flag=True, help="Go on from the layers that a run which was stopped has finished.")
 @run_options
 @output_options
 @pass_common
@@ -81,6 +82,7 @@ def compile_command(
     settings: tuple[str, ...],
     tolerance: tuple[str, ...],
     tune: bool,
+    resume: bool,
 ) -> int:
     """Compile MODEL.onnx for a target into a verified artifact."""
     from qgraph.compiler import compile as compile_model
@@ -103,6 +105,7 @@ def compile_command(
                 context=common.context(display, calib_memory),
                 force=force,
                 tune=tune,
+                resume=resume,
                 observer=display.event,
             )
         except ToleranceError as error:

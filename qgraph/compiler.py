@@ -38,6 +38,7 @@ from qgraph.runtime.verification import Verification
 from qgraph.runtime.verification import verify as verify_sessions
 from qgraph.samples import open_samples, signature, split
 from qgraph.targets.base import Kernels, Session, Target
+from qgraph.work_folder import work_folder
 
 __all__ = ["Data", "Event", "Plan", "compile", "default_output", "verify"]
 
@@ -148,6 +149,7 @@ def compile(  # noqa: A001 - the name that users look for
     context: Context | None = None,
     force: bool = False,
     tune: bool = False,
+    resume: bool = False,
     observer: Callable[[Event], None] | None = None,
 ) -> Artifact:
     """Compile a model for a target, verify the result against the source and write the artifact.
@@ -166,6 +168,7 @@ def compile(  # noqa: A001 - the name that users look for
         context: seed, threads, memory bound and progress; calibration is filled in here.
         force: replace an artifact that stands at `output`.
         tune: let the target time candidates on this machine; the choice is in the artifact's recipe.
+        resume: go on from the layers that a run which was stopped has finished, in `output` + '.work'.
         observer: called when each stage ends.
 
     Raises:
@@ -179,7 +182,12 @@ def compile(  # noqa: A001 - the name that users look for
     plan = _plan(passes, recipe)
     overrides = _parse_settings(settings)
     run = _Run(chosen, context or Context(), observer or _ignore, source_path)
-    with staging(folder, force=force) as stage, _scratch_source(model, run) as source:
+    with (
+        staging(folder, force=force) as stage,
+        _scratch_source(model, run) as source,
+        work_folder(folder, resume=resume) as work,
+    ):
+        run.context = dataclasses.replace(run.context, work_folder=run.context.work_folder or work, _analyses={})
         built, plan = run.build(source, plan, overrides, shapes or {}, calibration, verify_data, tune=tune)
         files = _lower(chosen, built, stage)
         run.event("lower", _lowered(built, files))

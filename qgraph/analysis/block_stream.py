@@ -28,6 +28,7 @@ from qgraph.analysis.linear_layers import LinearLayer
 from qgraph.analysis.probes import Probe, first_line, raw_outputs
 from qgraph.errors import UserError
 from qgraph.pipeline import Context, Feeds
+from qgraph.work_folder import SCRATCH
 
 __all__ = ["BlockStream", "Rows", "Stage"]
 
@@ -136,7 +137,7 @@ class BlockStream:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         # Beside the results, where there is room for a model of this size.
-        with tempfile.TemporaryDirectory(prefix="activations-", dir=folder) as scratch:
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
             self._open(Path(scratch))
             self._total = (self.count + last) * len(samples)
             for index in range(last + 1):
