@@ -149,7 +149,7 @@ def test_large_weights_go_in_pieces_to_a_file_beside(tmp_path: Path, monkeypatch
     config = config_of("llama") | {"hidden_size": 192, "vocab_size": 100}
     weights = random_weights(config, ml_dtypes.bfloat16)
     folder(tmp_path / "hf", config, weights, shards=3)
-    monkeypatch.setattr("qgraph.models.decoder_weights._PIECE", 64 * 64)
+    monkeypatch.setattr("qgraph.models.decoder_weights._PIECE", 1000)
     told = []
     exported = decoder.export(
         tmp_path / "hf", tmp_path / "m.onnx", external_above=1000, progress=lambda *step: told.append(step)
