@@ -101,7 +101,7 @@ def staging(output: Path, *, force: bool) -> Iterator[Path]:
 
     Args:
         output: the artifact's folder.
-        force: replace an artifact that is there; anything else than an artifact is never replaced.
+        force: replace an artifact that is there; a folder that holds anything else is never replaced.
 
     Raises:
         UserError: `output` exists and may not be replaced, or cannot be written.
@@ -144,16 +144,46 @@ def _remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
-def refuse_existing(output: Path, *, force: bool) -> None:
-    """Raise a UserError when `output` exists and may not be replaced."""
+def refuse_existing(output: Path, *, force: bool, source: Path | None = None) -> None:
+    """Raise a UserError when `output` exists and may not be replaced.
+
+    Args:
+        output: the artifact's folder.
+        force: it may be replaced if all that it holds is one artifact, without `source`.
+        source: the model that is compiled.
+    """
     if not output.exists() and not output.is_symlink():
         return
     if not force:
         raise UserError(f"{output} exists. Pass --force to replace it, or another folder with -o.")
-    if output.is_symlink() or not (output / MANIFEST).is_file():
+    if output.is_symlink():
+        raise UserError(f"{output} is a link, which --force will not replace. Name the folder itself with -o.")
+    written = _written_files(output)
+    if written is None:
         raise UserError(
             f"{output} exists and is no qgraph artifact, so --force will not replace it. Choose another -o."
         )
+    if source is not None and source.resolve().is_relative_to(output.resolve()):
+        raise UserError(f"{output} holds the model to compile, so --force will not replace it. Choose another -o.")
+    for path in sorted(output.rglob("*")):
+        name = path.relative_to(output).as_posix()
+        if name not in written and (path.is_symlink() or not path.is_dir()):
+            raise UserError(
+                f"{output} holds {name}, which is no part of the artifact, so --force will not replace it. "
+                "Move it away, or choose another -o."
+            )
+
+
+def _written_files(folder: Path) -> frozenset[str] | None:
+    """Return the names of the files that the artifact in `folder` was written with, or None if there is none."""
+    try:
+        manifest = _read_json(folder / MANIFEST)
+    except UserError:
+        return None
+    files = manifest.get("files")
+    if not isinstance(manifest.get("format"), int) or not isinstance(files, dict):
+        return None
+    return UNHASHED.union(files)
 
 
 def _replace(folder: Path, output: Path) -> None:

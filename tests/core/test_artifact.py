@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qgraph.artifact import open_artifact, staging, write_manifest
+from qgraph.artifact import open_artifact, refuse_existing, staging, write_manifest
 from qgraph.errors import UserError
 
 FACTS = {
@@ -71,6 +71,34 @@ def test_force_keeps_the_old_artifact_when_the_new_one_fails(tmp_path: Path) -> 
         raise RuntimeError
     assert (folder / "model.onnx").read_bytes() == b"model"
     assert leftovers(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "sub/weights.bin"])
+def test_force_never_removes_what_is_no_part_of_the_artifact(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path / "a")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("precious")
+    with pytest.raises(UserError, match=f"holds {name}, which is no part"), staging(folder, force=True):
+        pass
+    assert (folder / name).read_text() == "precious"
+
+
+@pytest.mark.parametrize("manifest", ["{}", "[]", "no JSON", '{"name": "a web page", "icons": []}'])
+def test_force_never_replaces_a_folder_with_the_manifest_of_something_else(tmp_path: Path, manifest: str) -> None:
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(UserError, match="no qgraph artifact"), staging(tmp_path, force=True):
+        pass
+    assert leftovers(tmp_path) == ["manifest.json"]
+
+
+def test_force_never_replaces_the_source_or_follows_a_link(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a")
+    with pytest.raises(UserError, match="holds the model to compile"):
+        refuse_existing(folder, force=True, source=folder / "model.onnx")
+    refuse_existing(folder, force=True, source=tmp_path / "model.onnx")
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(UserError, match="is a link"):
+        refuse_existing(tmp_path / "link", force=True)
 
 
 def test_force_never_replaces_a_folder_that_is_no_artifact(tmp_path: Path) -> None:
