@@ -1,4 +1,4 @@
-"""What `rtn` and `hqq` share: which weights to take, in which scheme, and how the rounded ones come into the graph."""
+"""What `rtn`, `hqq` and `gptq` share: which weights to take, in which scheme, and how they come into the graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from qgraph.numerics.weights import QuantizedWeight, WeightScheme
 from qgraph.passes._weight_options import chosen_bits, forget_bits
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
-__all__ = ["WeightRounding"]
+__all__ = ["Chosen", "Prepared", "WeightRounding", "some_of"]
+
+Chosen = Mapping[ir.Value, tuple[Sequence[LinearLayer], WeightScheme]]
+"""The weights to round: their layers, and what to round them to."""
 
 _NEEDED_OPSET = 21
 _FLOAT = 16
@@ -28,8 +31,23 @@ _LONGEST_TAIL = 6
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """How the rounded weights are had, and what there is to tell.
+
+    Attributes:
+        producers: by weight; what computes it, or returns it where it is known already.
+        notes: for the reader.
+        figures: for programs.
+    """
+
+    producers: Mapping[ir.Value, Callable[[], QuantizedWeight]]
+    notes: Sequence[str] = ()
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class WeightRounding(Pass):
-    """The options and the rewrite of passes that round each weight on its own; subclasses say how."""
+    """The options and the rewrite of passes that round weights; subclasses say how."""
 
     bits: int = field(default=4, metadata={"help": "bits of a weight: 2, 3, 4, 5, 6 or 8"})
     group: int = field(default=32, metadata={"help": "inputs that share a scale; 0: all of an output"})
@@ -50,6 +68,11 @@ class WeightRounding(Pass):
         """Round a weight [N, K]."""
         raise NotImplementedError
 
+    def prepare(self, model: ir.Model, context: Context, chosen: Chosen) -> Prepared:
+        """Look at the model before it changes; the default rounds each weight on its own."""
+        del model, context
+        return Prepared({weight: self._producer(some[0], scheme) for weight, (some, scheme) in chosen.items()})
+
     def apply(self, model: ir.Model, context: Context) -> Report:
         """Round the weights, when the file is written; `skipped` has every node with one that stays in float.
 
@@ -69,12 +92,13 @@ class WeightRounding(Pass):
                 f"{self.name}: compressed weights need opset {_NEEDED_OPSET}, and the model has {opset}: put "
                 f"convert-opset{{version={_NEEDED_OPSET}}} before"
             )
+        prepared = self.prepare(model, context, chosen)
         counts: Counter[str] = Counter()
         elements, information = 0, 0.0
         ragged: list[str] = []
-        for layers, scheme in chosen.values():
+        for weight, (layers, scheme) in chosen.items():
             first = layers[0]
-            store(model, first, scheme, self._producer(first, scheme))
+            store(model, first, scheme, prepared.producers[weight])
             forget_bits(layer.node for layer in layers)
             counts[format_scheme(scheme)] += 1
             elements += first.inputs * first.outputs
@@ -84,11 +108,13 @@ class WeightRounding(Pass):
         notes = [f"{count} weights as {scheme}" for scheme, count in sorted(counts.items())]
         notes.append(f"{information / elements:.2f} bits per weight, scales included")
         if ragged:
-            notes.append(f"groups of {self.group} do not divide, the last one is shorter: {_some(ragged)}")
+            notes.append(f"groups of {self.group} do not divide, the last one is shorter: {some_of(ragged)}")
+        notes += prepared.notes
         figures: Mapping[str, Any] = {
             "weights": len(chosen),
             "elements": elements,
             "bits_per_weight": information / elements,
+            **prepared.figures,
         }
         changed = sum(len(layers) for layers, _ in chosen.values())
         return Report(changed=changed, skipped=skipped, notes=notes, figures=figures)
@@ -167,6 +193,7 @@ def _is_head(layer: LinearLayer) -> bool:
     return False
 
 
-def _some(names: Sequence[str]) -> str:
+def some_of(names: Sequence[str]) -> str:
+    """Return the first names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more}"

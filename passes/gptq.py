@@ -24,38 +24,38 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.block_stream import BlockStream, Rows, Stage
-from qgraph.analysis.compressed_weights import store
+from qgraph.analysis.compressed_weights import format_scheme
 from qgraph.analysis.finished_layers import FinishedLayers
-from qgraph.analysis.linear_layers import LinearLayer, LinearLayers, linear_layers, matches
+from qgraph.analysis.linear_layers import LinearLayer
 from qgraph.errors import UserError
 from qgraph.numerics.gptq import Hessian, gptq, output_error
 from qgraph.numerics.retarget import Drift
 from qgraph.numerics.weights import QuantizedWeight, WeightScheme, quantize_weight
-from qgraph.passes._weight_options import chosen_bits, forget_bits
-from qgraph.pipeline import Context, Pass, Report, Skipped
+from qgraph.passes._weight_rounding import Chosen, Prepared, WeightRounding, some_of
+from qgraph.pipeline import Context
 
 __all__ = ["Gptq"]
 
 _VERSION = 1
 """Of what is kept of finished layers; another one starts anew."""
-_NEEDED_OPSET = 21
+
+Produce = Callable[[], QuantizedWeight]
 
 
 @dataclass(frozen=True)
-class Gptq(Pass):
+class Gptq(WeightRounding):
     """Quantize weights so that the error in a layer's outputs is least (GPTQ)."""
 
     name: ClassVar[str] = "gptq"
-    bits: int = field(default=4, metadata={"help": "bits of a weight: 2, 3, 4, 5, 6 or 8"})
-    group: int = field(default=32, metadata={"help": "inputs that share a scale; 0: all of an output"})
-    symmetric: bool = field(default=False, metadata={"help": "no zero points"})
-    format: str = field(default="int", metadata={"help": "int, or nf4, fp8e4m3, fp8e5m2, mxfp4, nvfp4, ternary"})
+    format: Literal["int", "nf4", "fp8e4m3", "fp8e5m2", "mxfp4", "nvfp4", "ternary"] = field(
+        default="int", metadata={"help": "integers, or a small float format, which has its own bits"}
+    )
     damping: float = field(default=0.01, metadata={"help": "share of the mean diagonal added to the Hessian"})
     order: Literal["activation", "none"] = field(
         default="activation", metadata={"help": "inputs of the largest activations first, or as they lie"}
     )
     clip: Literal["mse", "minmax"] = field(default="mse", metadata={"help": "ranges of least squared error, or full"})
-    refine: int = field(default=3, metadata={"help": "rounds of rounding again and fitting scales, after GPTQ's own"})
+    refine: int = field(default=3, metadata={"help": "rounds of deciding every group again, after GPTQ's own"})
     sequential: Literal["layer", "block"] = field(
         default="layer", metadata={"help": "take the inputs of a layer after all before it, or a block at once"}
     )
@@ -63,122 +63,64 @@ class Gptq(Pass):
         default=0.5,
         metadata={"help": "share of what quantizing has changed in a layer's input that its weights make up for"},
     )
-    exclude: tuple[str, ...] = field(default=(), metadata={"help": "patterns (*, ?) of names of nodes to leave alone"})
-    embeddings: bool = field(default=True, metadata={"help": "quantize embedding tables too"})
-    embedding_bits: int = field(default=0, metadata={"help": "bits of embedding tables; 0: as the others"})
 
-    def apply(self, model: ir.Model, context: Context) -> Report:
-        """Quantize; `figures` has bits and the relative output error of every layer.
+    def scheme(self, bits: int) -> WeightScheme:
+        """Return the scheme of a weight with `bits` bits; ValueError if the options do not go together."""
+        return WeightScheme(self.format, bits, self.group, self.symmetric)
+
+    def round(self, weight: np.ndarray, scheme: WeightScheme) -> QuantizedWeight:
+        """Round an embedding table, which has no Hessian, to the nearest."""
+        return quantize_weight(weight, scheme, method=self.clip)
+
+    def prepare(self, model: ir.Model, context: Context, chosen: Chosen) -> Prepared:
+        """Quantize all layers; `figures` has bits and the relative output error of each.
 
         Raises:
-            UserError: there are no calibration samples, the model does not run on one, a weight is not finite, or
-                bits, group and format do not go together.
+            UserError: there are no calibration samples, the model does not run on one, a weight is not finite, or the
+                disk is full.
         """
-        scheme = self._scheme(self.bits)
-        self._scheme(self.embedding_bits or self.bits)
-        found = context.analyse(linear_layers, model)
-        chosen, skipped = self._chosen(found)
-        if not chosen:
-            return Report(skipped=skipped)
-        _require_opset(model)
-        work = _Work(self, model, context, chosen)
-        produced = work.run()
-        for layers in chosen.values():
-            layer = layers[0]
-            store(model, layer, self._scheme_of(layers), produced[layer.weight])
-            forget_bits(one.node for one in layers)
-        changed = sum(map(len, chosen.values()))
-        notes = [f"{len(chosen)} weights to {_words(scheme, chosen, self)}", *work.notes()]
-        return Report(changed=changed, skipped=skipped, notes=notes, figures={"layers": work.figures})
-
-    def _scheme(self, bits: int) -> WeightScheme:
-        try:
-            return WeightScheme(self.format, bits, self.group, self.symmetric)
-        except ValueError as error:
-            raise UserError(f"gptq: {error}") from error
-
-    def _scheme_of(self, layers: Sequence[LinearLayer]) -> WeightScheme:
-        default = self.embedding_bits or self.bits if _is_table(layers) else self.bits
-        bits = chosen_bits((layer.node for layer in layers), default)
-        assert bits is not None
-        return self._scheme(bits)
-
-    def _chosen(self, found: LinearLayers) -> tuple[dict[ir.Value, Sequence[LinearLayer]], list[Skipped]]:
-        """Return the layers of every weight to quantize."""
-        chosen: dict[ir.Value, Sequence[LinearLayer]] = {}
-        skipped = list(found.skipped)
-        for weight, layers in found.by_weight.items():
-            reason = self._why_not(layers)
-            if reason is None:
-                chosen[weight] = layers
-            else:
-                skipped += [Skipped(layer.name, reason) for layer in layers]
-        return chosen, skipped
-
-    def _why_not(self, layers: Sequence[LinearLayer]) -> str | None:
-        excluded = [layer for layer in layers if matches(layer.name, self.exclude)]
-        if len(excluded) == len(layers):
-            return "it is excluded"
-        if excluded:
-            return f"its weight is shared with '{excluded[0].name}', which is excluded"
-        if _is_table(layers) and not self.embeddings:
-            return "it is an embedding table, and embeddings=false" + (
-                "; the output layer shares it" if len(layers) > 1 else ""
-            )
-        if chosen_bits((layer.node for layer in layers), self.bits) is None:
-            return "it was chosen to stay in float"
-        return None
+        return _Work(self, model, context, chosen).run()
 
 
 def _is_table(layers: Sequence[LinearLayer]) -> bool:
     return any(layer.kind == "embedding" for layer in layers)
 
 
-def _require_opset(model: ir.Model) -> None:
-    opset = model.graph.opset_imports.get("", 1)
-    if opset < _NEEDED_OPSET:
-        raise UserError(
-            f"gptq: compressed weights need opset {_NEEDED_OPSET}, and the model has {opset}: put "
-            f"convert-opset{{version={_NEEDED_OPSET}}} before"
-        )
-
-
-def _words(scheme: WeightScheme, chosen: Mapping[ir.Value, Sequence[LinearLayer]], options: Gptq) -> str:
-    if scheme.format != "int":
-        return scheme.format
-    widths = sorted({options._scheme_of(layers).bits for layers in chosen.values()})  # noqa: SLF001 - of this module
-    return f"{', '.join(map(str, widths))} bits"
-
-
 class _Work:
     """One run over the layers: what came out, and what is to be told about it."""
 
-    def __init__(
-        self, options: Gptq, model: ir.Model, context: Context, chosen: Mapping[ir.Value, Sequence[LinearLayer]]
-    ) -> None:
-        self.figures: dict[str, dict[str, Any]] = {}
+    def __init__(self, options: Gptq, model: ir.Model, context: Context, chosen: Chosen) -> None:
         self._options = options
         self._model = model
         self._context = context
-        self._chosen = chosen
+        self._layers = {weight: layers for weight, (layers, _) in chosen.items()}
+        self._schemes = {weight: scheme for weight, (_, scheme) in chosen.items()}
         self._moments: dict[ir.Value, _Moments] = {}
+        self._figures: dict[str, dict[str, Any]] = {}
         self._short: list[str] = []
         self._damped: list[str] = []
         self._resumed = 0
 
-    def run(self) -> dict[ir.Value, Callable[[], QuantizedWeight]]:
-        """Return what gives each quantized weight."""
-        produced: dict[ir.Value, Callable[[], QuantizedWeight]] = {}
-        tables = {weight: layers for weight, layers in self._chosen.items() if _is_table(layers)}
-        linear = [layer for weight, some in self._chosen.items() if weight not in tables for layer in some]
-        for layers in self._chosen.values():
+    def run(self) -> Prepared:
+        """Return what gives each quantized weight, and what to tell."""
+        for layers in self._layers.values():
             _require_finite(layers[0])
-        for weight, layers in tables.items():
-            produced[weight] = self._rounded(layers)
-        if not linear:
-            return produced
+        produced = {weight: self._rounded(weight) for weight, layers in self._layers.items() if _is_table(layers)}
+        linear = [layer for weight, layers in self._layers.items() if weight not in produced for layer in layers]
+        if linear:
+            produced |= self._quantized(linear, produced)
+        return Prepared(produced, self._notes(), {"layers": self._figures})
+
+    def _rounded(self, weight: ir.Value) -> Produce:
+        """Round an embedding table to the nearest, whenever it is asked for."""
+        layer, scheme = self._layers[weight][0], self._schemes[weight]
+        self._figures[layer.name] = {"bits": scheme.bits}
+        return lambda: self._options.round(layer.matrix(), scheme)
+
+    def _quantized(self, linear: Sequence[LinearLayer], tables: Mapping[ir.Value, Produce]) -> dict[ir.Value, Produce]:
         options = self._options
-        self._finished = FinishedLayers(self._model, self._context, f"{_VERSION} {options!r}")
+        schemes = [format_scheme(scheme) for scheme in self._schemes.values()]
+        self._finished = FinishedLayers(self._model, self._context, f"{_VERSION} {options!r} {schemes}")
         stream = BlockStream(
             self._model,
             self._context,
@@ -187,20 +129,14 @@ class _Work:
             sequential=options.sequential,
             originals=options.drift > 0,
         )
-        for weight, produce in produced.items():
-            stream.change(tables[weight][0], produce().dequantize())
+        for weight, produce in tables.items():
+            stream.change(self._layers[weight][0], produce().dequantize())
+        produced: dict[ir.Value, Produce] = {}
         for stage in stream.stages():
             produced |= self._stage(stage)
         return produced
 
-    def _rounded(self, layers: Sequence[LinearLayer]) -> Callable[[], QuantizedWeight]:
-        """Round an embedding table to the nearest, whenever it is asked for."""
-        layer, scheme = layers[0], self._options._scheme_of(layers)  # noqa: SLF001
-        self.figures[layer.name] = {"bits": scheme.bits}
-        clip = self._options.clip
-        return lambda: quantize_weight(layer.matrix(), scheme, method=clip)
-
-    def _stage(self, stage: Stage) -> dict[ir.Value, Callable[[], QuantizedWeight]]:
+    def _stage(self, stage: Stage) -> dict[ir.Value, Produce]:
         """Quantize the weights whose last layer is in this stage."""
         here = dict.fromkeys(layer.weight for layers in stage.layers.values() for layer in layers)
         ready = [weight for weight in here if self._is_last(weight, stage)]
@@ -213,16 +149,16 @@ class _Work:
                 produced |= self._quantize(weights, self._moments[self._key(weights[0])])
         for weight in ready:
             stage.change(weight, produced[weight]().dequantize())
-        self._moments = {key: one for key, one in self._moments.items() if key in self._chosen and key not in produced}
+        self._moments = {key: one for key, one in self._moments.items() if key in self._layers and key not in produced}
         return produced
 
     def _is_last(self, weight: ir.Value, stage: Stage) -> bool:
-        last = self._chosen[weight][-1]
+        last = self._layers[weight][-1]
         return any(layer is last for layer in stage.layers.get(last.x, ()))
 
     def _key(self, weight: ir.Value) -> ir.Value:
         """Return what a weight's moments are kept under: its layer's input, or itself if several layers read it."""
-        layers = self._chosen[weight]
+        layers = self._layers[weight]
         return weight if len(layers) > 1 else layers[0].x
 
     def _watch(self, stage: Stage, weights: Sequence[ir.Value]) -> None:
@@ -239,27 +175,22 @@ class _Work:
 
     def _together(self, weights: Sequence[ir.Value]) -> list[list[ir.Value]]:
         """Group weights that share moments and scheme: their rows are quantized in one go, with the same result."""
-        groups: dict[tuple[ir.Value, int], list[ir.Value]] = {}
+        groups: dict[tuple[ir.Value, WeightScheme], list[ir.Value]] = {}
         for weight in weights:
-            groups.setdefault((self._key(weight), self._scheme_of(weight).bits), []).append(weight)
+            groups.setdefault((self._key(weight), self._schemes[weight]), []).append(weight)
         if self._options.format == "nvfp4":  # its groups share one more scale, that of the whole matrix
             return [[weight] for weight in weights]
         return list(groups.values())
 
-    def _scheme_of(self, weight: ir.Value) -> WeightScheme:
-        return self._options._scheme_of(self._chosen[weight])  # noqa: SLF001
-
-    def _known(self, weight: ir.Value) -> Callable[[], QuantizedWeight] | None:
-        produce = self._finished.find(weight.name or "", self._scheme_of(weight))
+    def _known(self, weight: ir.Value) -> Produce | None:
+        produce = self._finished.find(weight.name or "", self._schemes[weight])
         if produce is not None:
-            self.figures[self._chosen[weight][0].name] = {"bits": self._scheme_of(weight).bits}
+            self._figures[self._layers[weight][0].name] = {"bits": self._schemes[weight].bits}
         return produce
 
-    def _quantize(
-        self, weights: Sequence[ir.Value], moments: _Moments
-    ) -> dict[ir.Value, Callable[[], QuantizedWeight]]:
-        options, scheme = self._options, self._scheme_of(weights[0])
-        layers = [self._chosen[weight][0] for weight in weights]
+    def _quantize(self, weights: Sequence[ir.Value], moments: _Moments) -> dict[ir.Value, Produce]:
+        options, scheme = self._options, self._schemes[weights[0]]
+        layers = [self._layers[weight][0] for weight in weights]
         hessian = moments.hessian.matrix
         original = np.concatenate([layer.matrix() for layer in layers])
         wanted = moments.wanted(original, hessian, options)
@@ -275,7 +206,7 @@ class _Work:
             )
         except ValueError as error:
             raise UserError(f"gptq: '{layers[0].name}': {error}") from error
-        produced: dict[ir.Value, Callable[[], QuantizedWeight]] = {}
+        produced: dict[ir.Value, Produce] = {}
         start = 0
         for weight, layer in zip(weights, layers, strict=True):
             part = _rows(result.quantized, slice(start, start + layer.outputs))
@@ -296,28 +227,21 @@ class _Work:
     ) -> None:
         size = float(np.vdot(weight @ hessian, weight))
         error = output_error(weight, quantized.dequantize(), hessian)
-        self.figures[layer.name] = {"bits": quantized.scheme.bits, "relative_error": error / size if size > 0 else 0.0}
+        self._figures[layer.name] = {"bits": quantized.scheme.bits, "relative_error": error / size if size > 0 else 0.0}
         if moments.hessian.rows < layer.inputs:
             self._short.append(layer.name)
         if damping > self._options.damping:
             self._damped.append(f"{layer.name} {damping:g}")
 
-    def notes(self) -> list[str]:
+    def _notes(self) -> list[str]:
         """Return what the reader should know."""
         notes = []
         if self._resumed:
             notes.append(f"{self._resumed} of them finished before")
-        ragged = [
-            layers[0].name
-            for layers in self._chosen.values()
-            if (group := self._scheme_of(layers[0].weight).group) and layers[0].inputs % group
-        ]
-        if ragged:
-            notes.append(f"the last group is shorter in {_some(ragged)}")
         if self._short:
-            notes.append(f"fewer calibration rows than inputs (give more samples) in {_some(self._short)}")
+            notes.append(f"fewer calibration rows than inputs (give more samples) in {some_of(self._short)}")
         if self._damped:
-            notes.append(f"damping raised in {_some(self._damped)}")
+            notes.append(f"damping raised in {some_of(self._damped)}")
         return notes
 
 
@@ -352,8 +276,3 @@ def _require_finite(layer: LinearLayer) -> None:
 def _rows(weight: QuantizedWeight, rows: slice) -> QuantizedWeight:
     zero_point = None if weight.zero_point is None else weight.zero_point[rows]
     return QuantizedWeight(weight.codes[rows], weight.scale[rows], zero_point, weight.scheme)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more}"

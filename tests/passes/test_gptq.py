@@ -73,6 +73,10 @@ def apply(model: ir.Model, gptq: Gptq, given: Context) -> Report:
     return Pipeline([gptq]).run(model, context=given).parts[0]
 
 
+def gptq_of(**options: object) -> Gptq:
+    return Gptq(**{"min_elements": 0, **options})
+
+
 def error(changed: ir.Model, text: str = LAYERS) -> float:
     feed = {"x": correlated(200, 100)}
     return float(np.square(run(model_of(text), feed) - run(changed, feed)).sum())
@@ -100,7 +104,7 @@ def rounded(scheme: WeightScheme) -> ir.Model:
 )
 def test_outputs_are_nearer_than_by_rounding_to_the_nearest(options: dict[str, object]) -> None:
     model = model_of(LAYERS)
-    gptq = Gptq(**options)
+    gptq = gptq_of(**options)
     report = apply(model, gptq, context())
     assert report.changed == 4
     scheme = WeightScheme(gptq.format, gptq.bits, gptq.group, gptq.symmetric)
@@ -113,7 +117,7 @@ def test_tied_and_shared_weights_stay_one() -> None:
     model = model_of(TIED)
     feeds = [{"ids": np.random.default_rng(seed).integers(0, 40, 16)} for seed in range(8)]
     before = run(model, feeds[0])
-    report = apply(model, Gptq(bits=8), context(calibration=feeds))
+    report = apply(model, gptq_of(bits=8), context(calibration=feeds))
     found = list(compressed(model))
     assert report.changed == 4
     assert sorted(one.name for one in found) == ["table", "w"]
@@ -123,7 +127,7 @@ def test_tied_and_shared_weights_stay_one() -> None:
 
 def test_what_is_left_alone_is_told_and_stays_as_it_is() -> None:
     model = model_of(TIED)
-    report = apply(model, Gptq(exclude=("MatMul->h",), embeddings=False), context())
+    report = apply(model, gptq_of(exclude=("MatMul->h",), embeddings=False), context())
     assert report.changed == 0
     reasons = dict(report.skipped)
     assert reasons["MatMul->h"] == "it is excluded" or "excluded" in reasons["MatMul->h"]
@@ -136,7 +140,7 @@ def test_widths_chosen_before_count_and_are_forgotten() -> None:
     layers = linear_layers(model).layers
     set_bits(layers[0].node, 8)
     set_bits(layers[1].node, 16)
-    report = apply(model, Gptq(bits=3), context())
+    report = apply(model, gptq_of(bits=3), context())
     assert [one.scheme.bits for one in compressed(model)] == [8, 3, 3]
     assert ("MatMul->two", "it was chosen to stay in float") in report.skipped
     assert not any("qgraph.bits" in node.metadata_props for node in (layers[0].node, layers[2].node))
@@ -144,9 +148,9 @@ def test_widths_chosen_before_count_and_are_forgotten() -> None:
 
 def test_a_second_run_finds_nothing_to_do() -> None:
     model = model_of(LAYERS)
-    apply(model, Gptq(), context())
+    apply(model, gptq_of(), context())
     text = ir.to_proto(model).SerializeToString()
-    report = apply(model, Gptq(), context())
+    report = apply(model, gptq_of(), context())
     assert report.changed == 0
     assert {reason for _, reason in report.skipped} == {"its weight is compressed already"}
     assert ir.to_proto(model).SerializeToString() == text
@@ -154,34 +158,34 @@ def test_a_second_run_finds_nothing_to_do() -> None:
 
 def test_too_little_calibration_and_ragged_groups_are_noted() -> None:
     model = model_of(LAYERS)
-    report = apply(model, Gptq(), context(calibration=[{"x": correlated(5, 0)}]))
+    report = apply(model, gptq_of(), context(calibration=[{"x": correlated(5, 0)}]))
     assert any("fewer calibration rows than inputs" in note for note in report.notes)
-    assert any("the last group is shorter in MatMul->two, last" in note for note in report.notes)
+    assert any("the last one is shorter: MatMul->two (48 inputs), last" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("bad", [{"bits": 7}, {"format": "int9"}, {"group": -1}])
 def test_schemes_that_are_none_are_an_error_of_the_user(bad: dict[str, object]) -> None:
     with pytest.raises(UserError, match="gptq"):
-        apply(model_of(LAYERS), Gptq(**bad), context())
+        apply(model_of(LAYERS), gptq_of(**bad), context())
 
 
 def test_a_weight_that_is_not_finite_is_named() -> None:
     model = model_of(LAYERS)
     model.graph.initializers["b"].const_value = ir.tensor(np.full((48, 32), np.nan, np.float32))
     with pytest.raises(UserError, match=r"'b' of 'MatMul->two' holds NaN"):
-        apply(model, Gptq(), context())
+        apply(model, gptq_of(), context())
 
 
 def test_an_old_opset_is_refused_before_any_work() -> None:
     model = model_of(LAYERS)
     model.graph.opset_imports[""] = 20
     with pytest.raises(UserError, match="convert-opset"):
-        apply(model, Gptq(), context(calibration=None))
+        apply(model, gptq_of(), context(calibration=None))
 
 
 def test_a_stopped_run_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
     whole = model_of(LAYERS)
-    apply(whole, Gptq(), context())
+    apply(whole, gptq_of(), context())
     work = tmp_path / "work"
     steps = 0
 
@@ -192,17 +196,17 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        apply(model_of(LAYERS), Gptq(), context(work_folder=work, progress=stop))
+        apply(model_of(LAYERS), gptq_of(), context(work_folder=work, progress=stop))
     kept = sorted(path.name for path in work.iterdir())
     assert 0 < len([name for name in kept if name.endswith(".npz")]) < 4
     assert all(name.endswith(".npz") for name in kept)
 
     (work / kept[0]).write_bytes((work / kept[0]).read_bytes()[:-40])  # one was damaged since
     model = model_of(LAYERS)
-    report = apply(model, Gptq(), context(work_folder=work))
+    report = apply(model, gptq_of(), context(work_folder=work))
     assert f"{len(kept) - 1} of them finished before" in report.notes
     assert ir.to_proto(model).SerializeToString() == ir.to_proto(whole).SerializeToString()
 
     other = model_of(LAYERS)
     other.graph.initializers["a"].const_value = ir.tensor(normal(32, 48, seed=77))
-    assert not any("finished before" in note for note in apply(other, Gptq(), context(work_folder=work)).notes)
+    assert not any("finished before" in note for note in apply(other, gptq_of(), context(work_folder=work)).notes)
