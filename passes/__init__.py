@@ -30,6 +30,7 @@ _HOMES = {
     "Rtn": "rtn",
     "Rotate": "rotate",
     "SmoothQuant": "smooth_quant",
+    "ToFp16": "to_fp16",
 }
 
 __all__ = list(_HOMES)

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import platform
 import tempfile
 import time
@@ -27,6 +28,8 @@ import onnx_ir as ir
 import qgraph
 import qgraph.ir
 from qgraph import registry, spec
+from qgraph.analysis.compressed_weights import compressed, format_scheme
+from qgraph.analysis.index_limits import index_limits
 from qgraph.artifact import Artifact, open_artifact, refuse_existing, sha256, staging, write_manifest
 from qgraph.errors import ToleranceError, UserError
 from qgraph.pipeline import Context, Feeds, Pipeline, Report, Samples, Skipped, specs_from_tables
@@ -272,6 +275,8 @@ class _Run:
         self.started = self.mark = time.perf_counter()
         self.bench: Benchmark | None = None
         self.kernels: Kernels | None = None
+        self.weights: dict[str, Any] | None = None
+        self.limits: dict[str, int] = {}
 
     def event(self, stage: str, text: str) -> None:
         now = time.perf_counter()
@@ -294,6 +299,7 @@ class _Run:
         for name, dims in shapes.items():
             qgraph.ir.set_input_shape(model, name, dims)
         self._open_data(model, calibration, verify_data)
+        self.limits = index_limits(model)
         self.source_facts = _source_facts(self.source_name, source, model)
         self.event("load", _loaded(self.source_facts, model))
 
@@ -311,6 +317,7 @@ class _Run:
         lower = _override(plan.lower if plan.lower is not None else self.target.lower_passes(), overrides)
         self._run_part("lower", lower, model)
         _refuse_unused(overrides, (prepare, compress, lower))
+        self.weights = _weights_json(model)
         model.producer_name, model.producer_version = "qgraph", qgraph.__version__
         return model, Plan(prepare, compress, lower)
 
@@ -354,17 +361,22 @@ class _Run:
         samples = self._verification_samples(before)
         verification = verify_sessions(before, after, samples, labels=self.labels, progress=self.context.progress)
         failures = verification.meets(tolerance)
-        self.event("verify", f"{verification.samples} {self.data_kind}   {verification.summary()}")
-        self.bench = _bench(before, after, samples, self.context.threads)
+        stand_in = self.target.stand_in()
+        where = f"   on {stand_in}" if stand_in else ""
+        self.event("verify", f"{verification.samples} {self.data_kind}   {verification.summary()}{where}")
+        if not stand_in:
+            self.bench = _bench(before, after, samples, self.context.threads)
         (stage / "recipe.toml").write_text(_recipe(self.target, plan), encoding="utf-8")
         manifest = write_manifest(stage, self._facts(before, plan, verification, tolerance, failures))
-        self.event("bench", f"{self.bench.ratio('before', 'after'):.2f}x the speed of the source")
+        if self.bench is not None:
+            self.event("bench", f"{self.bench.ratio('before', 'after'):.2f}x the speed of the source")
         return manifest, failures
 
     def _verification_samples(self, session: Any) -> Samples:
         if self.samples is not None:
             return self.samples
-        return random_feeds(input_signature(session), self.context.seed, count=RANDOM_SAMPLES)
+        inputs = input_signature(session)
+        return random_feeds(inputs, self.context.seed, count=RANDOM_SAMPLES, limits=self.limits)
 
     def _facts(
         self,
@@ -394,7 +406,9 @@ class _Run:
                 for one in report.parts
             ],
             "skipped": [{"node": node, "reason": reason} for node, reason in _unique(compress.skipped)],
+            "weights": self.weights,
             "kernels": None if self.kernels is None else _kernels_json(self.kernels),
+            "stand_in": self.target.stand_in(),
             "verification": {"data": self.data_kind, **verification.to_json()},
             "tolerance": dict(tolerance),
             "failures": list(failures),
@@ -403,9 +417,9 @@ class _Run:
 
     def publish(self, stage: Path, manifest: Mapping[str, Any]) -> None:
         """Write the files that hold timings."""
-        assert self.bench is not None
-        bench = self.bench.to_json()
-        _write_json(stage / "bench.json", bench)
+        bench = None if self.bench is None else self.bench.to_json()
+        if bench is not None:
+            _write_json(stage / "bench.json", bench)
         data = ReportData.build(
             manifest, bench, self.reports, seconds=time.perf_counter() - self.started, recipe=stage / "recipe.toml"
         )
@@ -513,8 +527,38 @@ def _kernels_json(kernels: Kernels) -> dict[str, Any]:
     return {
         "integer": dict(sorted(kernels.integer.items())),
         "float": dict(sorted(kernels.floating.items())),
+        "low_bit": dict(sorted(kernels.low_bit.items())),
         "other": dict(sorted(kernels.other.items())),
         "left_in_float": [{"node": node, "reason": reason} for node, reason in kernels.left_in_float],
+    }
+
+
+def _weights_json(model: ir.Model) -> dict[str, Any] | None:
+    """Return what the compressed weights are, what they hold and what they take; None where there are none.
+
+    Bits of information are those of a weight's own scheme; bytes are those of the tensors that hold it on disk.
+    """
+    entries = [
+        {
+            "name": one.name,
+            "scheme": format_scheme(one.scheme),
+            "shape": [one.outputs, one.inputs],
+            "information_bits": round(one.information_bits),
+            "bytes": one.bytes,
+        }
+        for one in compressed(model)
+    ]
+    if not entries:
+        return None
+    parameters = sum(math.prod(one["shape"]) for one in entries)
+    bits, stored = (sum(one[key] for one in entries) for key in ("information_bits", "bytes"))
+    return {
+        "parameters": parameters,
+        "information_bits": bits,
+        "bytes": stored,
+        "bits_per_weight": round(bits / parameters, 4),
+        "stored_bits_per_weight": round(8 * stored / parameters, 4),
+        "tensors": entries,
     }
 
 
@@ -556,7 +600,8 @@ def verify(
     samples: Any
     labels = None
     if data is None:
-        samples = random_feeds(input_signature(before), context.seed, count=RANDOM_SAMPLES)
+        inputs = input_signature(before)
+        samples = random_feeds(inputs, context.seed, count=RANDOM_SAMPLES, limits=index_limits(model))
     else:
         wrapped = Data.of(data)
         samples = wrapped.open(signature(model))

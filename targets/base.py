@@ -34,18 +34,25 @@ class Kernels:
         floating: number of compute kernels, by operator, that stay in float although the target has integer ones.
         other: number of the rest (data movement, conversions), by operator.
         left_in_float: nodes of the compute kernels in `floating`, each with the reason.
+        low_bit: number of kernels, by operator, that read weights of few bits and compute in float.
     """
 
     integer: Mapping[str, int]
     floating: Mapping[str, int]
     other: Mapping[str, int]
     left_in_float: Sequence[Skipped] = ()
+    low_bit: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def summary(self) -> str:
         """Return one line such as "24 QLinearConv, 1 QGemm in integers; 2 Softmax in float"."""
-        integer = ", ".join(f"{count} {op}" for op, count in sorted(self.integer.items()))
-        floating = ", ".join(f"{count} {op}" for op, count in sorted(self.floating.items()))
-        return f"{integer or 'nothing'} in integers; {floating or 'nothing'} in float"
+        parts = [f"{_counted(self.integer)} in integers"]
+        if self.low_bit:
+            parts.append(f"{_counted(self.low_bit)} with weights of few bits")
+        return "; ".join([*parts, f"{_counted(self.floating)} in float"])
+
+
+def _counted(kernels: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {op}" for op, count in sorted(kernels.items())) or "nothing"
 
 
 class Target(abc.ABC):
@@ -102,6 +109,10 @@ class Target(abc.ABC):
         Raises:
             UserError: the runtime is not installed; the message names the extra.
         """
+
+    def stand_in(self) -> str:
+        """Return what sessions run on where the target's own device or runtime is not here; '' where it is."""
+        return ""
 
     def kernels(self, folder: Path) -> Kernels | None:
         """Return what really runs after the runtime's own optimisation, or None where it cannot be known here."""

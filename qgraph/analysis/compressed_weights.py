@@ -126,8 +126,9 @@ class CompressedWeight:
 
     @property
     def information_bits(self) -> float:
-        """Bits that the scheme itself needs, scales and zero points included, whatever holds them."""
-        return total_bits(self.scheme, self.outputs, self.inputs)
+        """Bits that the scheme itself needs, zero points and scales (of the type they have) included."""
+        scale = self.tensors[1].dtype
+        return total_bits(self.scheme, self.outputs, self.inputs, scale.bitwidth if scale is not None else 32)
 
     def quantized(self) -> QuantizedWeight:
         """Return integers, scales and zero points: computed now, or read from the file that the model came from.
@@ -143,9 +144,9 @@ class CompressedWeight:
         return _read(self)
 
 
-def total_bits(scheme: WeightScheme, outputs: int, inputs: int) -> float:
+def total_bits(scheme: WeightScheme, outputs: int, inputs: int, scale_bits: int = 32) -> float:
     """Return the bits of information of a weight [outputs, inputs]."""
-    return scheme.bits_per_weight(inputs) * outputs * inputs
+    return scheme.bits_per_weight(inputs, scale_bits) * outputs * inputs
 
 
 def producer_of(value: ir.Value) -> Callable[[], QuantizedWeight] | None:

@@ -16,7 +16,18 @@ from qgraph.pipeline import Feeds
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["TensorSpec", "first_line", "input_signature", "open_session", "output_signature", "random_feeds"]
+__all__ = [
+    "CPU_PROVIDER",
+    "TensorSpec",
+    "first_line",
+    "input_signature",
+    "installed_providers",
+    "open_session",
+    "output_signature",
+    "random_feeds",
+]
+
+CPU_PROVIDER = "CPUExecutionProvider"
 
 _FATAL_ONLY = 4  # its errors are raised as exceptions as well
 _BATCH = 1
@@ -50,8 +61,9 @@ def open_session(
     spinning: bool = False,
     optimise: bool = True,
     optimised_path: Path | None = None,
+    providers: Sequence[str] = (CPU_PROVIDER,),
 ) -> onnxruntime.InferenceSession:
-    """Open a model on ONNX Runtime's CPU provider; the runtime's own log is silenced.
+    """Open a model in ONNX Runtime, on the CPU unless said otherwise; the runtime's own log is silenced.
 
     Args:
         model: a file, or a serialized model without external data.
@@ -60,6 +72,7 @@ def open_session(
         optimise: apply the runtime's graph optimisations, all or none.
         optimised_path: where the runtime writes the graph that it really runs; larger weights go to
             `optimised_path` + '.data'.
+        providers: of ONNX Runtime, the most wanted first.
 
     Raises:
         UserError: ONNX Runtime is not installed, or refuses the model.
@@ -79,12 +92,21 @@ def open_session(
     name = "the model" if isinstance(model, bytes) else str(model)
     try:
         return ort.InferenceSession(
-            model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+            model if isinstance(model, bytes) else str(model), options, providers=list(providers)
         )
     except MemoryError:
         raise
     except Exception as error:
         raise UserError(f"ONNX Runtime cannot open {name}: {first_line(error)}") from error
+
+
+def installed_providers() -> list[str]:
+    """Return the providers that the installed ONNX Runtime was built with and finds usable; none if there is none."""
+    try:
+        import onnxruntime as ort
+    except ImportError:
+        return []
+    return list(ort.get_available_providers())
 
 
 def _write_optimised(options: onnxruntime.SessionOptions, path: Path) -> None:
@@ -124,19 +146,21 @@ def random_feeds(
     shapes: Mapping[str, Sequence[int]] | None = None,
     *,
     count: int = 1,
+    limits: Mapping[str, int] | None = None,
 ) -> list[Feeds]:
     """Return feeds made from nothing but the inputs' types, names and shapes.
 
     Floats are drawn from the standard normal distribution. Integers are drawn from 0 to 7, small enough for an index
-    into almost any table; those whose name says `mask` are ones, `position` counts up the last axis, `type` (token
-    types) is zeros. Booleans are true. A dynamic axis is 1 when it is the first and 16 otherwise; axes of one name
-    are of one size.
+    into almost any table, or from below the limit that is known of them; those whose name says `mask` are ones,
+    `position` counts up the last axis, `type` (token types) is zeros. Booleans are true. A dynamic axis is 1 when it is
+    the first and 16 otherwise; axes of one name are of one size, and "a + b" is the sum of two axes.
 
     Args:
         signature: the inputs.
         seed: of the random numbers.
         shapes: whole shapes of some inputs by name; they also settle axes of the same name elsewhere.
         count: number of feeds.
+        limits: input -> what its integers must be below, such as the rows of the table that they look up.
 
     Raises:
         UserError: `shapes` names no input or contradicts one's fixed axes, or an input holds no numbers.
@@ -151,7 +175,10 @@ def random_feeds(
         _settle(known[name], shape, axes)
     random = np.random.default_rng(seed)
     fixed = {spec: _fixed(known[spec], shapes.get(spec), axes) for spec in known}
-    return [{name: _random_array(known[name], fixed[name], random) for name in known} for _ in range(count)]
+    below = dict.fromkeys(known, _LARGEST_INTEGER) | dict(limits or {})
+    return [
+        {name: _random_array(known[name], fixed[name], random, below[name]) for name in known} for _ in range(count)
+    ]
 
 
 def _settle(spec: TensorSpec, shape: Sequence[int], axes: dict[str, int]) -> None:
@@ -171,26 +198,31 @@ def _fixed(spec: TensorSpec, shape: Sequence[int] | None, axes: dict[str, int]) 
     if shape is not None:
         return tuple(shape)
     return tuple(
-        axis if isinstance(axis, int) else axes.setdefault(axis or f"?{spec.name}{i}", _LENGTH if i else _BATCH)
+        axis if isinstance(axis, int) else _open_size(axis or f"?{spec.name}{i}", _LENGTH if i else _BATCH, axes)
         for i, axis in enumerate(spec.shape)
     )
 
 
-def _random_array(spec: TensorSpec, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
+def _open_size(name: str, size: int, axes: dict[str, int]) -> int:
+    """Settle a dynamic axis; "past + sequence", as decoders with a cache name theirs, is the sum of both."""
+    return axes[name] if name in axes else sum(axes.setdefault(term, size) for term in name.split(" + "))
+
+
+def _random_array(spec: TensorSpec, shape: tuple[int, ...], random: np.random.Generator, below: int) -> np.ndarray:
     if spec.dtype == "bool":
         return np.ones(shape, dtype=bool)
     if spec.dtype.startswith(("int", "uint")) and spec.dtype[-1].isdigit():
-        return _random_integers(spec.name.lower(), shape, random).astype(spec.dtype)
+        return _random_integers(spec.name.lower(), shape, random, below).astype(spec.dtype)
     if spec.dtype in ("float16", "float32", "float64"):
         return random.standard_normal(shape).astype(spec.dtype)
     raise UserError(f"input '{spec.name}' is {spec.dtype}: no random feed can be made for it. Give data.")
 
 
-def _random_integers(name: str, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
+def _random_integers(name: str, shape: tuple[int, ...], random: np.random.Generator, below: int) -> np.ndarray:
     if "mask" in name:
         return np.ones(shape, dtype=np.int64)
     if "position" in name and shape:
         return np.broadcast_to(np.arange(shape[-1]), shape)
     if "type" in name:
         return np.zeros(shape, dtype=np.int64)
-    return random.integers(0, _LARGEST_INTEGER, shape)
+    return random.integers(0, below, shape)
