@@ -15,8 +15,10 @@ import numpy as np
 
 __all__ = ["Tile", "tiles"]
 
-TILE = 1 << 15
+_TILE = 1 << 16
 """Elements of a tile: they and two work arrays fit into the second-level cache."""
+_LEAST_COLUMNS = 64
+"""Long groups have larger tiles, so that the loops along a row of a tile stay worth their start."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +57,17 @@ def tiles(weight: np.ndarray, group: int) -> Iterator[Tile]:
     rows, inputs = weight.shape
     size = min(group, inputs) if group else inputs
     whole = inputs // size
+    elements = max(_TILE, size * _LEAST_COLUMNS)
     stored_by_inputs = weight.strides[0] < weight.strides[1]
     spans = [(index, 1) for index in range(whole)] if stored_by_inputs or whole == 0 else [(0, whole)]
     if inputs % size:
         spans.append((whole, 1))
     for first, count in spans:
         start, stop = first * size, min((first + count) * size, inputs)
-        if not stored_by_inputs and count > 1 and count * size > TILE:
-            yield from _row_tiles(weight, size, first, count)
+        if not stored_by_inputs and count > 1 and count * size > elements:
+            yield from _row_tiles(weight, size, first, count, elements)
             continue
-        height = max(1, TILE // (stop - start))
+        height = max(1, elements // (stop - start))
         for top in range(0, rows, height):
             part = weight[top : top + height, start:stop]
             values = part.reshape(part.shape[0] * count, -1).T
@@ -73,9 +76,9 @@ def tiles(weight: np.ndarray, group: int) -> Iterator[Tile]:
             yield Tile(values, slice(top, top + height), slice(first, first + count), slice(start, stop))
 
 
-def _row_tiles(weight: np.ndarray, size: int, first: int, count: int) -> Iterator[Tile]:
+def _row_tiles(weight: np.ndarray, size: int, first: int, count: int, elements: int) -> Iterator[Tile]:
     """Cut rows that are longer than a tile."""
-    step = max(1, TILE // size)
+    step = elements // size
     for row in range(weight.shape[0]):
         for group in range(first, first + count, step):
             last = min(group + step, first + count)
