@@ -194,26 +194,43 @@ _FACTORS = {
 def _best_scale(
     values: np.ndarray, candidates: list[np.ndarray], name: str, weights: np.ndarray | None, *, refit: bool
 ) -> np.ndarray:
-    """Return for each block the candidate of least squared error; with `refit`, the best scale for its codes."""
-    levels = np.asarray(CODE_BOOKS[name].levels, np.float32)
-    best, least = candidates[0], np.full(candidates[0].shape, np.inf, np.float32)
+    """Return for each block the candidate of least squared error; with `refit`, the scale that fits its levels best.
+
+    Of levels q at scale s the squared error is <x, x> - (2 s <x, q> - s^2 <q, q>), and the best s is <x, q> / <q, q>.
+    Levels are looked up on a fine grid here, which may miss the nearest one by a hair.
+    """
+    table = _level_table(name)
+    half = np.float32(len(table) // 2)
+    steps = np.float32((half - 1) / CODE_BOOKS[name].largest)
     # Errors are taken in units of the first candidate: squares of very small or large weights leave float32.
     unit = np.float32(1) / candidates[0]
     real = values * unit
     weighed = real if weights is None else real * weights
+    work = np.empty_like(real)
+    index = np.empty(real.shape, np.intp)
+    best, most = candidates[0], np.full(candidates[0].shape, -np.inf, np.float32)
     for candidate in candidates:
         ratio = candidate * unit
-        held = levels[nearest_level(real / ratio, name)]
+        np.multiply(real, steps / ratio, out=work)
+        work += half
+        np.clip(work, 0, 2 * half - 1, out=work)
+        np.copyto(index, work, casting="unsafe")
+        held = table.take(index)
+        square = np.einsum("ij,ij->j", held, held if weights is None else held * weights)[None]
+        product = np.einsum("ij,ij->j", held, weighed)[None]
         if refit:
-            square = np.einsum("ij,ij->j", held, held if weights is None else held * weights)
-            product = np.einsum("ij,ij->j", held, weighed)
-            fitted = product / np.maximum(square, np.float32(1e-30))
-            ratio = np.where(product > 0, fitted, ratio[0])[None]
-            held = levels[nearest_level(real / ratio, name)]
-        held *= ratio
-        held -= real
-        error = np.einsum("ij,ij->j", held, held if weights is None else held * weights)[None]
-        better = error < least
-        least = np.where(better, error, least)
-        best = np.where(better, ratio * candidates[0] if refit else candidate, best)
+            ratio = np.where(product > 0, product / np.maximum(square, np.float32(1e-30)), ratio)
+            candidate = ratio * candidates[0]
+        gain = ratio * (2 * product - ratio * square)
+        best = np.where(gain > most, candidate, best)
+        most = np.maximum(gain, most)
     return best
+
+
+@functools.cache
+def _level_table(name: str) -> np.ndarray:
+    """Return the levels nearest to a grid of 2^16 steps from end to end, float32."""
+    levels = np.asarray(CODE_BOOKS[name].levels, np.float32)
+    half = 1 << 15
+    grid = (np.arange(2 * half, dtype=np.float32) - half + np.float32(0.5)) * (CODE_BOOKS[name].largest / (half - 1))
+    return levels[nearest_level(grid.astype(np.float32), name)]
