@@ -4,7 +4,7 @@
 
     input_ids [batch, seq], attention_mask [batch, past + seq], past_key_values.i.key, .value [batch, kv_heads, past, d]
       embedding (Gemma: times sqrt(hidden))
-      layers     x + attention(RMSNorm(x))    rotary embedding, grouped queries; Qwen 3: norms of every head
+      layers     x + attention(RMSNorm(x))    rotary embedding, grouped queries; Qwen 3, Gemma 3: norms of heads
                  x + gated feed-forward(RMSNorm(x))
       RMSNorm, output layer (its own, or the embedding)
     logits [batch, seq, vocabulary], present.i.key, .value [batch, kv_heads, past + seq, d]
@@ -191,13 +191,33 @@ class _Weights:
         return sum(self._taken.values())
 
     def take(self, name: str, *shape: int, transpose: bool = False) -> CheckpointTensor:
-        """Return a weight, which is stored as `shape`."""
-        stored = self._stored(name, shape)
+        """Return a weight, which is stored as `shape`, or as rows of a larger one."""
+        fused, begin, rows = self._place(name, shape[0])
+        stored = self._stored(fused, (rows, *shape[1:]))
+        if fused != name:
+            stored = self._tensors.rows(fused, begin, begin + shape[0])
+            stored.name = name
         return CheckpointTensor(stored, self.dtype, transpose=transpose, written=self._written)
 
     def read(self, name: str, *shape: int) -> np.ndarray:
         """Return a small weight as float32."""
         return self._stored(name, shape).numpy().astype(np.float32)
+
+    def _place(self, name: str, rows: int) -> tuple[str, int, int]:
+        """Return in which stored weight another lies, from which row on, and how many rows that has."""
+        config = self.config
+        queries, others = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        parts = {
+            "self_attn.q_proj.weight": ("self_attn.qkv_proj.weight", 0, queries + 2 * others),
+            "self_attn.k_proj.weight": ("self_attn.qkv_proj.weight", queries, queries + 2 * others),
+            "self_attn.v_proj.weight": ("self_attn.qkv_proj.weight", queries + others, queries + 2 * others),
+            "mlp.gate_proj.weight": ("mlp.gate_up_proj.weight", 0, 2 * config.feed_forward),
+            "mlp.up_proj.weight": ("mlp.gate_up_proj.weight", config.feed_forward, 2 * config.feed_forward),
+        }
+        for part, (whole, begin, total) in parts.items():
+            if config.fused and name.endswith(part):
+                return name.removesuffix(part) + whole, begin, total
+        return name, 0, rows
 
     def _stored(self, name: str, shape: Sequence[int]) -> MappedTensor:
         stored = self._tensors[name]
@@ -238,11 +258,18 @@ class _DecoderWriter(GraphWriter):
         past = [self._past(index) for index in range(config.layers)] if self._cache else []
         x, table = self._embed(ids)
         lengths = self._lengths(ids, mask)
-        rotary = self._rotary_tables(mask, lengths)
+        positions = self._positions(mask, lengths)
+        rotary = {None: self._rotary_tables(positions, "rotary_emb", config.frequencies)}
+        local = config.local_frequencies != config.frequencies
         biases = {window: self._attention_bias(mask, lengths, window) for window in dict.fromkeys(config.windows)}
         for index, window in enumerate(config.windows):
+            if window not in rotary:
+                rotary[window] = rotary[None]
+                if local:
+                    tables = self._rotary_tables(positions, "rotary_emb_local", config.local_frequencies)
+                    rotary[window] = tables
             with self.scope(f"{self._weights.prefix}layers.{index}"):
-                attention = _Attention(self, past[index] if past else None, rotary, biases[window])
+                attention = _Attention(self, past[index] if past else None, rotary[window], biases[window])
                 x = self._residual(x, "input_layernorm", attention.write, "post_attention_layernorm")
                 inner = "pre_feedforward_layernorm" if config.sandwich_norms else "post_attention_layernorm"
                 x = self._residual(x, inner, self._feed_forward, "post_feedforward_layernorm")
@@ -352,17 +379,20 @@ class _DecoderWriter(GraphWriter):
         new = self.op("Gather", self.op("Shape", ids), self.integer(1))
         return self.op("Sub", total, new), total
 
-    def _rotary_tables(self, mask: ir.Value, lengths: tuple[ir.Value, ir.Value]) -> tuple[ir.Value, ir.Value]:
-        """Write cosines and sines of the rotation, each [batch, 1, seq, head_dim]; filling does not count."""
-        with self.scope(f"{self._weights.prefix}rotary_emb"):
+    def _positions(self, mask: ir.Value, lengths: tuple[ir.Value, ir.Value]) -> ir.Value:
+        """Write how many tokens stand before each of the new ones, filling not counted: float32 [batch, 1, seq, 1]."""
+        with self.scope("positions"):
             counted = self.op("Sub", self.op("CumSum", mask, self.integer(1)), self.integer(1))
             begin = self.op("Unsqueeze", lengths[0], self.integers(0))
             new = self.op("Slice", counted, begin, self.integers(_INT64_MAX), self.integers(1))
-            positions = self.op("Max", new, self.integer(0))
-            column = self.op("Unsqueeze", positions, self.integers(1, 3))
-            column = self.op("Cast", column, attributes={"to": ir.DataType.FLOAT.value})
-            frequencies = np.array(self.config.inverse_frequencies, dtype=np.float32)
-            angles = self.op("Mul", column, self.constant("rotary_emb.inv_freq", frequencies))
+            column = self.op("Unsqueeze", self.op("Max", new, self.integer(0)), self.integers(1, 3))
+            return self.op("Cast", column, attributes={"to": ir.DataType.FLOAT.value})
+
+    def _rotary_tables(self, positions: ir.Value, name: str, frequencies: Sequence[float]) -> tuple[ir.Value, ir.Value]:
+        """Write cosines and sines of the rotation, each [batch, 1, seq, head_dim]."""
+        with self.scope(f"{self._weights.prefix}{name}"):
+            table = self.constant(f"{name}.inv_freq", np.array(frequencies, dtype=np.float32))
+            angles = self.op("Mul", positions, table)
             angles = self.op("Concat", angles, angles, attributes={"axis": -1})
             return self.narrow(self.op("Cos", angles)), self.narrow(self.op("Sin", angles))
 

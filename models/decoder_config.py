@@ -14,7 +14,7 @@ from qgraph.errors import UserError
 
 __all__ = ["FAMILIES", "DecoderConfig", "read_config"]
 
-FAMILIES = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -28,6 +28,7 @@ _FOREIGN = {
     "num_experts": "a mixture of experts",
     "n_routed_experts": "a mixture of experts",
     "kv_lora_rank": "latent attention",
+    "use_bidirectional_attention": "attention to what follows",
     "quantization_config": "quantized weights; take the checkpoint that is not quantized",
 }
 
@@ -46,15 +47,17 @@ class DecoderConfig:
         kv_heads: key and value heads; divides `heads`.
         head_dim: channels of a head, even.
         epsilon: of the RMS norms.
-        inverse_frequencies: of the rotary embedding, scaled if the config says so; head_dim / 2 of them.
+        frequencies: inverse frequencies of the rotary embedding, scaled if the config says so; head_dim / 2 of them.
+        local_frequencies: those of layers with a window.
         activation: "silu", "gelu" or "gelu_tanh".
         tied: whether the embedding table is also the output layer.
         qkv_bias: whether the projections to queries, keys and values add a bias.
         output_bias: whether the projection behind the attention does.
         feed_forward_bias: whether the feed-forward network does.
-        head_norms: whether queries and keys are normalised per head (Qwen3).
+        head_norms: whether queries and keys are normalised per head (Qwen 3, Gemma 3).
         offset_norms: whether norms multiply by 1 + weight (Gemma).
-        sandwich_norms: whether attention and feed-forward are normalised behind as well (Gemma 2).
+        sandwich_norms: whether attention and feed-forward are normalised behind as well (Gemma 2 and 3).
+        fused: whether q, k and v are stored as one matrix, and gate and up as another (Phi 3).
         embedding_scale: factor of the embeddings.
         attention_scale: factor of the products of queries and keys.
         attention_cap: bound that those are softly held in, or None.
@@ -71,7 +74,8 @@ class DecoderConfig:
     kv_heads: int
     head_dim: int
     epsilon: float
-    inverse_frequencies: tuple[float, ...]
+    frequencies: tuple[float, ...]
+    local_frequencies: tuple[float, ...]
     activation: str
     tied: bool
     qkv_bias: bool
@@ -80,6 +84,7 @@ class DecoderConfig:
     head_norms: bool
     offset_norms: bool
     sandwich_norms: bool
+    fused: bool
     embedding_scale: float
     attention_scale: float
     attention_cap: float | None
@@ -123,7 +128,9 @@ class _Reader:
         if head_dim % 2:
             raise self._wrong("head_dim", "must be even")
         attention_bias = self._flag("attention_bias", default=False)
-        scalar = self._number("query_pre_attn_scalar", float(head_dim)) if family == "gemma2" else float(head_dim)
+        new_gemma = family in ("gemma2", "gemma3_text")
+        scalar = self._number("query_pre_attn_scalar", 256.0) if new_gemma else float(head_dim)
+        frequencies, local_frequencies = self._rotary(head_dim, local=family == "gemma3_text")
         return DecoderConfig(
             family=family,
             vocabulary=self._size("vocab_size"),
@@ -134,19 +141,21 @@ class _Reader:
             kv_heads=kv_heads,
             head_dim=head_dim,
             epsilon=self._number("rms_norm_eps", 1e-6),
-            inverse_frequencies=tuple(self._frequencies(head_dim).tolist()),
+            frequencies=frequencies,
+            local_frequencies=local_frequencies,
             activation=self._activation(gemma=gemma),
             tied=self._flag("tie_word_embeddings", default=gemma),
             qkv_bias=attention_bias or family == "qwen2",
             output_bias=attention_bias and family != "qwen2",
             feed_forward_bias=self._flag("mlp_bias", default=False) and family == "llama",
-            head_norms=family == "qwen3",
+            head_norms=family in ("qwen3", "gemma3_text"),
             offset_norms=gemma,
-            sandwich_norms=family == "gemma2",
+            sandwich_norms=new_gemma,
+            fused=family == "phi3",
             embedding_scale=float(hidden) ** 0.5 if gemma else 1.0,
             attention_scale=scalar**-0.5,
-            attention_cap=self._cap("attn_logit_softcapping", 50.0) if family == "gemma2" else None,
-            logits_cap=self._cap("final_logit_softcapping", 30.0) if family == "gemma2" else None,
+            attention_cap=self._cap("attn_logit_softcapping", 50.0 if family == "gemma2" else None),
+            logits_cap=self._cap("final_logit_softcapping", 30.0 if family == "gemma2" else None),
             windows=self._windows(family, layers),
         )
 
@@ -171,8 +180,8 @@ class _Reader:
 
     def _windows(self, family: str, layers: int) -> tuple[int | None, ...]:
         window = self._values.get("sliding_window")
-        if family in ("gemma2", "mistral") and "sliding_window" not in self._values:
-            window = 4096  # the default of both in transformers
+        if family in ("gemma2", "gemma3_text", "mistral") and "sliding_window" not in self._values:
+            window = 4096  # the default of all three in transformers
         if window is None or family in ("llama", "gemma"):
             return (None,) * layers
         if family.startswith("qwen") and not self._flag("use_sliding_window", default=False):
@@ -183,28 +192,37 @@ class _Reader:
         if kinds is None:
             first = self._values.get("max_window_layers", 28) if family.startswith("qwen") else 0
             kinds = ["sliding_attention" if index >= first else "full_attention" for index in range(layers)]
-            if family == "gemma2":
-                kinds = ["full_attention" if index % 2 else "sliding_attention" for index in range(layers)]
+            if family in ("gemma2", "gemma3_text"):
+                every = 2 if family == "gemma2" else self._size("sliding_window_pattern", 6)
+                kinds = ["sliding_attention" if (index + 1) % every else "full_attention" for index in range(layers)]
         if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
             raise self._wrong("layer_types", f"must hold full_attention or sliding_attention for {layers} layers")
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
-    def _frequencies(self, head_dim: int) -> np.ndarray:
-        """Return the inverse frequencies of the rotary embedding (Su et al., 2021), float64 [head_dim / 2]."""
+    def _rotary(self, head_dim: int, *, local: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return the inverse frequencies of layers that see everything, and of those with a window."""
         scaling = self._values.get("rope_parameters") or self._values.get("rope_scaling") or {}
         if not isinstance(scaling, dict):
             raise self._wrong("rope_scaling", "must be an object")
-        theta = scaling.get("rope_theta", self._values.get("rope_theta", 10000.0))
+        whole, near = scaling.get("full_attention", scaling), scaling.get("sliding_attention", scaling)
+        if local and near is scaling:
+            near = {"rope_theta": self._values.get("rope_local_base_freq", 10000.0)}
+        default = 1e6 if local else 1e4
+        return self._frequencies(head_dim, whole, default), self._frequencies(head_dim, near, default)
+
+    def _frequencies(self, head_dim: int, scaling: Mapping[str, Any], default: float) -> tuple[float, ...]:
+        """Return the inverse frequencies of the rotary embedding (Su et al., 2021), head_dim / 2 of them."""
+        theta = scaling.get("rope_theta", self._values.get("rope_theta", default))
         if not isinstance(theta, int | float) or theta <= 0:
             raise self._wrong("rope_theta", "must be a positive number")
         frequencies = float(theta) ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind == "default":
-            return frequencies
         if kind == "linear":
-            return frequencies / self._scaling(scaling, "factor")
-        if kind == "llama3":
-            return self._llama3(frequencies, scaling)
+            frequencies /= self._scaling(scaling, "factor")
+        elif kind == "llama3":
+            frequencies = self._llama3(frequencies, scaling)
+        if kind in ("default", "linear", "llama3"):
+            return tuple(frequencies.tolist())
         raise UserError(f"{self._path}: rope_scaling of type {kind!r} is not supported, only default, linear, llama3")
 
     def _llama3(self, frequencies: np.ndarray, scaling: Mapping[str, Any]) -> np.ndarray:
@@ -237,8 +255,8 @@ class _Reader:
             raise self._wrong(field, "must be a positive number")
         return float(value)
 
-    def _cap(self, field: str, default: float) -> float | None:
-        return None if self._values.get(field, default) is None else self._number(field, default)
+    def _cap(self, field: str, default: float | None) -> float | None:
+        return None if self._values.get(field, default) is None else self._number(field, default or 0.0)
 
     def _flag(self, field: str, *, default: bool) -> bool:
         value = self._values.get(field, default)

@@ -307,7 +307,7 @@ def export(
 ) -> int:
     """Write a Hugging Face style folder (config.json and safetensors) as an ONNX model, without torch.
 
-    Decoders of the Llama, Qwen 2 and 3, Mistral and Gemma 1 and 2 kinds.
+    Decoders of the Llama, Mistral, Qwen 2 and 3, Phi 3 and Gemma 1 to 3 kinds.
     """
     from qgraph.models.decoder import export as export_decoder
     from qgraph.report.units import bytes_text, count_text

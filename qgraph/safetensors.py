@@ -65,6 +65,19 @@ class SafeTensors(Mapping[str, MappedTensor]):
             raise UserError(f"{self._where} has no tensor '{name}'.{nearest(name, self._entries)}")
         return self._entries[name].tensor(name)
 
+    def rows(self, name: str, begin: int, end: int) -> MappedTensor:
+        """Return some rows (along the first axis) of a tensor, as little read as the whole.
+
+        Raises:
+            UserError: as on looking up.
+        """
+        whole = self[name]
+        count, *others = whole.shape.numpy()
+        row = whole.nbytes // count
+        shape = ir.Shape([end - begin, *others])
+        file = self._entries[name].file
+        return MappedTensor(file, whole.offset + begin * row, whole.dtype, shape, name, external=False)
+
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 

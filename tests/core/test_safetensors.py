@@ -39,6 +39,7 @@ def test_tensors_of_every_float_type_come_back(tmp_path: Path):
     np.testing.assert_array_equal(tensors["b"].numpy(), np.frombuffer(data[24:32], ml_dtypes.bfloat16))
     assert tensors["c"].numpy() == np.frombuffer(data[32:], "<f2")[0]
     assert not tensors["a"].numpy().flags.writeable
+    np.testing.assert_array_equal(tensors.rows("a", 1, 2).numpy(), tensors["a"].numpy()[1:2])
 
 
 def test_a_folder_with_an_index_is_one_mapping(tmp_path: Path):

@@ -89,11 +89,11 @@ def random_weights(config: dict[str, Any], dtype: Any = np.float32, seed: int = 
             if attention or (family == "qwen2" and qkv) or (name.startswith("mlp") and config.get("mlp_bias")):
                 vector(f"{layer}.{name}.bias", rows)
         norms = ["input_layernorm", "post_attention_layernorm"]
-        if family == "gemma2":
+        if family in ("gemma2", "gemma3_text"):
             norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
         for norm in norms:
             vector(f"{layer}.{norm}.weight", hidden)
-        if family == "qwen3":
+        if family in ("qwen3", "gemma3_text"):
             vector(f"{layer}.self_attn.q_norm.weight", size)
             vector(f"{layer}.self_attn.k_norm.weight", size)
     vector("model.norm.weight", hidden)
@@ -102,12 +102,25 @@ def random_weights(config: dict[str, Any], dtype: Any = np.float32, seed: int = 
     return tensors
 
 
+def fused(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the weights as Phi 3 stores them: q over k over v, and gate over up."""
+    result = dict(tensors)
+    for name in tensors:
+        if name.endswith("q_proj.weight"):
+            layer = name.removesuffix("self_attn.q_proj.weight")
+            parts = [result.pop(f"{layer}self_attn.{part}_proj.weight") for part in "qkv"]
+            result[f"{layer}self_attn.qkv_proj.weight"] = np.concatenate(parts)
+            parts = [result.pop(f"{layer}mlp.{part}_proj.weight") for part in ("gate", "up")]
+            result[f"{layer}mlp.gate_up_proj.weight"] = np.concatenate(parts)
+    return result
+
+
 def forward(config: dict[str, Any], tensors: dict[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
     """Return the logits [seq, vocabulary] of one sequence, head by head and token by token."""
     w = {name: array.astype(np.float64) for name, array in tensors.items()}
     family, heads, size = config["model_type"], config["num_attention_heads"], config["head_dim"]
     group = heads // config["num_key_value_heads"]
-    gemma = family.startswith("gemma")
+    gemma, sandwich = family.startswith("gemma"), family in ("gemma2", "gemma3_text")
 
     def norm(name: str, x: np.ndarray) -> np.ndarray:
         gain = w[f"{name}.weight"] + 1 if gemma else w[f"{name}.weight"]
@@ -130,9 +143,9 @@ def forward(config: dict[str, Any], tensors: dict[str, np.ndarray], ids: np.ndar
             q = linear(f"{layer}.self_attn.q_proj", y)[:, own]
             k = linear(f"{layer}.self_attn.k_proj", y)[:, other]
             v = linear(f"{layer}.self_attn.v_proj", y)[:, other]
-            if family == "qwen3":
+            if family in ("qwen3", "gemma3_text"):
                 q, k = norm(f"{layer}.self_attn.q_norm", q), norm(f"{layer}.self_attn.k_norm", k)
-            q, k = rotated(config, q), rotated(config, k)
+            q, k = rotated(config, q, index), rotated(config, k, index)
             for row in range(len(ids)):
                 first = max(0, row + 1 - reach(config, index))
                 scale = config.get("query_pre_attn_scalar", size) ** -0.5
@@ -140,12 +153,12 @@ def forward(config: dict[str, Any], tensors: dict[str, np.ndarray], ids: np.ndar
                 shares = np.exp(scores - scores.max())
                 mixed[row, own] = shares / shares.sum() @ v[first : row + 1]
         y = linear(f"{layer}.self_attn.o_proj", mixed)
-        x = x + (norm(f"{layer}.post_attention_layernorm", y) if family == "gemma2" else y)
-        before = "pre_feedforward_layernorm" if family == "gemma2" else "post_attention_layernorm"
+        x = x + (norm(f"{layer}.post_attention_layernorm", y) if sandwich else y)
+        before = "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"
         y = norm(f"{layer}.{before}", x)
         y = activated(config, linear(f"{layer}.mlp.gate_proj", y)) * linear(f"{layer}.mlp.up_proj", y)
         y = linear(f"{layer}.mlp.down_proj", y)
-        x = x + (norm(f"{layer}.post_feedforward_layernorm", y) if family == "gemma2" else y)
+        x = x + (norm(f"{layer}.post_feedforward_layernorm", y) if sandwich else y)
     head = w["model.embed_tokens.weight"] if config["tie_word_embeddings"] else w["lm_head.weight"]
     return capped(norm("model.norm", x) @ head.T, config.get("final_logit_softcapping"))
 
@@ -154,18 +167,22 @@ def reach(config: dict[str, Any], layer: int) -> int:
     """Return how many tokens a layer sees."""
     window = config.get("sliding_window")
     family = config["model_type"]
+    if family == "gemma3_text":
+        return window if (layer + 1) % config["sliding_window_pattern"] else 10**9
     if window is None or (family == "gemma2" and layer % 2) or (family == "qwen2" and not config["use_sliding_window"]):
         return 10**9
     return 10**9 if family == "qwen2" and layer < config["max_window_layers"] else window
 
 
-def rotated(config: dict[str, Any], x: np.ndarray) -> np.ndarray:
+def rotated(config: dict[str, Any], x: np.ndarray, layer: int) -> np.ndarray:
     """Turn pair (i, i + half) of row p by p times its frequency."""
     half = x.shape[1] // 2
-    scaling = config.get("rope_scaling") or {"rope_type": "default"}
+    scaling, theta = config.get("rope_scaling") or {"rope_type": "default"}, config["rope_theta"]
+    if config["model_type"] == "gemma3_text" and (layer + 1) % config["sliding_window_pattern"]:
+        scaling, theta = {"rope_type": "default"}, config["rope_local_base_freq"]
     result = x.copy()
     for i in range(half):
-        frequency = config["rope_theta"] ** (-i / half)
+        frequency = theta ** (-i / half)
         if scaling["rope_type"] == "linear":
             frequency /= scaling["factor"]
         if scaling["rope_type"] == "llama3":

@@ -18,7 +18,7 @@ from qgraph.models import decoder
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from hugging_face import DEFAULTS, folder, forward, random_weights
+from hugging_face import DEFAULTS, folder, forward, fused, random_weights
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -56,6 +56,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 3.0,
         "sliding_window": 5,
     },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 3,
+        "tie_word_embeddings": True,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 4,
+        "sliding_window_pattern": 2,
+        "rope_theta": 1000.0,
+        "rope_local_base_freq": 50.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "phi3": {"model_type": "phi3", "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 6},
 }
 LENGTH = 13
 
@@ -87,7 +100,7 @@ def ids_of(batch: int, vocabulary: int = 64) -> np.ndarray:
 def test_logits_are_those_of_an_independent_forward_pass(tmp_path: Path, family: str):
     config = config_of(family)
     weights = random_weights(config)
-    folder(tmp_path / "hf", config, weights)
+    folder(tmp_path / "hf", config, fused(weights) if family == "phi3" else weights)
     decoder.export(tmp_path / "hf", tmp_path / "model.onnx")
     run, ids = session(tmp_path / "model.onnx"), ids_of(2)
     wanted = np.stack([forward(config, weights, row) for row in ids])
@@ -100,7 +113,8 @@ def test_logits_are_those_of_an_independent_forward_pass(tmp_path: Path, family:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_token_by_token_gives_what_the_whole_gives(tmp_path: Path, family: str):
     config = config_of(family)
-    folder(tmp_path / "hf", config, random_weights(config))
+    weights = random_weights(config)
+    folder(tmp_path / "hf", config, fused(weights) if family == "phi3" else weights)
     decoder.export(tmp_path / "hf", tmp_path / "model.onnx")
     decoder.export(tmp_path / "hf", tmp_path / "plain.onnx", cache=False)
     ids = ids_of(2)
@@ -181,7 +195,7 @@ def test_the_graph_is_standard_and_repeats_to_the_byte(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mixtral"}, "model_type is 'mixtral': only gemma, gemma2, llama, mistral, qwen2, qwen3"),
+        ({"model_type": "mixtral"}, "model_type is 'mixtral': only gemma, gemma2, gemma3_text, llama, mistral, phi3,"),
         ({"num_local_experts": 8}, "num_local_experts is set: a mixture of experts is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is set: quantized weights"),
         ({"hidden_act": "relu2"}, "hidden_act is 'relu2': only silu"),
