@@ -24,6 +24,7 @@ _HOMES = {
     "MatmulAddToGemm": "matmul_add_to_gemm",
     "MatmulNbits": "matmul_nbits",
     "MergeDuplicates": "merge_duplicates",
+    "MixedBits": "mixed_bits",
     "Qdq": "qdq",
     "RemoveIdentity": "remove_identity",
     "RemoveUnused": "remove_unused",
