@@ -125,6 +125,17 @@ def test_a_shape_given_for_one_input_settles_the_axes_of_the_others():
     assert feed["pixels"].shape == (4, 3, 16, 16)
 
 
+def test_an_axis_that_is_named_as_a_sum_has_the_size_of_the_sum():
+    decoder = [
+        TensorSpec("input_ids", "int64", ["batch", "seq"]),
+        TensorSpec("attention_mask", "int64", ["batch", "past + seq"]),
+        TensorSpec("past_key_values.0.key", "float32", ["batch", 2, "past", 8]),
+    ]
+    (feed,) = random_feeds(decoder, 0, {"input_ids": (2, 1)})
+    assert feed["attention_mask"].shape == (2, 17)
+    assert feed["past_key_values.0.key"].shape == (2, 2, 16, 8)
+
+
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
