@@ -55,7 +55,7 @@ class Gptq(WeightRounding):
         default="activation", metadata={"help": "inputs of the largest activations first, or as they lie"}
     )
     clip: Literal["mse", "minmax"] = field(default="mse", metadata={"help": "ranges of least squared error, or full"})
-    refine: int = field(default=3, metadata={"help": "rounds of deciding every group again, after GPTQ's own"})
+    refine: int = field(default=10, metadata={"help": "rounds of deciding every group again, after GPTQ's own"})
     sequential: Literal["layer", "block"] = field(
         default="layer", metadata={"help": "take the inputs of a layer after all before it, or a block at once"}
     )
