@@ -29,6 +29,7 @@ _FOLLOWING = ("Abs", "Add", "Clip", "Div", "Log", "Max", "Min", "Mul", "Neg", "P
 _NORMALIZING = ("Div", "Mul", "Sub")
 _WITH_MASKS = ("Add", "ConstantOfShape", "Expand", "Max", "Mul", "Sub", "Where")
 _LONGEST_ARITHMETIC = 64
+_BEYOND = "its constant reaches"
 _MICROSOFT = frozenset({
     "Attention", "BiasGelu", "FastGelu", "FusedMatMul", "GatherBlockQuantized", "Gelu", "GroupQueryAttention",
     "MatMulBnb4", "MatMulNBits", "MultiHeadAttention", "QuickGelu", "RotaryEmbedding", "SkipLayerNormalization",
@@ -68,6 +69,7 @@ def keep(graph: ir.Graph, opsets: Mapping[str, int], ranges: Mapping[str, float]
         reason = _undefined(node, opsets) or _constant_reason(node, kept) or _growing(node)
         if reason is not None:
             kept.add(node, reason)
+    _keep_made_large(graph, kept)
     _keep_measured(graph, ranges, kept)
     _keep_statistics(graph, kept)
     _keep_angles(graph, kept)
@@ -142,7 +144,7 @@ def _constant_reason(node: ir.Node, kept: Kept) -> str | None:
             continue
         if node.op_type not in _WITH_MASKS or (beyond > 0).any():
             largest = float(beyond[np.abs(beyond).argmax()])
-            return f"its constant reaches {largest:.3g}, and float16 ends at {LARGEST:.0f}"
+            return f"{_BEYOND} {largest:.3g}, and float16 ends at {LARGEST:.0f}"
         kept.masks.add(value)
     return None
 
@@ -153,6 +155,14 @@ def _growing(node: ir.Node) -> str | None:
     if qgraph.ir.is_op(node, "Exp", "Pow") or (qgraph.ir.is_op(node, "Mul") and node.inputs[0] is node.inputs[1]):
         return "it raises numbers to a power, which overflows float16"
     return None
+
+
+def _keep_made_large(graph: ir.Graph, kept: Kept) -> None:
+    """Keep what reads the output of a node with a constant beyond float16: it may be as large."""
+    for node in [one for one in graph if kept.reasons.get(one, "").startswith(_BEYOND)]:
+        for value in node.outputs:
+            for use in value.uses():
+                kept.add(use.node, f"it reads '{value.name}', which a constant may make too large for float16")
 
 
 def _keep_measured(graph: ir.Graph, ranges: Mapping[str, float], kept: Kept) -> None:

@@ -1,0 +1,236 @@
+"""to-fp16 against golden text, and in ONNX Runtime against the float32 model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+import qgraph.ir
+from qgraph.analysis.compressed_weights import compressed, store
+from qgraph.analysis.linear_layers import linear_layers
+from qgraph.numerics.weights import WeightScheme, quantize_weight
+from qgraph.passes import MatmulNbits, ToFp16
+from qgraph.pipeline import Pipeline, Report
+from qgraph.runtime.session import open_session
+
+GOLDEN = Path(__file__).resolve().parent.parent / "golden/to-fp16"
+HEAD = '<ir_version: 10, opset_import: ["" : 21]>'
+
+
+def model_of(text: str, **weights: np.ndarray) -> ir.Model:
+    model = ir.from_onnx_text(f"{HEAD}\n{text}")
+    for name, array in weights.items():
+        value = model.graph.initializers[name]
+        value.const_value = ir.tensor(array, name=name)
+        value.shape, value.type = ir.Shape(array.shape), ir.TensorType(value.const_value.dtype)
+    return model
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def convert(model: ir.Model, feeds: list[dict[str, np.ndarray]] | None = None, **options) -> Report:
+    report = Pipeline([ToFp16(**options)]).run(model, calibration=feeds).parts[0]
+    onnx.checker.check_model(ir.to_proto(model))
+    text = ir.to_onnx_text(model)
+    assert Pipeline([ToFp16(**options)]).run(model, calibration=feeds).changed == 0
+    assert ir.to_onnx_text(model) == text
+    return report
+
+
+def run(model: ir.Model, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    # As it is written: ONNX Runtime's own optimisation would widen what a CPU has no float16 kernels for.
+    return open_session(ir.to_proto(model).SerializeToString(), optimise=False, threads=1).run(None, feeds)
+
+
+def left(report: Report) -> dict[str, str]:
+    return {one.node: one.reason for one in report.skipped}
+
+
+NORM = """
+norm (float[s,64] x) => (float[s,64] y) <float two = {2}, float eps = {1e-6}, float[64] g = {0}, float[64,64] w = {0}>
+{
+    [square] p = Pow(x, two)
+    [mean] m = ReduceMean<axes = [-1]>(p)
+    [shift] e = Add(m, eps)
+    [root] r = Sqrt(e)
+    [divide] n = Div(x, r)
+    [gain] h = Mul(n, g)
+    [product] y = MatMul(h, w)
+}
+""".replace("<axes = [-1]>(p)", "(p, axes)").replace("float two", "int64[1] axes = {-1}, float two")
+
+
+def norm_model() -> ir.Model:
+    return model_of(NORM, g=normal(64), w=normal(64, 64) / 8)
+
+
+def test_a_norm_stays_in_float32_as_a_whole_and_does_not_overflow():
+    before, after = norm_model(), norm_model()
+    report = convert(after)
+    assert set(left(report)) == {"square", "mean", "shift", "root", "divide"}
+    casts = [node for node in after.graph if node.op_type == "Cast"]
+    assert len(casts) == 2  # after the quotient, and to the output: the input is float32 anyway
+    x = 1000 * normal(5, 64)  # whose squares float16 cannot hold
+    np.testing.assert_allclose(run(after, {"x": x})[0], run(before, {"x": x})[0], atol=2e-2)
+
+
+@pytest.mark.parametrize("case", ["layers", "rotary"])
+def test_golden(case: str):
+    path = GOLDEN / f"{case}.onnxtxt"
+    before, _, after = path.read_text(encoding="utf-8").partition("\n---\n")
+    model = ir.from_onnx_text(before)
+    convert(model)
+    text = ir.to_onnx_text(model).strip()
+    if os.environ.get("QGRAPH_UPDATE_GOLDEN"):
+        path.write_text(f"{before.strip()}\n---\n{text}\n", encoding="utf-8")
+    else:
+        assert text == after.strip()
+
+
+MASKED = """
+masked (float[4,4] x, bool[4,4] m) => (float[4,4] y)
+<float[4,4] w = {1,0,0,0, 0,1,0,0, 0,0,1,0, 0,0,0,1}, float lowest = {-3.4028235e38}, float[1] two = {2}>
+{
+    s = MatMul(x, w)
+    a = Where(m, s, lowest)
+    b = Add(a, lowest)
+    c = Where(m, a, b)
+    y = Softmax(c)
+}
+"""
+
+
+def test_masks_are_cut_off_and_still_mask():
+    before, after = model_of(MASKED), model_of(MASKED)
+    report = convert(after)
+    assert "1 masks cut off at -16384" in report.notes
+    assert not report.skipped
+    mask = np.tril(np.ones((4, 4), bool))
+    results = [run(model, {"x": normal(4, 4), "m": mask})[0] for model in (before, after)]
+    assert (results[1][~mask] == 0).all()
+    np.testing.assert_allclose(results[1], results[0], atol=2e-3)
+
+
+def test_constants_out_of_range_keep_their_node():
+    text = """
+    g (float[4,4] x) => (float[4,4] y)
+    <float[4,4] w = {1}, float[1] large = {1e6}, float[1] small = {1e-7}, float[4] near = {1, 2, 65504, -65504}>
+    {
+        [product] a = MatMul(x, w)
+        [scale] b = Mul(a, large)
+        [back] c = Mul(b, small)
+        [fine] y = Add(c, near)
+    }
+    """
+    model = model_of(text, w=np.eye(4, dtype=np.float32))
+    report = convert(model)
+    assert set(left(report)) == {"scale", "back"}  # back reads what scale may have made large
+    assert "reaches 1e+06" in left(report)["scale"]
+    assert "1e-07 is smaller" in left(report)["back"]
+    (y,) = run(model, {"x": np.eye(4, dtype=np.float32)})
+    np.testing.assert_allclose(y, 0.1 * np.eye(4) + [1, 2, 65504, -65504], atol=2e-3)
+
+
+def test_what_overflows_on_the_samples_stays_in_float32():
+    text = """
+    g (float[2,8] x) => (float[2,8] y) <float[8,8] w = {0}, float[8,8] v = {0}, float[1] part = {0.0625}>
+    {
+        [large] a = MatMul(x, w)
+        [shrink] b = Mul(a, part)
+        [after] y = MatMul(b, v)
+    }
+    """
+    before, after, blind = (
+        model_of(text, w=np.full((8, 8), 2000, np.float32), v=np.eye(8, dtype=np.float32)) for _ in range(3)
+    )
+    feeds = {"x": np.full((2, 8), 8, np.float32)}
+    report = convert(after, [feeds])
+    assert set(left(report)) == {"large", "shrink"}
+    assert "'a' reaches 1.28e+05 on the samples" in left(report)["large"]
+    np.testing.assert_allclose(run(after, feeds)[0], run(before, feeds)[0], rtol=1e-3)
+    convert(blind)
+    assert next(iter(blind.graph)).op_type == "Cast"
+    assert all(value.dtype == ir.DataType.FLOAT16 for value in blind.graph[1].outputs)  # 'a' without samples
+    assert not convert(model_of(text, w=normal(8, 8), v=normal(8, 8)), [feeds], measure=False).skipped
+
+
+def test_inputs_and_outputs_may_become_float16():
+    before, after = norm_model(), norm_model()
+    convert(after, keep_io=False)
+    assert [value.dtype for value in (*after.graph.inputs, *after.graph.outputs)] == [ir.DataType.FLOAT16] * 2
+    x = normal(5, 64)
+    (y,) = run(after, {"x": x.astype(np.float16)})
+    assert y.dtype == np.float16
+    np.testing.assert_allclose(y, run(before, {"x": x})[0], atol=2e-2)
+
+
+def test_subgraphs_stay_and_get_what_they_read_in_float32():
+    text = """
+    g (float[2,4] x, bool c) => (float[2,4] y) <float[4,4] w = {0}>
+    {
+        h = MatMul(x, w)
+        [choice] k = If(c) <then_branch = a () => (float[2,4] p) { p = Relu(h) },
+                            else_branch = b () => (float[2,4] q) { q = Neg(h) }>
+        y = Add(k, h)
+    }
+    """
+    before, after = (model_of(text, w=normal(4, 4)) for _ in range(2))
+    report = convert(after)
+    assert set(left(report)) == {"choice"}
+    for choice in (True, False):
+        feeds = {"x": normal(2, 4), "c": np.array(choice)}
+        np.testing.assert_allclose(run(after, feeds)[0], run(before, feeds)[0], atol=5e-3)
+
+
+def test_operators_with_float32_by_definition():
+    text = """
+    g (float[1,3,4,4] x) => (float[1,3,8,8] y) <float[3,3,1,1] w = {0}, float[4] scales = {1, 1, 2, 2}>
+    {
+        a = Conv(x, w)
+        y = Resize<mode = "nearest">(a, , scales)
+    }
+    """
+    before, after = (model_of(text, w=normal(3, 3, 1, 1)) for _ in range(2))
+    assert not convert(after).skipped
+    assert after.graph.initializers["scales"].dtype == ir.DataType.FLOAT
+    feeds = {"x": normal(1, 3, 4, 4)}
+    np.testing.assert_allclose(run(after, feeds)[0], run(before, feeds)[0], atol=5e-3)
+
+
+@pytest.mark.parametrize("order", ["to-fp16,matmul-nbits", "matmul-nbits,to-fp16", "to-fp16"])
+def test_compressed_weights_get_scales_in_float16_and_are_computed_once(order: str, tmp_path: Path):
+    model = norm_model()
+    calls = []
+    (layer,) = linear_layers(model).layers
+
+    def produce():
+        calls.append(layer.name)
+        return quantize_weight(layer.matrix(), WeightScheme())
+
+    store(model, layer, WeightScheme(), produce)
+    Pipeline([{"to-fp16": ToFp16(), "matmul-nbits": MatmulNbits()}[name] for name in order.split(",")]).run(model)
+    qgraph.ir.save(model, tmp_path / "model.onnx")
+    assert len(calls) == 1
+    loaded = qgraph.ir.load(tmp_path / "model.onnx")
+    (weight,) = compressed(loaded)
+    assert weight.tensors[1].dtype == ir.DataType.FLOAT16
+    (y,) = open_session(tmp_path / "model.onnx", threads=1).run(None, {"x": normal(5, 64)})
+    expected = run(norm_model(), {"x": normal(5, 64)})[0]
+    np.testing.assert_allclose(y, expected, atol=0.1 * np.abs(expected).max())
+
+
+def test_a_model_in_float16_is_left_as_it_is():
+    model = model_of(
+        "g (float16[2,4] x) => (float[2,4] y) <float16[4,4] w = {0}> "
+        "{ a = MatMul(x, w) b = Cast<to = 1>(a) c = Softmax(b) y = Add(c, b) }",
+        w=normal(4, 4).astype(np.float16),
+    )
+    convert(model)
+    assert [node.op_type for node in model.graph][:2] == ["MatMul", "Cast"]
