@@ -6,7 +6,9 @@
     MatMul(attend(MatMul(z, V_h)), O_h)  =>  MatMul(attend(MatMul(z, V_h R)), R' O_h)       for each head h
 
 Q and R are randomised Hadamard matrices. What the model computes stays; what changes is that no channel and no weight
-stands out any more, which few bits want. Nothing is left to do at run time.
+stands out any more, which few bits want. Nothing is left to do at run time. Where there are calibration samples, Q
+starts from the principal directions of what they send through the stream: a Hadamard matrix then gives every channel
+the same energy exactly, instead of about the same.
 
 The norms must not subtract a mean, their weights go into the layers that they feed, and all that reads or writes the
 stream must be known (`qgraph.analysis.residual_stream`); otherwise the stream stays, with the reason. An embedding
@@ -26,10 +28,14 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
+from qgraph.analysis.block_stream import BlockStream
 from qgraph.analysis.channel_sources import Origin, Source
 from qgraph.analysis.linear_layers import LinearLayer, linear_layers
 from qgraph.analysis.residual_stream import Gain, Stream, residual_streams
 from qgraph.analysis.scale_folding import foldings, input_source, replace_constant
+from qgraph.numerics.eigenbasis import eigenbasis
+from qgraph.numerics.hessian import Hessian
+from qgraph.numerics.rotation import Rotation, rotation
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
 __all__ = ["Rotate"]
@@ -46,6 +52,10 @@ class Rotate(Pass):
     name: ClassVar[str] = "rotate"
     stream: bool = field(default=True, metadata={"help": "turn the residual stream"})
     heads: bool = field(default=True, metadata={"help": "turn the values of every attention head"})
+    calibrated: bool = field(
+        default=True,
+        metadata={"help": "spread what calibration samples send evenly over all channels, if there are any"},
+    )
     seed: int = field(default=0, metadata={"help": "of the random signs, added to the compilation's"})
 
     def apply(self, model: ir.Model, context: Context) -> Report:
@@ -64,14 +74,61 @@ class Rotate(Pass):
             for number, stream in enumerate(streams):
                 if any(_TURNED in layer.node.metadata_props for layer in stream.embeddings):
                     continue
-                turn = _StreamTurn(model, stream, _random_hadamard(stream.width, seed + number))
+                turn = _StreamTurn(model, stream)
                 problem = turn.problem()
                 if problem is not None:
                     skipped.append(problem)
                     continue
-                notes += turn.run()
+                notes += turn.run(self._basis(model, context, stream, seed + number))
                 changed += len(stream.embeddings) + len(stream.writers) + len(stream.readers)
         return Report(changed=changed, skipped=skipped, notes=notes)
+
+    def _basis(self, model: ir.Model, context: Context, stream: Stream, seed: int) -> _Basis:
+        random = rotation(stream.width, seed)
+        if not self.calibrated or context.calibration is None or not random.is_hadamard:
+            return _Basis(random)
+        return _Basis(random, eigenbasis(_covariance(model, context, stream, self.name)))
+
+
+def _covariance(model: ir.Model, context: Context, stream: Stream, who: str) -> np.ndarray:
+    """Return the second moment of what the readers get, before the gains: float64 [width, width].
+
+    Every activation that is read counts the same, whatever its size.
+    """
+    inverse: dict[ir.Value, np.ndarray] = {}
+    for gain in stream.gains:
+        factors = qgraph.ir.constant(gain.node.inputs[gain.index])
+        assert factors is not None
+        wide = factors.reshape(-1).astype(np.float64)
+        used = np.abs(wide) > 1e-6 * np.abs(wide).max()
+        inverse[gain.layers[0].x] = np.where(used, 1.0 / np.where(used, wide, 1.0), 0.0)
+    total = np.zeros((stream.width, stream.width))
+    done: set[ir.Value] = set()
+    for stage in BlockStream(model, context, stream.readers, who=who, sequential="block").stages():
+        hessians = {x: Hessian(stream.width) for x in stage.layers if x not in done}
+        done |= hessians.keys()
+        for rows in stage.rows() if hessians else ():
+            for x, hessian in hessians.items():
+                hessian.add(rows[x].changed)
+        for x, hessian in hessians.items():
+            factors = inverse.get(x, np.ones(stream.width))
+            moment = hessian.matrix * factors * factors[:, None]
+            total += moment / max(np.trace(moment), 1e-30)
+    return total
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """An orthogonal matrix Q: principal directions of what flows, if there are any, times a random Hadamard matrix."""
+
+    rotation: Rotation
+    directions: np.ndarray | None = None
+
+    def apply(self, array: np.ndarray, axis: int = -1) -> np.ndarray:
+        """Return the array with every vector v along `axis` replaced by v Q."""
+        if self.directions is not None:
+            array = np.moveaxis(np.moveaxis(array, axis, -1) @ self.directions.astype(array.dtype), -1, axis)
+        return self.rotation.apply(array, axis)
 
 
 # --- values of heads -------------------------------------------------------------------------------------------------
@@ -86,14 +143,14 @@ def _turn_heads(model: ir.Model, context: Context, seed: int) -> int:
             continue
         heads = folding.origin.heads
         assert heads is not None
-        rotation = _random_hadamard(heads.shape[1], seed)
+        basis = _Basis(rotation(heads.shape[1], seed))
         for source, rows in zip(folding.origin.sources, blocks, strict=True):
             if source.matrix is not None and source.index != 2:
-                _rewrite(model, [source.matrix], _Blocks(rows, rotation, columns=False))
+                _rewrite(model, [source.matrix], _Blocks(rows, basis, columns=False))
             else:
-                _turn_vector(model, source, rows, rotation)
+                _turn_vector(model, source, rows, basis)
         for layer in folding.layers:
-            _rewrite(model, [layer], _Blocks(heads, rotation, columns=True))
+            _rewrite(model, [layer], _Blocks(heads, basis, columns=True))
             layer.node.metadata_props[_TURNED] = "values"
         turned += 1
     return turned
@@ -125,28 +182,28 @@ class _Blocks:
     """Turns rows, or columns, of a matrix [N, K] in blocks of a head each."""
 
     places: np.ndarray
-    rotation: np.ndarray
+    basis: _Basis
     columns: bool
 
     def __call__(self, matrix: np.ndarray) -> np.ndarray:
         result = matrix.copy()
         target = result.T if self.columns else result
         for rows in self.places:
-            target[rows] = self.rotation.T @ target[rows]
+            target[rows] = self.basis.apply(target[rows], axis=0)
         return result
 
 
-def _turn_vector(model: ir.Model, source: Source, places: np.ndarray | None, rotation: np.ndarray) -> None:
+def _turn_vector(model: ir.Model, source: Source, places: np.ndarray | None, basis: _Basis) -> None:
     """Turn a constant along its last axis, in blocks of a head each, or as a whole."""
     array = qgraph.ir.constant(source.value)
     assert array is not None
     shape = np.broadcast_shapes(array.shape, source.channels.shape)
     wide = np.broadcast_to(array, shape).astype(np.float64)
     if places is None:
-        wide = wide @ rotation
+        wide = basis.apply(wide)
     else:
         flat = wide.reshape(-1)
-        flat[places] = flat[places] @ rotation
+        flat[places] = basis.apply(flat[places])
         wide = flat.reshape(shape)
     replace_constant(model, [source], ir.tensor(wide.astype(array.dtype)), _SUFFIX)
 
@@ -155,12 +212,11 @@ def _turn_vector(model: ir.Model, source: Source, places: np.ndarray | None, rot
 
 
 class _StreamTurn:
-    """Turns one stream by an orthogonal matrix Q, float64 [width, width]."""
+    """Turns one stream by an orthogonal matrix Q."""
 
-    def __init__(self, model: ir.Model, stream: Stream, rotation: np.ndarray) -> None:
+    def __init__(self, model: ir.Model, stream: Stream) -> None:
         self._model = model
         self._stream = stream
-        self._rotation = rotation
         self._gains = {layer.node: gain for gain in stream.gains for layer in gain.layers}
         self._rows = {layer.node for layer in (*stream.embeddings, *stream.readers)}
         self._columns = {layer.node for layer in stream.writers}
@@ -181,8 +237,9 @@ class _StreamTurn:
                     return Skipped(layer.name, "it shares its weight with others, which the rotation would set apart")
         return None
 
-    def run(self) -> list[str]:
+    def run(self, basis: _Basis) -> list[str]:
         """Rewrite the weights and take the gains away; return notes."""
+        self._basis = basis
         stream, notes = self._stream, []
         for group in self._groups:
             plain = [layer for layer in group if self._factors(layer) is None]
@@ -195,7 +252,7 @@ class _StreamTurn:
                 if layers:
                     self._turn(layers)
         for node, index in stream.vectors:
-            _turn_vector(self._model, Source(node, index, np.arange(stream.width)), None, self._rotation)
+            _turn_vector(self._model, Source(node, index, np.arange(stream.width)), None, self._basis)
         for gain in stream.gains:
             self._drop(gain)
         for layer in stream.embeddings:
@@ -219,7 +276,7 @@ class _StreamTurn:
         _rewrite(
             self._model,
             layers,
-            _Turn(self._rotation, factors, writes=first.node in self._columns, reads=first.node in self._rows),
+            _Turn(self._basis, factors, writes=first.node in self._columns, reads=first.node in self._rows),
         )
 
     def _part(self, layer: LinearLayer) -> str:
@@ -257,7 +314,7 @@ class _StreamTurn:
             qgraph.ir.discard(gain.node)
 
     def _product(self, value: ir.Value, name: str, factors: np.ndarray, before: ir.Node) -> ir.Value:
-        turned = self._rotation.T @ (factors.reshape(-1, 1).astype(np.float64) * self._rotation)
+        turned = self._basis.apply(self._basis.apply(np.diag(factors.reshape(-1).astype(np.float64))), axis=0)
         matrix = qgraph.ir.initializer(self._model.graph, f"{name}_{_SUFFIX}", turned.astype(factors.dtype))
         node = ir.node("MatMul", [value, matrix], name=qgraph.ir.fresh_name(self._model.graph, f"{name}_product"))
         product = node.outputs[0]
@@ -270,7 +327,7 @@ class _StreamTurn:
 class _Turn:
     """Multiplies a matrix [N, K] by Q' from the left where it writes the stream, by diag(g) Q where it reads it."""
 
-    rotation: np.ndarray
+    basis: _Basis
     factors: np.ndarray | None
     writes: bool
     reads: bool
@@ -278,10 +335,9 @@ class _Turn:
     def __call__(self, matrix: np.ndarray) -> np.ndarray:
         if self.factors is not None:
             matrix = matrix * self.factors.astype(np.float32)
-        rotation = self.rotation.astype(np.float32)
         if self.reads:
-            matrix = matrix @ rotation
-        return np.asarray(rotation.T @ matrix if self.writes else matrix)
+            matrix = self.basis.apply(matrix)
+        return self.basis.apply(matrix, axis=0) if self.writes else matrix
 
 
 def _rewrite(model: ir.Model, layers: Sequence[LinearLayer], change: Callable[[np.ndarray], np.ndarray]) -> None:
@@ -304,18 +360,3 @@ def _rewrite(model: ir.Model, layers: Sequence[LinearLayer], change: Callable[[n
 
     lazy = qgraph.ir.lazy(compute, tensor.dtype, tensor.shape.numpy())
     replace_constant(model, sources, lazy, _SUFFIX)
-
-
-def _random_hadamard(size: int, seed: int) -> np.ndarray:
-    """Return signs times a Hadamard matrix of the power of two in `size`, times a random orthogonal matrix of the rest.
-
-    Float64 [size, size], orthogonal.
-    """
-    rng = np.random.default_rng(seed)
-    power = size & -size
-    hadamard = np.ones((1, 1))
-    while len(hadamard) < power:
-        hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
-    rest = np.linalg.qr(rng.normal(size=(size // power, size // power)))[0]
-    signs = rng.choice([-1.0, 1.0], size)
-    return np.asarray(signs[:, None] * np.kron(hadamard, rest) / np.sqrt(power))

@@ -11,7 +11,9 @@ import onnxruntime
 import pytest
 
 import qgraph.ir
+from qgraph.analysis.probes import Probe, raw_outputs
 from qgraph.models import pydoc_decoder
+from qgraph.numerics.eigenbasis import eigenbasis
 from qgraph.passes.rotate import Rotate
 from qgraph.pipeline import Pipeline, Report
 
@@ -238,6 +240,36 @@ def test_what_the_model_gives_out_stays():
     model = decoder()
     model.graph.outputs.append(next(value for node in model.graph for value in node.outputs if value.name == "h0"))
     assert "'h0' is an output of the model" in rotate(model).skipped[0].reason
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_calibrated_every_channel_carries_the_same(norm: str):
+    rng = np.random.default_rng(11)
+    feeds = [{"ids": rng.integers(0, VOCABULARY, (1, 12))} for _ in range(6)]
+    exact, model = run(decoder(norm)), decoder(norm)
+    Pipeline([Rotate(heads=False)]).run(model, calibration=feeds)
+    np.testing.assert_allclose(run(model), exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+    readers = dict.fromkeys(node.inputs[0].name for node in model.graph if node.op_type == "MatMul")
+    stream = [name for name in readers if name[0] in "nmz"]
+    assert len(stream) == 5
+    probe = Probe(model, raw_outputs(stream), frozenset(["ids"]))
+    seen = [np.concatenate(arrays, axis=1) for arrays in zip(*(probe.run(feed) for feed in feeds), strict=True)]
+    energy = sum(np.square(x, dtype=np.float64).sum(axis=(0, 1)) / np.square(x).sum() for x in seen)
+    np.testing.assert_allclose(energy, energy.mean(), rtol=1e-3)
+
+
+def test_principal_directions_do_not_depend_on_the_last_digits():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 24)) * np.geomspace(1, 20, 24)
+    covariance = x.T @ x
+    basis = eigenbasis(covariance)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(24), atol=1e-14)
+    turned = basis.T @ covariance @ basis
+    assert np.abs(turned - np.diag(turned.diagonal())).max() < 1e-4 * turned.max()
+    assert (np.diff(turned.diagonal()) < 0).all()
+    assert np.array_equal(eigenbasis(covariance * (1 + 1e-13 * rng.normal(size=(24, 24)))), basis)
+    with pytest.raises(ValueError, match="not finite"):
+        eigenbasis(np.full((2, 2), np.nan))
 
 
 def test_the_trained_decoder_keeps_its_values():
