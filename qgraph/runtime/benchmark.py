@@ -29,6 +29,8 @@ from qgraph.targets.base import Session
 __all__ = ["Benchmark", "Machine", "Timing", "compare", "machine", "peak_memory"]
 
 _ROUNDS_AT_LEAST = 3
+_SHOWN = 3
+"""Inputs whose shapes are told; a decoder with a cache has dozens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,12 +187,13 @@ def _rows(feed: Feeds) -> int:
 
 
 def _batch(feeds: Sequence[Feeds]) -> str:
-    """Describe the feed of middling size: one shape where all its inputs share it, else each input's."""
+    """Describe the feed of middling size: one shape where all its inputs share it, else those of the first inputs."""
     by_size = sorted(feeds, key=lambda feed: sum(array.size for array in feed.values()))
     shapes = {name: " x ".join(map(str, a.shape)) or "scalar" for name, a in by_size[len(feeds) // 2].items()}
     if len(set(shapes.values())) == 1:
         return next(iter(shapes.values()))
-    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    shown = ", ".join(f"{name} {shape}" for name, shape in list(shapes.items())[:_SHOWN])
+    return shown if len(shapes) <= _SHOWN else f"{shown} and {len(shapes) - _SHOWN} more inputs"
 
 
 def machine() -> Machine:
