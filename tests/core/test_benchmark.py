@@ -98,8 +98,8 @@ def test_the_batch_is_described_by_one_shape_where_all_inputs_share_it():
     assert compare(candidates, [feed], seconds=1, clock=clock).batch == "8 x 32"
     feed = {"x": np.zeros((1, 576)), "rate": np.zeros(())}
     assert compare(candidates, [feed], seconds=1, clock=clock).batch == "x 1 x 576, rate scalar"
-    feed = {"ids": np.zeros((1, 4)), **{f"past.{number}": np.zeros((1, 2, 0, 8)) for number in range(6)}}
-    told = "ids 1 x 4, past.0 1 x 2 x 0 x 8, past.1 1 x 2 x 0 x 8 and 4 more inputs"
+    feed = {"x": np.zeros((1, 4)), **{f"past.{number}": np.zeros((1, 2, 0, 8)) for number in range(6)}}
+    told = "x 1 x 4, past.0 1 x 2 x 0 x 8, past.1 1 x 2 x 0 x 8 and 4 more inputs"
     assert compare(candidates, [feed], seconds=1, clock=clock).batch == told
 
 
