@@ -258,16 +258,9 @@ class _DecoderWriter(GraphWriter):
         past = [self._past(index) for index in range(config.layers)] if self._cache else []
         x, table = self._embed(ids)
         lengths = self._lengths(ids, mask)
-        positions = self._positions(mask, lengths)
-        rotary = {None: self._rotary_tables(positions, "rotary_emb", config.frequencies)}
-        local = config.local_frequencies != config.frequencies
+        rotary = self._rotary(self._positions(mask, lengths))
         biases = {window: self._attention_bias(mask, lengths, window) for window in dict.fromkeys(config.windows)}
         for index, window in enumerate(config.windows):
-            if window not in rotary:
-                rotary[window] = rotary[None]
-                if local:
-                    tables = self._rotary_tables(positions, "rotary_emb_local", config.local_frequencies)
-                    rotary[window] = tables
             with self.scope(f"{self._weights.prefix}layers.{index}"):
                 attention = _Attention(self, past[index] if past else None, rotary[window], biases[window])
                 x = self._residual(x, "input_layernorm", attention.write, "post_attention_layernorm")
@@ -336,7 +329,7 @@ class _DecoderWriter(GraphWriter):
 
     def _past(self, index: int) -> tuple[ir.Value, ir.Value]:
         config = self.config
-        shape = ["batch_size", config.kv_heads, "past_sequence_length", config.head_dim]
+        shape: list[int | str] = ["batch_size", config.kv_heads, "past_sequence_length", config.head_dim]
         key, value = (
             self.input(f"past_key_values.{index}.{kind}", self._weights.dtype, shape) for kind in ("key", "value")
         )
@@ -387,6 +380,15 @@ class _DecoderWriter(GraphWriter):
             new = self.op("Slice", counted, begin, self.integers(_INT64_MAX), self.integers(1))
             column = self.op("Unsqueeze", self.op("Max", new, self.integer(0)), self.integers(1, 3))
             return self.op("Cast", column, attributes={"to": ir.DataType.FLOAT.value})
+
+    def _rotary(self, positions: ir.Value) -> dict[int | None, tuple[ir.Value, ir.Value]]:
+        """Write the rotation of layers with each window."""
+        config = self.config
+        whole = self._rotary_tables(positions, "rotary_emb", config.frequencies)
+        near = whole
+        if config.local_frequencies != config.frequencies:
+            near = self._rotary_tables(positions, "rotary_emb_local", config.local_frequencies)
+        return {window: whole if window is None else near for window in config.windows}
 
     def _rotary_tables(self, positions: ir.Value, name: str, frequencies: Sequence[float]) -> tuple[ir.Value, ir.Value]:
         """Write cosines and sines of the rotation, each [batch, 1, seq, head_dim]."""

@@ -233,8 +233,9 @@ class _Reader:
         if high <= low:
             raise UserError(f"{self._path}: rope_scaling.high_freq_factor must be above low_freq_factor, {low}")
         turns = context * frequencies / (2 * np.pi)
-        share = np.clip((turns - low) / (high - low), 0, 1)
-        return (1 - share) * frequencies / factor + share * frequencies
+        share: np.ndarray = np.clip((turns - low) / (high - low), 0, 1)
+        slowed: np.ndarray = (1 - share) * frequencies / factor + share * frequencies
+        return slowed
 
     def _scaling(self, scaling: Mapping[str, Any], field: str) -> float:
         value = scaling.get(field)

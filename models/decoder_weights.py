@@ -53,6 +53,11 @@ class CheckpointTensor(ir.TensorProtocol):
         """The number of bytes."""
         return self.size * self.dtype.bitwidth // 8
 
+    @property
+    def raw(self) -> np.ndarray:
+        """The whole weight, as `numpy` gives it."""
+        return self.numpy()
+
     def numpy(self) -> np.ndarray:
         """Return the whole weight.
 

@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import onnx_ir as ir
 
@@ -187,7 +187,7 @@ def _entry(file: MappedFile, name: str, value: Any, data: int) -> _Entry:
     return _Entry(file, dtype, shape, begin, end)
 
 
-def _counts(value: Any) -> bool:
+def _counts(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
 
 

@@ -85,7 +85,8 @@ class TextWindows:
     def labels(self, name: str | None, indices: Sequence[int]) -> np.ndarray | None:
         """See `qgraph.samples.Source`."""
         del indices
-        return _no_labels(name)
+        _refuse_labels(name)
+        return None
 
 
 class TextLines:
@@ -139,7 +140,8 @@ class TextLines:
     def labels(self, name: str | None, indices: Sequence[int]) -> np.ndarray | None:
         """See `qgraph.samples.Source`."""
         del indices
-        return _no_labels(name)
+        _refuse_labels(name)
+        return None
 
     def _filling(self) -> int:
         for token in ("[PAD]", "<pad>", "</s>", "<|endoftext|>"):
@@ -149,7 +151,7 @@ class TextLines:
         return 0
 
 
-def _no_labels(name: str | None) -> None:
+def _refuse_labels(name: str | None) -> None:
     if name is not None:
         raise UserError(f"a text file has no array '{name}' for labels: put tokens and labels into a .npz file")
 
