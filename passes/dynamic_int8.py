@@ -91,7 +91,11 @@ class DynamicInt8(Pass):
                 continue
             if any(fnmatch.fnmatchcase(label, pattern) for pattern in self.exclude):
                 skipped.append(Skipped(label, "it is excluded"))
-            elif node.op_type != "Gather" or self.embeddings:
+            elif node.op_type == "Gather" and not self.embeddings:
+                continue
+            elif (weight := _not_finite(layer)) is not None:
+                skipped.append(Skipped(label, f"its weight '{weight}' holds NaN or infinity"))
+            else:
                 layers.append(layer)
         layers, shared = without_shared(layers)
         layers = subtracted(layers)
@@ -268,6 +272,19 @@ class _Rewriter:
         for graph in qgraph.ir.all_graphs(self._model):
             for name in [name for name, value in graph.initializers.items() if value in unread]:
                 del graph.initializers[name]
+
+
+def _not_finite(layer: Layer) -> str | None:
+    """Return the name of a weight with elements that no integer can stand for, or None."""
+    for index in layer.weights:
+        weight = layer.node.inputs[index]
+        tensor = weight.const_value if weight is not None else None
+        if weight is None or tensor is None or not tensor.size:
+            continue
+        array = np.asarray(tensor.numpy())
+        if not (np.isfinite(array.min()) and np.isfinite(array.max())):  # NaN is its own least and largest
+            return weight.name
+    return None
 
 
 def _integers(

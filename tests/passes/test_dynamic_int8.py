@@ -180,6 +180,15 @@ def test_what_stays_in_float_says_why(text: str, weights: dict[str, tuple[int, .
 PLAIN = "g (float[n, 32] x, float[32, 32] w) => (float[n, 32] y) { [first] y = MatMul (x, w) }"
 
 
+@pytest.mark.parametrize("fault", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_stay_in_float(fault: float):
+    weight = normal(96, 64)
+    weight[3, 5] = fault
+    text = "g (float[n, 96] x, float[96, 64] w) => (float[n, 64] y) { y = MatMul (x, w) }"
+    report = quantized(model_with(text, w=weight))
+    assert (report.changed, [one.reason for one in report.skipped]) == (0, ["its weight 'w' holds NaN or infinity"])
+
+
 def test_options_leave_things_alone():
     for options, reason in (({"exclude": ("fir*",)}, "it is excluded"), ({"min_elements": 2000}, "1024 elements")):
         report = quantized(model_with(PLAIN, w=normal(32, 32)), **options)
