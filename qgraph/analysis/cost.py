@@ -23,6 +23,7 @@ import onnx_ir.passes.common
 import qgraph.ir
 from qgraph.analysis.multiply_adds import UnknownCostError, multiply_adds
 from qgraph.analysis.shapes import Shapes
+from qgraph.errors import UserError
 
 __all__ = ["ModelCost", "NodeCost", "Port", "cost", "precision"]
 
@@ -130,10 +131,16 @@ def cost(model: ir.Model, axes: Mapping[str, int] | None = None) -> ModelCost:
     Args:
         model: any model; weights are not read.
         axes: sizes of dynamic axes by name; others get 1 where they come first and 16 elsewhere.
+
+    Raises:
+        UserError: the model's functions call one another in a circle.
     """
     copy = model.clone()
     if copy.functions:
-        onnx_ir.passes.common.InlinePass()(copy)
+        try:
+            onnx_ir.passes.common.InlinePass()(copy)
+        except (ir.passes.PassError, ir.passes.InvariantError, ValueError) as error:
+            raise UserError(f"the model's functions cannot be inlined: {error}. Export without functions.") from error
     copy.graph.inputs[:] = [value for value in copy.graph.inputs if value.name not in copy.graph.initializers]
     sizes = _fix_axes(copy, axes or {})
     sizer = _Sizer(copy)

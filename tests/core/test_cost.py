@@ -8,6 +8,7 @@ import pytest
 
 import qgraph.ir
 from qgraph.analysis.cost import Port, cost
+from qgraph.errors import UserError
 
 ORT = "com.microsoft"
 
@@ -209,3 +210,13 @@ def test_published_multiply_adds_of_real_models(assets, file, millions):
     found = cost(qgraph.ir.load(assets / file))
     assert found.unknown == []
     assert found.multiply_adds / 1e6 == pytest.approx(millions, rel=0.001)
+
+
+def test_functions_that_call_one_another_in_a_circle_are_bad_input():
+    call = ir.node("Round", [value := ir.val("a", ir.DataType.FLOAT, [2])], domain="mine")
+    body = ir.Graph([value], call.outputs, nodes=[call], opset_imports={"mine": 1}, name="body")
+    model = one_node("Round", {"x": [2]}, [2], domain="mine")
+    function = ir.Function("mine", "Round", graph=body, attributes=[])
+    model.functions[function.identifier()] = function
+    with pytest.raises(UserError, match="Export without functions"):
+        cost(model)
