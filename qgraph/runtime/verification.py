@@ -138,7 +138,8 @@ class Verification:
         """Return what lies outside the tolerances, one line each; an empty list means that all are met.
 
         Values that were finite in the source and are not in the result fail whatever the tolerances are. A metric
-        that cannot be computed for any output fails too: nothing was proven.
+        that cannot be computed for any output fails too, and so does a result of which no output can be compared at
+        all: nothing was proven.
 
         Args:
             tolerances: metric (see `tolerances.METRICS`) -> bound; `top1` as a fraction.
@@ -155,6 +156,8 @@ class Verification:
         ]
         for metric, bound in tolerances.items():
             failures += self._misses(metric, bound)
+        if not failures and not any(map(_compared, self.outputs)):
+            failures.append("no output holds values that can be compared, so nothing was proven: give other samples")
         return failures
 
     def _misses(self, metric: str, bound: float) -> list[str]:
@@ -207,6 +210,10 @@ def _figure(output: OutputFigures, metric: str) -> float | None:
         "top1": None if agreement is None else 1 - agreement,
     }
     return figures[metric]
+
+
+def _compared(output: OutputFigures) -> bool:
+    return not (output.sqnr_db is None and output.max_abs_error is None and output.match is None)
 
 
 def _inside(metric: str, figure: float, bound: float) -> bool:
