@@ -277,6 +277,7 @@ class _Run:
         self.kernels: Kernels | None = None
         self.weights: dict[str, Any] | None = None
         self.limits: dict[str, int] = {}
+        self.shapes: Mapping[str, Sequence[int]] = {}
 
     def event(self, stage: str, text: str) -> None:
         now = time.perf_counter()
@@ -296,6 +297,7 @@ class _Run:
     ) -> tuple[ir.Model, Plan]:
         """Load, prepare, compress and lower; return the model and the plan with all three parts filled in."""
         model = qgraph.ir.load(source)
+        self.shapes = shapes
         for name, dims in shapes.items():
             qgraph.ir.set_input_shape(model, name, dims)
         self._open_data(model, calibration, verify_data)
@@ -376,7 +378,7 @@ class _Run:
         if self.samples is not None:
             return self.samples
         inputs = input_signature(session)
-        return random_feeds(inputs, self.context.seed, count=RANDOM_SAMPLES, limits=self.limits)
+        return random_feeds(inputs, self.context.seed, self.shapes, count=RANDOM_SAMPLES, limits=self.limits)
 
     def _facts(
         self,
@@ -398,7 +400,10 @@ class _Run:
             },
             "seed": self.context.seed,
             "versions": _versions(),
-            "inputs": [dataclasses.asdict(one) for one in input_signature(session)],
+            "inputs": [
+                dataclasses.asdict(dataclasses.replace(one, shape=tuple(self.shapes.get(one.name, one.shape))))
+                for one in input_signature(session)
+            ],
             "outputs": [output.to_json()["name"] for output in verification.outputs],
             "passes": [
                 {"part": part, "name": one.name, "changed": one.changed, "notes": list(one.notes)}
@@ -601,7 +606,8 @@ def verify(
     labels = None
     if data is None:
         inputs = input_signature(before)
-        samples = random_feeds(inputs, context.seed, count=RANDOM_SAMPLES, limits=index_limits(model))
+        shapes = {one["name"]: one["shape"] for one in opened.manifest["inputs"] if _is_fixed(one["shape"])}
+        samples = random_feeds(inputs, context.seed, shapes, count=RANDOM_SAMPLES, limits=index_limits(model))
     else:
         wrapped = Data.of(data)
         samples = wrapped.open(signature(model))
@@ -611,3 +617,7 @@ def verify(
     if failures:
         raise ToleranceError(f"{opened.path} is outside the tolerance: {'; '.join(failures)}", result)
     return result
+
+
+def _is_fixed(shape: Sequence[int | str | None]) -> bool:
+    return all(isinstance(axis, int) for axis in shape)

@@ -207,6 +207,13 @@ def test_fixed_shapes_reach_the_artifact(model: Path, samples: Path) -> None:
     assert list(loaded.graph.inputs[0].shape) == [1, 3, 16, 16]
 
 
+def test_fixed_shapes_are_those_of_the_random_inputs_too(model: Path) -> None:
+    artifact = qgraph.compile(model, "cpu-fp32", shapes={"image": [3, 3, 16, 16]})
+    assert artifact.verified
+    assert list(artifact.manifest["inputs"][0]["shape"]) == [3, 3, 16, 16]
+    assert verify(artifact.path).samples == 4 * 3
+
+
 def test_a_recipe_names_its_faults(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not valid TOML"):
         Plan.from_recipe("[[pass]")
