@@ -8,6 +8,7 @@ from typing import Any
 _HOMES = {
     "AlignChannels": "align_channels",
     "AveragePoolToConv": "average_pool_to_conv",
+    "Awq": "awq",
     "ConvertOpset": "convert_opset",
     "DeduplicateInitializers": "deduplicate_initializers",
     "DynamicInt8": "dynamic_int8",
