@@ -130,26 +130,32 @@ def relative_error(output: Path, layers: int) -> float:
     return error / size
 
 
-def measure(tool: str, source: Path, layers: int, work: Path, repeats: int) -> dict[str, Any]:
-    """Run a tool `repeats` times and return what it took."""
-    output = work / tool
-    output.mkdir(exist_ok=True)
-    written = output / "artifact/model.onnx" if tool in COMMANDS else output / "model.onnx"
-    target = written.parent if tool in COMMANDS else written
-    runs = []
+def measure(tools: list[str], source: Path, layers: int, work: Path, repeats: int) -> list[dict[str, Any]]:
+    """Run the tools by turns, `repeats` times each, and return what each took."""
+    runs: dict[str, list[timing.Process]] = {tool: [] for tool in tools}
+    rows: dict[str, dict[str, Any]] = {}
     for _ in range(repeats):
-        run = timing.run_process(command(tool, source, target), work / f"{tool}.log")
-        if run.status != 0:
-            return {"failed": run.errors.splitlines()[-1:] or run.status}
-        runs.append(run)
-    result = {
-        "seconds": round(min(run.seconds for run in runs), 2),
-        "peak_mib": round(max(run.peak_mib for run in runs)),
-        "bytes": sum(path.stat().st_size for path in written.parent.glob("model.onnx*")),
-        "relative_error": relative_error(written, layers) if layers <= 16 else None,
-    }
-    shutil.rmtree(output)
-    return result
+        for tool in tools:
+            output = work / tool
+            output.mkdir()
+            written = output / "artifact/model.onnx" if tool in COMMANDS else output / "model.onnx"
+            target = written.parent if tool in COMMANDS else written
+            run = timing.run_process(command(tool, source, target), work / f"{tool}.log")
+            runs[tool].append(run)
+            row: dict[str, Any] = {"tool": tool, "layers": layers}
+            if run.status != 0:
+                row["failed"] = run.errors.splitlines()[-1:] or run.status
+            elif tool not in rows:
+                row["bytes"] = sum(path.stat().st_size for path in written.parent.glob("model.onnx*"))
+                row["relative_error"] = relative_error(written, layers)
+            rows[tool] = {**row, **rows.get(tool, {})}
+            shutil.rmtree(output)
+    for tool, row in rows.items():
+        row["seconds"] = round(min(run.seconds for run in runs[tool]), 2)
+        row["peak_mib"] = round(max(run.peak_mib for run in runs[tool]))
+        if PEER in rows and "failed" not in row:
+            row["times_faster"] = round(min(run.seconds for run in runs[PEER]) / row["seconds"], 2)
+    return list(rows.values())
 
 
 def main() -> int:
@@ -175,13 +181,7 @@ def main() -> int:
             source = work / "chain.onnx"
             generate(source, layers)
             print(f"{layers} layers, {layers * SIZE * SIZE / 1e6:.0f} M parameters", flush=True)
-            peer = None
-            for tool in tools:
-                row = {"tool": tool, "layers": layers, **measure(tool, source, layers, work, options.repeats)}
-                if tool == PEER and "seconds" in row:
-                    peer = row["seconds"]
-                if peer and "seconds" in row:
-                    row["times_faster"] = round(peer / row["seconds"], 2)
+            for row in measure(tools, source, layers, work, options.repeats):
                 results["rows"].append(row)
                 print(f"  {json.dumps(row)}", flush=True)
     if options.output is not None:

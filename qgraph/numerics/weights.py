@@ -337,6 +337,7 @@ _SPANS = {
 }
 """Shares of the full range, by bits, between which the best one lies for groups of 16, 64, 256 and 1024: in 96 of 100
 groups of normal and of heavy-tailed (Student's t, 4 degrees) weights, by exhaustive search."""
+_NOTHING_SATURATES = 1.001
 _SYMMETRIC_ROOM = {2: 0.15, 3: 0.08, 4: 0.04, 5: -0.02, 6: -0.06, 8: -0.08}
 
 
@@ -377,7 +378,8 @@ def search_integer(
     best = _BestFit(values * _reciprocal(start), weights, zero_point.astype(np.float32)[0], scheme.top)
     factors = _factors(scheme.bits, len(values), symmetric=scheme.symmetric)
     for factor in factors:
-        best.consider(factor, best.start)
+        # Above the full range nothing saturates, where that range touches both ends.
+        best.consider(factor, best.start, clip=scheme.symmetric or factor < _NOTHING_SATURATES)
     if scheme.symmetric and scheme.bits <= 3:
         for factor in factors[::2]:
             best.consider(-factor, best.start)
@@ -415,13 +417,14 @@ class _BestFit:
         self._codes = np.empty_like(unit)
         self._scratch = self._codes if weights is None else np.empty_like(unit)
 
-    def consider(self, ratio: float | np.ndarray, zero: np.ndarray) -> None:
+    def consider(self, ratio: float | np.ndarray, zero: np.ndarray, *, clip: bool = True) -> None:
         """Try codes at a share of the scale and a zero point, and keep them where they fit better."""
         codes = self._codes
         np.multiply(self._unit, np.float32(1) / np.asarray(ratio, np.float32), out=codes)
         np.rint(codes, out=codes)
-        np.maximum(codes, -zero, out=codes)
-        np.minimum(codes, self._top - zero, out=codes)
+        if clip:
+            np.maximum(codes, -zero, out=codes)
+            np.minimum(codes, self._top - zero, out=codes)
         product = np.einsum("ij,ij->j", self._weighted, codes)
         if self._weights is not None:
             np.multiply(codes, self._weights, out=self._scratch)
