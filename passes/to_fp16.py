@@ -67,7 +67,7 @@ class ToFp16(Pass):
             return Report(skipped=skipped)
         notes = [f"{changed} nodes in float16", *_left(skipped)]
         if kept.masks:
-            notes.append(f"{len(kept.masks)} masks cut off at {MASK:.0f}")
+            notes.append(f"{len(kept.masks)} mask{'s' * (len(kept.masks) > 1)} cut off at {MASK:.0f}")
         return Report(changed=changed, skipped=skipped, notes=notes)
 
 

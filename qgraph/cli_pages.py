@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from qgraph.report.terminal import Table
 from qgraph.report.units import bytes_text, count_text, decibels, percent, ratio_text, seconds_text
@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 _WORST = 15
+_WEIGHTS = 30
 _FACTS = {"needs_calibration": "needs data", "prepare": "prepare passes", "lower": "lower passes"}
 
 
@@ -179,8 +180,27 @@ def inspection_tables(found: Inspection) -> list[Table]:
             ("weights", ">bytes", ">share"),
             tuple((name, bytes_text(count), percent(count / weights)) for name, count in cost.weights.items() if count),
         ),
+        *_compressed(found),
         _operators(cost),
     ]
+
+
+def _compressed(found: Inspection) -> list[Table]:
+    """Return the compressed weights, the largest first."""
+    if found.weights is None:
+        return []
+    tensors = sorted(found.weights["tensors"], key=lambda one: -one["bytes"])
+    rows = [_weight_row(one["name"], one["scheme"], one, one["operators"]) for one in tensors[:_WEIGHTS]]
+    rest = len(tensors) - len(rows)
+    note = f"and {rest} more; --json has them all" if rest else ""
+    total = _weight_row(f"all {len(tensors)}", "", found.weights, [])
+    columns = ("compressed weight", "scheme", ">bits each", ">stored bits", ">bytes", "read by")
+    return [Table(columns, (*rows, total), note=note)]
+
+
+def _weight_row(name: str, scheme: str, sums: Mapping[str, Any], operators: Sequence[str]) -> tuple[str, ...]:
+    bits, stored = (f"{sums[key]:.2f}" for key in ("bits_per_weight", "stored_bits_per_weight"))
+    return (name, scheme, bits, stored, bytes_text(sums["bytes"]), ", ".join(operators))
 
 
 def _facts(found: Inspection) -> list[tuple[str, str]]:

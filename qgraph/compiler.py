@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import math
 import platform
 import tempfile
 import time
@@ -28,7 +27,7 @@ import onnx_ir as ir
 import qgraph
 import qgraph.ir
 from qgraph import registry, spec
-from qgraph.analysis.compressed_weights import compressed, format_scheme
+from qgraph.analysis.compressed_weights import weight_facts
 from qgraph.analysis.index_limits import index_limits
 from qgraph.artifact import Artifact, open_artifact, refuse_existing, sha256, staging, write_manifest
 from qgraph.errors import ToleranceError, UserError
@@ -193,7 +192,7 @@ def compile(  # noqa: A001 - the name that users look for
         run.context = dataclasses.replace(run.context, work_folder=run.context.work_folder or work, _analyses={})
         built, plan = run.build(source, plan, overrides, shapes or {}, calibration, verify_data, tune=tune)
         files = _lower(chosen, built, stage)
-        run.event("lower", _lowered(built, files))
+        run.event("lower", _lowered(built, files, run.reports["lower"]))
         manifest, failures = run.prove(source, stage, plan, tolerance or {})
         run.publish(stage, manifest)
     run.event("write", f"{folder}")
@@ -253,8 +252,9 @@ def _lower(target: Target, model: ir.Model, stage: Path) -> list[str]:
     return target.lower(model, stage)
 
 
-def _lowered(model: ir.Model, files: Sequence[str]) -> str:
-    return f"{qgraph.ir.count_nodes(model)} nodes, {', '.join(files)}"
+def _lowered(model: ir.Model, files: Sequence[str], report: Report) -> str:
+    facts = f"{qgraph.ir.count_nodes(model)} nodes, {', '.join(files)}"
+    return "   ".join([facts, ", ".join(dict.fromkeys(report.notes))]) if report.notes else facts
 
 
 class _Run:
@@ -319,7 +319,7 @@ class _Run:
         lower = _override(plan.lower if plan.lower is not None else self.target.lower_passes(), overrides)
         self._run_part("lower", lower, model)
         _refuse_unused(overrides, (prepare, compress, lower))
-        self.weights = _weights_json(model)
+        self.weights = weight_facts(model)
         model.producer_name, model.producer_version = "qgraph", qgraph.__version__
         return model, Plan(prepare, compress, lower)
 
@@ -535,35 +535,6 @@ def _kernels_json(kernels: Kernels) -> dict[str, Any]:
         "low_bit": dict(sorted(kernels.low_bit.items())),
         "other": dict(sorted(kernels.other.items())),
         "left_in_float": [{"node": node, "reason": reason} for node, reason in kernels.left_in_float],
-    }
-
-
-def _weights_json(model: ir.Model) -> dict[str, Any] | None:
-    """Return what the compressed weights are, what they hold and what they take; None where there are none.
-
-    Bits of information are those of a weight's own scheme; bytes are those of the tensors that hold it on disk.
-    """
-    entries = [
-        {
-            "name": one.name,
-            "scheme": format_scheme(one.scheme),
-            "shape": [one.outputs, one.inputs],
-            "information_bits": round(one.information_bits),
-            "bytes": one.bytes,
-        }
-        for one in compressed(model)
-    ]
-    if not entries:
-        return None
-    parameters = sum(math.prod(one["shape"]) for one in entries)
-    bits, stored = (sum(one[key] for one in entries) for key in ("information_bits", "bytes"))
-    return {
-        "parameters": parameters,
-        "information_bits": bits,
-        "bytes": stored,
-        "bits_per_weight": round(bits / parameters, 4),
-        "stored_bits_per_weight": round(8 * stored / parameters, 4),
-        "tensors": entries,
     }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import qgraph.ir
+from qgraph.analysis.compressed_weights import weight_facts
 from qgraph.analysis.cost import ModelCost, cost
 from qgraph.artifact import Artifact, open_artifact
 from qgraph.compiler import Data
@@ -90,17 +91,20 @@ class Inspection:
         bytes: on disk, weights in other files included; of an artifact, those of the files that are deployed.
         cost: operators, weights and multiply-adds.
         manifest: of an artifact, else None.
+        weights: the compressed weights, as the manifest has them; None where there are none.
     """
 
     path: Path
     bytes: int
     cost: ModelCost
     manifest: Mapping[str, Any] | None = None
+    weights: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
         manifest = None if self.manifest is None else dict(self.manifest)
-        return {"path": str(self.path), "bytes": self.bytes, **self.cost.to_json(), "manifest": manifest}
+        found = {"path": str(self.path), "bytes": self.bytes, **self.cost.to_json(), "manifest": manifest}
+        return {**found, "compressed_weights": self.weights}
 
 
 def run(
@@ -257,12 +261,14 @@ def inspect(path: str | Path) -> Inspection:
     """
     path = Path(path)
     if not path.is_dir():
-        return Inspection(path, _bytes(path), cost(qgraph.ir.load(path)))
+        model = qgraph.ir.load(path)
+        return Inspection(path, _bytes(path), cost(model), weights=weight_facts(model))
     artifact = open_artifact(path)
-    model = path / "model.onnx"
-    if not model.is_file():
+    file = path / "model.onnx"
+    if not file.is_file():
         raise UserError(f"{path} holds no model.onnx: its target deploys no ONNX model to look into")
-    return Inspection(path, _bytes(path), cost(qgraph.ir.load(model)), artifact.manifest)
+    model = qgraph.ir.load(file)
+    return Inspection(path, _bytes(path), cost(model), artifact.manifest, weight_facts(model))
 
 
 def diff(

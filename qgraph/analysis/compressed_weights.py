@@ -46,6 +46,7 @@ __all__ = [
     "producer_of",
     "store",
     "total_bits",
+    "weight_facts",
 ]
 
 SCHEME_KEY = "qgraph.weight"
@@ -479,3 +480,35 @@ def _read(weight: CompressedWeight) -> QuantizedWeight:
     book = steps if scheme.format in _FLOAT8 else np.rint(steps)
     codes = np.searchsorted(book, values.astype(np.float32)).astype(np.uint8)
     return QuantizedWeight(codes, scale, None, scheme)
+
+
+def weight_facts(model: ir.Model) -> dict[str, Any] | None:
+    """Return, as JSON values, what the compressed weights of a model are, hold and take; None where there are none.
+
+    Bits of information are those that a weight's own scheme needs; bytes are those of the tensors that hold it, which
+    may be wider.
+    """
+    entries = [
+        {
+            "name": one.name,
+            "scheme": format_scheme(one.scheme),
+            "operators": list(dict.fromkeys(reader.op_type for reader in one.readers)),
+            "shape": [one.outputs, one.inputs],
+            **_sizes(one.outputs * one.inputs, round(one.information_bits), one.bytes),
+        }
+        for one in compressed(model)
+    ]
+    if not entries:
+        return None
+    sums = [sum(one[key] for one in entries) for key in ("parameters", "information_bits", "bytes")]
+    return {**_sizes(*sums), "tensors": entries}
+
+
+def _sizes(parameters: int, bits: int, stored: int) -> dict[str, Any]:
+    return {
+        "parameters": parameters,
+        "information_bits": bits,
+        "bytes": stored,
+        "bits_per_weight": round(bits / parameters, 4),
+        "stored_bits_per_weight": round(8 * stored / parameters, 4),
+    }

@@ -142,6 +142,7 @@ _RULES: dict[str, Callable[[_Operands], int]] = {
     "QLinearMatMul": _product(0, 3),
     "QGemm": _product(0, 3),
     "MatMulNBits": _packed_product,
+    "MatMulBnb4": _packed_product,
     "Conv": _convolution(1),
     "FusedConv": _convolution(1),
     "NhwcFusedConv": _convolution(1),

@@ -285,9 +285,21 @@ def _dynamic_quantize_matmul(node: ir.Node, facts: Facts) -> Sequence[Fact]:
     return [Fact(facts.dtype(node.inputs[0]), _product(dims_of(node, facts), dims_of(node, facts, 1)))]
 
 
-@rule("MatMulNBits", domain="com.microsoft")
+@rule("MatMulNBits", "MatMulBnb4", domain="com.microsoft")
 def _matmul_n_bits(node: ir.Node, facts: Facts) -> Sequence[Fact]:
     return [Fact(facts.dtype(node.inputs[0]), (*dims_of(node, facts)[:-1], int_of(node, "N", 0)))]
+
+
+@rule("GatherBlockQuantized", domain="com.microsoft")
+def _gather_block_quantized(node: ir.Node, facts: Facts) -> Sequence[Fact]:
+    table, indices = dims_of(node, facts), dims_of(node, facts, 1)
+    if len(table) != 2 or int_of(node, "gather_axis", 0) != 0:
+        raise UnknownShapeError("it looks up along another axis than the first of a matrix")
+    packed = facts.dtype(node.inputs[0]) == ir.DataType.UINT8
+    width = table[1]
+    if packed and isinstance(width, int):
+        width = width * 8 // int_of(node, "bits", 4)
+    return [Fact(facts.dtype(node.inputs[2]), (*indices, width))]
 
 
 @rule("QAttention", domain="com.microsoft")

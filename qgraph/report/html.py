@@ -29,6 +29,8 @@ _GROUPS = 60
 _NAMES = 500
 _NOTES = 12
 _RECIPE = 40_000
+_FUSED = "Counted after the runtime's own fusions, as it runs on this machine."
+_NOT_HERE = "Counted as the operators are written: the device is not here to run them."
 _NO_BREAK = "\u00a0"
 _METRIC_NAMES = {"sqnr": "SQNR", "max_abs": "max error", "top1": "top-1 loss"}
 _PARTS = {"prepare": "Prepare", "compress": "Compress", "lower": "Lower"}
@@ -56,7 +58,8 @@ def render(data: ReportData) -> str:
         _passes(data.passes),
         _verification(manifest),
         _layers(data.layers),
-        _kernels(manifest.get("kernels")),
+        _weights(manifest.get("weights")),
+        _kernels(manifest.get("kernels"), str(manifest.get("stand_in", ""))),
         _left_alone(manifest),
         _again(data),
     ]
@@ -116,7 +119,8 @@ def _bound(metric: str, value: float) -> str:
 
 def _samples(manifest: Mapping[str, Any]) -> str:
     verification = manifest["verification"]
-    return f"{verification['samples']} {verification.get('data', 'samples')}"
+    where = f", on {manifest['stand_in']}" if manifest.get("stand_in") else ""
+    return f"{verification['samples']} {verification.get('data', 'samples')}{where}"
 
 
 def _figures(lines: Sequence[Comparison]) -> Markup:
@@ -296,11 +300,38 @@ def _layer_row(one: TensorError, largest: float) -> Markup:
     )
 
 
-def _kernels(kernels: Mapping[str, Any] | None) -> Markup | None:
+def _weights(weights: Mapping[str, Any] | None) -> Markup | None:
+    """Return what the compressed weights hold and take, by scheme."""
+    if not weights:
+        return None
+    schemes: dict[str, list[Mapping[str, Any]]] = {}
+    for one in weights["tensors"]:
+        schemes.setdefault(str(one["scheme"]), []).append(one)
+    rows = [_weight_row(scheme, members) for scheme, members in sorted(schemes.items())[:_GROUPS]]
+    total = _weight_row(f"all {len(weights['tensors'])}", weights["tensors"])
+    columns = ["scheme", ">weights", ">parameters", ">bits each", ">bits stored", ">bytes"]
+    text = "Bits each are those of integers, scales and zero points; stored ones may be wider, as kernels want them."
+    return _section("Compressed weights", _table(columns, [*rows, total]), element("p", text, class_="note"))
+
+
+def _weight_row(title: str, members: Sequence[Mapping[str, Any]]) -> Markup:
+    parameters, bits, stored = (sum(one[key] for one in members) for key in ("parameters", "information_bits", "bytes"))
+    return _row(
+        _name(element("code", clip(title, 60))),
+        _number(f"{len(members):,}", "weights"),
+        _number(units.count_text(parameters), "parameters"),
+        _number(f"{bits / parameters:.2f}", "bits each"),
+        _number(f"{8 * stored / parameters:.2f}", "bits stored"),
+        _number(units.bytes_text(stored), "bytes"),
+    )
+
+
+def _kernels(kernels: Mapping[str, Any] | None, stand_in: str = "") -> Markup | None:
     if not kernels:
         return None
     groups = [
         ("", "in integers", kernels["integer"]),
+        ("", "reading weights of few bits", kernels.get("low_bit", {})),
         ("soft", "in float", kernels["float"]),
         ("rest", "moving and converting data", kernels["other"]),
     ]
@@ -317,7 +348,7 @@ def _kernels(kernels: Mapping[str, Any] | None) -> Markup | None:
         "What really runs",
         split_bar([(kind, float(sum(counts.values()))) for kind, _, counts in groups]),
         element("dl", *facts, class_="facts"),
-        element("p", "Counted after the runtime's own fusions, as it runs on this machine.", class_="note"),
+        element("p", _NOT_HERE if stand_in else _FUSED, class_="note"),
     )
 
 

@@ -110,7 +110,7 @@ masked (float[4,4] x, bool[4,4] m) => (float[4,4] y)
 def test_masks_are_cut_off_and_still_mask():
     before, after = model_of(MASKED), model_of(MASKED)
     report = convert(after)
-    assert "1 masks cut off at -16384" in report.notes
+    assert "1 mask cut off at -16384" in report.notes
     assert not report.skipped
     mask = np.tril(np.ones((4, 4), bool))
     results = [run(model, {"x": normal(4, 4), "m": mask})[0] for model in (before, after)]
