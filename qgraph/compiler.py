@@ -335,7 +335,8 @@ class _Run:
             opened = data.open(inputs)
             calibrating, held_back = split(opened, HELD_BACK, self.context.seed)
             self.context = dataclasses.replace(self.context, calibration=calibrating, _analyses={})
-            self.samples, self.data_kind = held_back, "held-back samples"
+            self.samples = held_back
+            self.data_kind = "held-back samples" if len(opened) > 1 else "calibration sample, none held back"
             self.labels = held_back.labels(data.labels)
         if verify_data is not None:
             data = Data.of(verify_data)

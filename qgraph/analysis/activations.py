@@ -17,7 +17,7 @@ from qgraph.analysis import probes, reductions
 from qgraph.analysis.probes import Kind, Probe
 from qgraph.analysis.reductions import Observation, Request
 from qgraph.errors import UserError
-from qgraph.pipeline import Context, Feeds
+from qgraph.pipeline import Context, Feeds, Samples
 
 __all__ = ["Watch"]
 
@@ -60,7 +60,7 @@ class Watch:
         done, total = 0, len(slices) * len(samples)
         for part in slices:
             sessions = _Sessions(self._model, self._requests, kinds, fed, self._context.threads)
-            for index, feed in enumerate(samples):
+            for index, feed in zip(_places(samples), samples, strict=True):
                 self._context.progress("calibrate", done, total)
                 for group in _pack(part, sizes.bytes(feed), bound):
                     yield from self._checked(sessions.observe(group, index, feed), index, feed)
@@ -276,6 +276,12 @@ def _faults(
         for name, array in zip(names, _run(probe, index, feed), strict=True):
             if _fault(array):
                 yield name, _fault(array)
+
+
+def _places(samples: Samples) -> Sequence[int]:
+    """Return where each sample lies in the data it comes from, of which others may have been held back."""
+    indices = getattr(samples, "indices", None)
+    return indices if isinstance(indices, tuple) else range(len(samples))
 
 
 def _fault(array: np.ndarray) -> str:

@@ -12,8 +12,10 @@ from qgraph.analysis.activations import Watch
 from qgraph.analysis.calibration import METHODS, calibrate
 from qgraph.analysis.reductions import Request
 from qgraph.errors import UserError
+from qgraph.feeds import InputSpec
 from qgraph.numerics.schemes import INT8, UINT8
 from qgraph.pipeline import Context
+from qgraph.samples import open_samples, split
 
 CNN = """
 <ir_version: 8, opset_import: ["" : {opset}]>
@@ -346,6 +348,15 @@ def test_a_single_nan_does_not_hide_from_pooling_either(name):
     x[1, 3, 4, 5] = -1.0
     with pytest.raises(UserError, match=rf"tensor '{name}' holds NaN, made first by node 'Sqrt->root'"):
         calibrate(model, context([{"x": x}]), (name,))
+
+
+def test_a_faulty_sample_is_counted_in_the_data_that_it_comes_from():
+    feeds = [{"x": np.array([1, np.nan if number == 7 else 2, 3, 4], np.float32)} for number in range(10)]
+    kept, held_back = split(open_samples(feeds, [InputSpec("x", "float32", (4,))]), 0.2)
+    assert 7 in kept.indices
+    assert held_back.indices[0] < 7
+    with pytest.raises(UserError, match="calibration sample 7: input 'x' holds NaN"):
+        calibrate(parse(FAULTY.format(last=REACHES)), context(kept), ("a",))
 
 
 def test_a_faulty_sample_is_told_as_such():

@@ -138,6 +138,12 @@ def test_verify_data_with_labels_measures_accuracy(model: Path, samples: Path) -
     assert verification["accuracy_before"] is not None
 
 
+def test_a_single_sample_is_not_said_to_be_held_back(model: Path) -> None:
+    feed = {"image": np.random.default_rng(0).random((1, 3, 16, 16), np.float32)}
+    artifact = qgraph.compile(model, "cpu-int8", calibration=[feed])
+    assert "held-back" not in artifact.manifest["verification"]["data"]
+
+
 def test_without_calibration_static_int8_says_so(model: Path) -> None:
     with pytest.raises(UserError, match="--calib"):
         qgraph.compile(model, "cpu-int8")
