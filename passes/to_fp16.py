@@ -199,7 +199,11 @@ class _Rewriter:
         if qgraph.ir.is_op(node, "Cast"):
             node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT16))
         elif qgraph.ir.is_op(node, "ConstantOfShape"):
-            tensor = node.attributes["value"].as_tensor() if "value" in node.attributes else ir.tensor(np.float32([0]))
+            tensor = (
+                node.attributes["value"].as_tensor()
+                if "value" in node.attributes
+                else ir.tensor(np.zeros(1, np.float32))
+            )
             array = np.asarray(tensor.numpy())
             array = np.where(np.isfinite(array), np.clip(array, MASK, LARGEST), array)
             node.attributes["value"] = ir.AttrTensor("value", ir.tensor(array.astype(np.float16)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -74,7 +74,7 @@ def usable_cores() -> int:
 
 def evaluated(
     tensors: Sequence[ir.TensorProtocol], *, threads: int = 0, finished: Callable[[], None] = lambda: None
-) -> Iterator[ir.TensorProtocol]:
+) -> Generator[ir.TensorProtocol, None, None]:
     """Yield the tensors in their order, lazy ones computed; those ahead are computed in threads meanwhile.
 
     A tensor that was handed out is forgotten when the next is asked for.

@@ -294,8 +294,8 @@ def _integers(quantized: QuantizedWeight) -> np.ndarray:
     """Return what a DequantizeLinear multiplies with the scale: [N, K] in uint8, int8 or float8."""
     scheme = quantized.scheme
     if scheme.format in _FLOAT8:
-        book: np.ndarray = levels(scheme).astype(_FLOAT8[scheme.format][1])
-        return book[quantized.codes]
+        book = levels(scheme).astype(_FLOAT8[scheme.format][1])
+        return np.asarray(book[quantized.codes])
     if scheme.format in _GRIDS:
         steps = np.rint(levels(scheme) * _GRIDS[scheme.format]).astype(np.int8)
         return np.asarray(steps[quantized.codes])
@@ -395,9 +395,7 @@ def _storage(node: ir.Node) -> ir.Value:
     value = node.inputs[0 if node.op_type == "GatherBlockQuantized" else 1]
     assert value is not None
     producer = value.producer()
-    if producer is None or not qgraph.ir.is_op(producer, "Reshape"):
-        return value
-    stored = producer.inputs[0]
+    stored = producer.inputs[0] if producer is not None and qgraph.ir.is_op(producer, "Reshape") else value
     assert stored is not None
     return stored
 
