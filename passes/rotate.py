@@ -312,6 +312,8 @@ class _StreamTurn:
             layer.node.replace_input_with(0, product)
         if not gain.node.outputs[0].uses():
             qgraph.ir.discard(gain.node)
+            if not weight.uses() and self._model.graph.initializers.get(str(weight.name)) is weight:
+                del self._model.graph.initializers[str(weight.name)]
 
     def _product(self, value: ir.Value, name: str, factors: np.ndarray, before: ir.Node) -> ir.Value:
         turned = self._basis.apply(self._basis.apply(np.diag(factors.reshape(-1).astype(np.float64))), axis=0)

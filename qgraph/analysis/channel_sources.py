@@ -116,8 +116,23 @@ def find_origin(
     tied = _classes(channels, found.ties)
     if channels > 1 and (tied == 0).all():
         raise NoSourceError("all its channels would have to take the same factor")
-    heads = found.heads[0] if len(found.heads) == 1 and found.linear else None
+    heads = _all_heads(found.heads[0], tied) if len(found.heads) == 1 and found.linear else None
     return Origin(found.sources, tied, heads)
+
+
+def _all_heads(heads: np.ndarray, tied: np.ndarray) -> np.ndarray | None:
+    """Return the channels of every head from those of one in each group of heads that share their values."""
+    if heads.size == tied.size:
+        return heads
+    members = np.argsort(tied, kind="stable")
+    counts = np.bincount(tied, minlength=tied.size)
+    starts = np.cumsum(counts) - counts
+    count = counts[tied[heads[0, 0]]]
+    if count * heads.size != tied.size or (counts[tied[heads]] != count).any():
+        return None
+    # In each class, the channels come in the order of the heads.
+    each = members[starts[tied[heads]][..., None] + np.arange(count)]
+    return np.ascontiguousarray(each.transpose(0, 2, 1).reshape(-1, heads.shape[1]))
 
 
 def _classes(channels: int, ties: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -250,7 +265,11 @@ class _Tracer:
 
     def reshaped(self, node: ir.Node, value: ir.Value, ids: np.ndarray) -> _Found:
         after, before = self._dims(value), self._dims(node.inputs[0])
-        return self.up(node.inputs[0], _reshape(ids, after, before), [node])
+        gathered = _side_by_side(ids, after, before)
+        if gathered is None:
+            return self.up(node.inputs[0], _reshape(ids, after, before), [node])
+        ids, tie = gathered
+        return _Found(ties=(tie,)) + self.up(node.inputs[0], ids, [node])
 
     def expanded(self, node: ir.Node, value: ir.Value, ids: np.ndarray) -> _Found:
         del value
@@ -483,6 +502,27 @@ def _is_own(layer: LinearLayer) -> bool:
     if behind is not None:
         values.append(behind.inputs[0])
     return all(value is not None and qgraph.ir.only_consumer(value) is not None for value in values)
+
+
+def _side_by_side(
+    ids: np.ndarray, after: Dims, before: Dims
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]] | None:
+    """Take ids of [batch, heads, rows, size] back to [batch, groups, heads of a group * rows, size].
+
+    Decoders lay the query heads that share their values side by side in this way, and multiply them as rows, so that
+    the heads of a group are tied. Returns None for other shapes.
+    """
+    if len(after) != 4 or len(before) != 4 or after[0] != before[0] or after[3] != before[3]:
+        return None
+    heads, groups = after[1], before[1]
+    if not isinstance(heads, int) or not isinstance(groups, int) or groups >= heads or heads % groups:
+        return None
+    ids = ids.reshape([1] * (4 - ids.ndim) + list(ids.shape))
+    if ids.shape[:3] != (1, heads, 1):
+        return None
+    grouped = ids.reshape(1, groups, heads // groups, ids.shape[3])
+    first, rest = grouped[:, :, :1], grouped[:, :, 1:]
+    return first, _tie(np.broadcast_to(first, rest.shape), rest)
 
 
 def _reshape(ids: np.ndarray, after: Dims, before: Dims) -> np.ndarray:

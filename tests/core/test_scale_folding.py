@@ -154,6 +154,25 @@ ATTENTION = {
         mt = Transpose <perm = [0, 2, 1, 3]> (mixed)
         join = Constant <value_ints = [0, 0, 16]> ()
         a = Reshape (mt, join)""",
+    "side by side": """
+        split_q = Constant <value_ints = [0, 0, 4, 4]> ()
+        split_v = Constant <value_ints = [0, 0, 2, 4]> ()
+        q4 = Reshape (q, split_q)
+        qt = Transpose <perm = [0, 2, 1, 3]> (q4)
+        gather = Constant <value_ints = [0, 2, -1, 4]> ()
+        qg = Reshape (qt, gather)
+        k4 = Reshape (k, split_v)
+        kt = Transpose <perm = [0, 2, 3, 1]> (k4)
+        v4 = Reshape (v, split_v)
+        vt = Transpose <perm = [0, 2, 1, 3]> (v4)
+        scores = MatMul (qg, kt)
+        p = Softmax <axis = -1> (scores)
+        mixed = MatMul (p, vt)
+        spread = Constant <value_ints = [0, 4, -1, 4]> ()
+        ms = Reshape (mixed, spread)
+        mt = Transpose <perm = [0, 2, 1, 3]> (ms)
+        join = Constant <value_ints = [0, 0, 16]> ()
+        a = Reshape (mt, join)""",
 }
 
 
