@@ -386,8 +386,8 @@ def compressed(model: ir.Model) -> Iterator[CompressedWeight]:
             if storage not in fused:
                 order.append((node, storage))
             fused.setdefault(storage, []).append(node)
-    for node, storage in order:
-        yield _standing(node) if storage is None else _packed(node, storage, fused[storage])
+    for node, integers in order:
+        yield _standing(node) if integers is None else _packed(node, integers, fused[integers])
 
 
 def _storage(node: ir.Node) -> ir.Value:
