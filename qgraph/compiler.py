@@ -389,7 +389,7 @@ class _Run:
         tolerance: Mapping[str, float],
         failures: Sequence[str],
     ) -> dict[str, Any]:
-        compress = self.reports["compress"]
+        left = [*self.reports["compress"].skipped, *self.reports["lower"].skipped]
         return {
             "qgraph": qgraph.__version__,
             "source": self.source_facts,
@@ -402,7 +402,7 @@ class _Run:
             "seed": self.context.seed,
             "versions": _versions(),
             "inputs": [
-                dataclasses.asdict(dataclasses.replace(one, shape=tuple(self.shapes.get(one.name, one.shape))))
+                dataclasses.asdict(dataclasses.replace(one, shape=list(self.shapes.get(one.name, one.shape))))
                 for one in input_signature(session)
             ],
             "outputs": [output.to_json()["name"] for output in verification.outputs],
@@ -411,7 +411,7 @@ class _Run:
                 for part, report in self.reports.items()
                 for one in report.parts
             ],
-            "skipped": [{"node": node, "reason": reason} for node, reason in _unique(compress.skipped)],
+            "skipped": [{"node": node, "reason": reason} for node, reason in _unique(left)],
             "weights": self.weights,
             "kernels": None if self.kernels is None else _kernels_json(self.kernels),
             "stand_in": self.target.stand_in(),

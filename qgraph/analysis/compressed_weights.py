@@ -382,10 +382,10 @@ def compressed(model: ir.Model) -> Iterator[CompressedWeight]:
         if qgraph.ir.is_op(node, "DequantizeLinear"):
             order.append((node, None))
         elif node.op_type in _FUSED:
-            storage = _storage(node)
-            if storage not in fused:
-                order.append((node, storage))
-            fused.setdefault(storage, []).append(node)
+            packed = _storage(node)
+            if packed not in fused:
+                order.append((node, packed))
+            fused.setdefault(packed, []).append(node)
     for node, integers in order:
         yield _standing(node) if integers is None else _packed(node, integers, fused[integers])
 

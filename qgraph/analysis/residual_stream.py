@@ -129,7 +129,10 @@ class _Flood:
                 self._read(use.node, use.idx)
         return Stream(
             width,
-            *map(tuple, (self.values, self._embeddings, self._writers, self._readers)),
+            tuple(self.values),
+            tuple(self._embeddings),
+            tuple(self._writers),
+            tuple(self._readers),
             tuple(self._gains.values()),
             tuple(self._vectors),
         )
@@ -245,7 +248,7 @@ class _Flood:
 
     def _is_vector(self, value: ir.Value | None) -> bool:
         dims = self._shapes.dims(value) if value is not None else None
-        return bool(dims) and dims[-1] == self._width and all(dim == 1 for dim in dims[:-1])
+        return dims is not None and len(dims) > 0 and dims[-1] == self._width and all(dim == 1 for dim in dims[:-1])
 
     def _gained(self, node: ir.Node, index: int) -> None:
         """A vector times a value: whoever reads the product takes the vector into its weight."""

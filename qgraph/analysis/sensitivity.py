@@ -129,7 +129,8 @@ def _row_errors(layer: LinearLayer, context: Context, schemes: Sequence[WeightSc
         counts += 1.0
     weight = layer.matrix()
     errors = [((weight - quantize_weight(weight, scheme).dequantize()) ** 2).sum(axis=1) for scheme in schemes]
-    return np.array([float(counts @ rows) for rows in (*errors, (weight**2).sum(axis=1))]) / counts.sum()
+    figures = np.array([float(counts @ rows) for rows in (*errors, (weight**2).sum(axis=1))])
+    return np.asarray(figures / counts.sum())
 
 
 def _divergences(
@@ -161,7 +162,7 @@ def _placed(shares: np.ndarray, seen: Mapping[int, float]) -> np.ndarray:
     ys = np.log(np.maximum(list(seen.values()), _TINY))
     slope = float((ys[0] - ys[-1]) / (xs[0] - xs[-1])) if abs(xs[0] - xs[-1]) > 0.1 else 1.0
     slope = min(max(slope, 0.5), 2.0)
-    return np.exp(ys[-1] + slope * (np.log(np.maximum(shares, _TINY)) - xs[-1]))
+    return np.asarray(np.exp(ys[-1] + slope * (np.log(np.maximum(shares, _TINY)) - xs[-1])))
 
 
 class _Outputs:

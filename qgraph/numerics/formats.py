@@ -104,7 +104,7 @@ def _thresholds(name: str) -> np.ndarray:
     # Magnitudes in ascending order are consecutive bit patterns, so that their rank has the parity of the mantissa.
     zero = int(np.searchsorted(levels, 0.0))
     upper_is_even = np.abs(np.arange(1, len(levels)) - zero) % 2 == 0
-    return np.where(upper_is_even, halves, np.nextafter(halves, np.float32(np.inf)))
+    return np.asarray(np.where(upper_is_even, halves, np.nextafter(halves, np.float32(np.inf))))
 
 
 def nearest_level(values: np.ndarray, name: str) -> np.ndarray:
@@ -126,7 +126,8 @@ def round_to_e4m3(values: np.ndarray) -> np.ndarray:
 def round_to_e8m0(values: np.ndarray) -> np.ndarray:
     """Return the largest power of two that is not above each positive value, as float32; at least 2^-126."""
     _, exponent = np.frexp(np.asarray(values, np.float32))
-    return np.ldexp(np.float32(1.0), np.clip(exponent - 1, _LEAST_EXPONENT, _LARGEST_EXPONENT)).astype(np.float32)
+    exponent = np.clip(exponent - 1, _LEAST_EXPONENT, _LARGEST_EXPONENT)
+    return np.asarray(np.ldexp(np.float32(1.0), exponent), np.float32)
 
 
 def nvfp4_tensor_scale(weight: np.ndarray) -> float:
@@ -233,4 +234,4 @@ def _level_table(name: str) -> np.ndarray:
     levels = np.asarray(CODE_BOOKS[name].levels, np.float32)
     half = 1 << 15
     grid = (np.arange(2 * half, dtype=np.float32) - half + np.float32(0.5)) * (CODE_BOOKS[name].largest / (half - 1))
-    return levels[nearest_level(grid.astype(np.float32), name)]
+    return np.asarray(levels[nearest_level(grid.astype(np.float32), name)])

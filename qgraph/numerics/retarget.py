@@ -56,7 +56,7 @@ class Drift:
         damped[idle, idle] = damped.diagonal().mean()
         pull = np.asarray(weight, np.float64) @ (self._sum * (2.0 * share / self.rows))
         shift = solve(factorize(damped, damping, np.float64), pull)
-        return (weight + shift).astype(np.float32)
+        return np.asarray(weight + shift, np.float32)
 
 
 def solve(triangle: Triangle, right: np.ndarray) -> np.ndarray:

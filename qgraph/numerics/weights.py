@@ -314,7 +314,7 @@ def _tile_codes(
     values: np.ndarray, scale: np.ndarray, zero_point: np.ndarray | None, scheme: WeightScheme
 ) -> np.ndarray:
     """Return uint8 [group, columns]."""
-    work = np.multiply(values, _reciprocal(scale))
+    work: np.ndarray = np.multiply(values, _reciprocal(scale))
     if zero_point is None:
         return nearest_level(work, scheme.format)
     np.rint(work, out=work)
@@ -324,7 +324,7 @@ def _tile_codes(
 
 
 def _reciprocal(scale: np.ndarray) -> np.ndarray:
-    return np.float32(1) / scale
+    return np.asarray(np.float32(1) / scale)
 
 
 _SPANS = {
