@@ -10,10 +10,12 @@ size, the weights go to a file beside the graph, as the ONNX specification of ex
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import math
 import mmap
 import os
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping
@@ -43,6 +45,8 @@ _LARGEST_PROTOBUF = (1 << 31) - 1
 _CHUNK = 1 << 24
 _TEXT_FORMATS = {".json", ".onnxjson", ".onnxtext", ".onnxtxt", ".pbtxt", ".prototxt", ".textproto", ".txtpb"}
 _OLDEST_IR = 3
+_SETTLED = 60.0
+"""Seconds after which a file that its writer left behind counts as abandoned."""
 
 
 class MappedFile:
@@ -334,9 +338,11 @@ def write(model: ir.Model, path: Path, external_above: int) -> None:
     data_path = path.with_name(path.name + ".data")
     try:
         if total > external_above or total + proto.ByteSize() > _LARGEST_PROTOBUF:
-            with _replacing(data_path) as data, _replacing(path) as file:
+            # The graph appears last: without it, nobody takes what is there for a model.
+            with _replacing(path) as file, _replacing(data_path) as data:
                 _write_beside(proto, tensors, data, data_path.name)
                 file.write(proto.SerializeToString(deterministic=True))
+                file.flush()
         else:
             with _replacing(path) as file:
                 _write_inside(proto, tensors, file)
@@ -425,6 +431,7 @@ def _write_tensor(tensor: ir.TensorProtocol, content: ir.TensorProtocol, file: B
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary sibling of `path` and rename it to `path` at the end, or remove it if anything fails."""
+    _remove_left_over(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb", buffering=1 << 20) as file:
@@ -433,3 +440,24 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _remove_left_over(path: Path) -> None:
+    """Remove what a killed process had written of `path`: its process is gone, and nobody writes to it any more."""
+    for file in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        process = file.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
+        if process.isdecimal() and not _is_running(int(process)):
+            with contextlib.suppress(OSError):
+                # Another machine may write to the same disk; then the file has just changed.
+                if time.time() - file.stat().st_mtime > _SETTLED:
+                    file.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True

@@ -113,3 +113,19 @@ def test_a_full_disk_and_a_kill_leave_nothing(work: Path):
     os.kill(child.pid, signal.SIGTERM)
     assert child.wait() == 143
     assert not [path.name for path in work.iterdir() if "m.onnx" in path.name]
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(work: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(work)
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        pass
+    old = time.time() - 3600
+    kept = [f".m.onnx.{os.getpid()}.other", f".m.onnx.{os.getppid()}.tmp", ".n.onnx.1.tmp", ".m.onnx.mine.tmp"]
+    for name in (f".m.onnx.{gone.pid}.tmp", *kept):
+        (work / name).write_bytes(b"half")
+        os.utime(work / name, (old, old))
+    assert cli.main(["export", "small", "-o", "m.onnx", "-q"]) == 0
+    assert sorted(path.name for path in work.glob(".*")) == sorted(kept)
+    (work / f".m.onnx.{gone.pid}.tmp").write_bytes(b"somebody writes, on another machine")
+    assert cli.main(["export", "small", "-o", "m.onnx", "-q", "--force"]) == 0
+    assert (work / f".m.onnx.{gone.pid}.tmp").exists()
