@@ -367,7 +367,7 @@ def _left_alone(manifest: Mapping[str, Any]) -> Markup | None:
     if floating:
         parts += [element("h3", "Kernels that stay in float"), *_reasons(floating)]
     if skipped:
-        parts += [element("h3", "Nodes that no pass compressed") if floating else None, *_reasons(skipped)]
+        parts += [element("h3", "Nodes that passes left alone") if floating else None, *_reasons(skipped)]
     return _section("What was left alone, and why", *parts)
 
 
