@@ -15,7 +15,7 @@ FOLDERS = {"qgraph": "qgraph", "passes": "qgraph.passes", "targets": "qgraph.tar
 LAYERS = (
     ("errors", "wire", "lazy_tensors"),
     ("spec", "registry", "numerics", "onnx_file", "signatures"),
-    ("ir", "safetensors"),
+    ("ir", "safetensors", "work_folder"),
     ("pipeline",),
     ("targets.base",),
     ("feeds", "tokens"),
