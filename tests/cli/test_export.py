@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from qgraph import cli
+from qgraph.artifact import open_artifact
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
@@ -53,6 +54,25 @@ def test_export_compile_and_score(qgraph: Run, work: Path, checkpoint: Path):
         assert "nats per token" in done.stderr
         scores.append(json.loads(done.stdout)["nats"])
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
+def test_an_artifact_of_few_bits_continues_a_text(work: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(work)
+    assert cli.main(["export", "small", "-o", "m.onnx", "-q"]) == 0
+    assert cli.main(["compile", "m.onnx", "-t", "cpu-int4", "-o", "a", "-q"]) == 0
+    run = open_artifact(work / "a").session(threads=1)
+    ids = np.random.default_rng(0).integers(0, 256, (1, 9))
+    cache = {
+        f"past_key_values.{i}.{kind}": np.zeros((1, 2, 0, 8), np.float32) for i in (0, 1) for kind in ("key", "value")
+    }
+    (whole,) = run.run(["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids), **cache})
+    pieces = []
+    for step in range(9):
+        feeds = {"input_ids": ids[:, step : step + 1], "attention_mask": np.ones((1, step + 1), np.int64), **cache}
+        logits, *present = run.run(None, feeds)
+        pieces.append(logits)
+        cache = dict(zip(cache, present, strict=True))
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole, rtol=0, atol=0.02 * np.abs(whole).max())
 
 
 def test_what_is_refused(
