@@ -103,7 +103,7 @@ class _Relaxation:
 
     def bound(self, size: np.ndarray) -> np.ndarray:
         """Return the least errors at given sizes, which must not be below `least`."""
-        return np.interp(size, self._size, self._error)
+        return np.asarray(np.interp(size, self._size, self._error))
 
     def greedy(self, count: int, budget: float) -> list[int]:
         """Return a choice for each of `count` layers: every step that still fits, the most worth first."""

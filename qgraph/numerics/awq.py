@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qgraph.numerics.products import product, steady
 from qgraph.numerics.weights import QuantizedWeight, WeightScheme, encode, group_parameters, quantize_weight
 
 __all__ = ["AwqScales", "search_awq_scales", "search_clip"]
@@ -43,6 +44,7 @@ class AwqScales:
     after: float
 
 
+@steady()
 def search_awq_scales(
     weights: Sequence[np.ndarray], mean_abs: np.ndarray, hessian: np.ndarray, scheme: WeightScheme, grid: int = 20
 ) -> AwqScales:
@@ -82,6 +84,7 @@ def search_awq_scales(
     return best
 
 
+@steady()
 def search_clip(weight: np.ndarray, hessian: np.ndarray, scheme: WeightScheme, grid: int = 10) -> QuantizedWeight:
     """Round a weight matrix to the nearest codes, with each group's range shrunk to where its outputs lose least.
 
@@ -115,7 +118,7 @@ def search_clip(weight: np.ndarray, hessian: np.ndarray, scheme: WeightScheme, g
         for group in range(scale.shape[1]):
             part = slice(group * size, (group + 1) * size)
             error = missed[:, part]
-            cost = np.einsum("ij,ij->i", error @ hessian[part, part].astype(np.float32), error)
+            cost = np.einsum("ij,ij->i", product(error, hessian[part, part].astype(np.float32)), error)
             better = cost < least[:, group]
             np.copyto(least[:, group], cost, where=better)
             np.copyto(best_scale[:, group], scales[:, group], where=better)
@@ -156,4 +159,4 @@ def _scales(mean_abs: np.ndarray, relative: np.ndarray | None, alpha: float) -> 
 
 def _scaled_error(rows: np.ndarray, scales: np.ndarray, hessian: np.ndarray, scheme: WeightScheme) -> float:
     error = rows - quantize_weight(rows * scales, scheme, method="minmax").dequantize() / scales
-    return float(np.einsum("ij,ij->", error @ hessian, error, dtype=np.float64))
+    return float(np.einsum("ij,ij->", product(error, hessian), error, dtype=np.float64))

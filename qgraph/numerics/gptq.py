@@ -20,8 +20,9 @@ from typing import Literal
 
 import numpy as np
 
-from qgraph.numerics.column_loop import BLOCK, Begin, visit
+from qgraph.numerics.column_loop import BLOCK, Begin, transposed, visit
 from qgraph.numerics.hessian import Hessian, Triangle, factorize, output_error
+from qgraph.numerics.products import steady
 from qgraph.numerics.refinement import refine as refine_groups
 from qgraph.numerics.rounding import Rounder
 from qgraph.numerics.weights import Method, QuantizedWeight, WeightScheme, group_parameters
@@ -54,6 +55,7 @@ class GptqResult:
     dead: int
 
 
+@steady()
 def gptq(
     weight: np.ndarray,
     hessian: np.ndarray,
@@ -83,11 +85,11 @@ def gptq(
     """
     inputs = _checked(weight, hessian, order)
     dtype = np.float64 if weight.dtype == np.float64 else np.float32
-    rows = np.asarray(weight.T, dtype)
+    rows = transposed(weight, dtype)
     hessian, dead = _alive(hessian)
     sequence = np.argsort(-hessian.diagonal(), kind="stable") if order == "activation" else np.arange(inputs)
     triangle = factorize(hessian[np.ix_(sequence, sequence)], damping, dtype)
-    layer = _Layer(np.ascontiguousarray(rows[sequence]), sequence, triangle, Rounder(scheme, rows.shape, dtype), block)
+    layer = _Layer(rows[sequence], sequence, triangle, Rounder(scheme, rows.shape, dtype), block)
     if order == "none" and scheme.format not in _WHOLE_TENSOR:
         layer.round_by_groups(clip, hessian.diagonal())
     else:
@@ -101,9 +103,9 @@ def gptq(
     cost = float(layer.cost.sum())
     added = triangle.damping * float(np.mean(hessian.diagonal()))
     if refine:
-        damped = np.array(hessian, dtype)
+        damped: np.ndarray = hessian.astype(dtype)
         damped[np.diag_indices(inputs)] += dtype(added)
-        cost -= refine_groups(layer.rounder, np.ascontiguousarray(rows), error, damped, refine)
+        cost -= refine_groups(layer.rounder, rows, error, damped, refine)
     squares = np.einsum("ij,ij->i", error, error, dtype=np.float64)
     undamped = cost - float(squares @ (added + np.where(dead, hessian.diagonal(), 0.0)))
     return GptqResult(
@@ -189,8 +191,11 @@ class _Layer:
 
         span = self.rounder.group if begin is not None else 0
         visit(work, self.triangle.lower, self.error, choose, block=self.block, begin=begin, span=span)
-        missed = work - self.rows
-        missed += self.error
-        np.square(missed, out=missed)
-        self.cost = (self.triangle.pivots.astype(missed.dtype) @ missed).astype(np.float64)
+        pivots = self.triangle.pivots.astype(work.dtype)
+        self.cost = np.zeros(work.shape[1])
+        for start in range(0, len(work), BLOCK):
+            part = slice(start, start + BLOCK)
+            missed = work[part] - self.rows[part]
+            missed += self.error[part]
+            self.cost += pivots[part] @ np.square(missed, out=missed)
         return work

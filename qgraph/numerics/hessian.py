@@ -3,8 +3,7 @@
 The output of a linear layer moves by x (W - Q)^T when its weight W becomes Q. Over all inputs x that is
 tr((W - Q) H (W - Q)^T) with H = (2/n) sum x^T x, the Hessian of the squared error (Frantar et al. 2022, section 3.1).
 
-Only numpy's own matrix products are used, whose sums do not depend on the number of threads. LAPACK's factorization
-does depend on it, and its threads would fight with those of the products.
+The factorization is made of products, whose sums do not depend on the number of threads. LAPACK's own do.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+
+from qgraph.numerics.products import gram, product, steady
 
 __all__ = ["Hessian", "Triangle", "factorize", "output_error"]
 
@@ -46,18 +47,22 @@ class Hessian:
         rows = np.ascontiguousarray(x.reshape(-1, self.inputs), np.float32)
         for start in range(0, len(rows), _ROWS):
             part = rows[start : start + _ROWS]
-            product = part.T @ part
-            if not np.isfinite(product.diagonal()).all():
-                column = int(np.argmin(np.isfinite(product.diagonal())))
+            with steady():
+                squares = gram(part)
+            finite = np.isfinite(squares.diagonal())
+            if not finite.all():
+                column = int(np.argmin(finite))
                 raise ValueError(f"samples of input {column} are not finite, or too large for float32 when squared")
-            self._sum += product
+            self._sum += squares
             self._magnitudes += np.abs(part).sum(axis=0, dtype=np.float64)
         self.rows += len(rows)
 
     @property
     def matrix(self) -> np.ndarray:
         """(2/n) sum x^T x, float64 [K, K]; zeros before the first sample."""
-        return self._sum * (2.0 / max(self.rows, 1))
+        lower = np.tril(self._sum * (2.0 / max(self.rows, 1)))
+        lower += np.tril(lower, -1).T
+        return lower
 
     @property
     def mean_abs(self) -> np.ndarray:
@@ -68,7 +73,8 @@ class Hessian:
 def output_error(weight: np.ndarray, approximation: np.ndarray, hessian: np.ndarray) -> float:
     """Return tr(E H E^T) of E = weight - approximation [N, K]: the layer's squared output error for H [K, K]."""
     error = np.asarray(weight, np.float64) - approximation
-    return float(np.vdot(error @ hessian, error))
+    with steady():
+        return float(np.einsum("ij,ij->", product(error, np.asarray(hessian, np.float64)), error))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +135,9 @@ def factorize(hessian: np.ndarray, damping: float, dtype: type[np.floating] = np
         share = damping if attempt == 0 else max(damping, 1e-7) * 10.0**attempt
         work = np.array(hessian, dtype)
         work[np.diag_indices(len(work))] += dtype(share * mean)
-        if _eliminate(work):
+        with steady():
+            sound = _eliminate(work)
+        if sound:
             root = work.diagonal().astype(np.float64)
             work /= work.diagonal()[:, None].copy()
             np.fill_diagonal(work, 0)
@@ -142,11 +150,11 @@ def _eliminate(work: np.ndarray) -> bool:
     for stop in range(len(work), 0, -_BLOCK):
         start = max(0, stop - _BLOCK)
         if stop < len(work):
-            work[start:stop, :stop] -= work[stop:, start:stop].T @ work[stop:, :stop]
+            work[start:stop, :stop] -= product(work[stop:, start:stop].T, work[stop:, :stop])
         for last in range(stop, start, -_DIAGONAL_BLOCK):
             first = max(start, last - _DIAGONAL_BLOCK)
             if last < stop:
-                work[first:last, :last] -= work[last:stop, first:last].T @ work[last:stop, :last]
+                work[first:last, :last] -= product(work[last:stop, first:last].T, work[last:stop, :last])
             square = work[first:last, first:last].astype(np.float64)
             try:
                 upper = np.linalg.cholesky(square[::-1, ::-1])[::-1, ::-1]
@@ -155,5 +163,5 @@ def _eliminate(work: np.ndarray) -> bool:
             work[first:last, first:last] = upper.T
             if first:
                 inverse = np.linalg.inv(upper).astype(work.dtype)
-                work[first:last, :first] = inverse @ work[first:last, :first]
+                work[first:last, :first] = product(inverse, work[first:last, :first])
     return bool((work.diagonal() > 0).all() and np.isfinite(work.diagonal()).all())

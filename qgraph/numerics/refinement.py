@@ -13,6 +13,7 @@ import numpy as np
 
 from qgraph.numerics.column_loop import visit
 from qgraph.numerics.hessian import factorize
+from qgraph.numerics.products import product
 from qgraph.numerics.rounding import Grid, Rounder
 from qgraph.numerics.weights import levels
 
@@ -32,6 +33,8 @@ _FREE_SCALES = ("int", "nf4", "fp8e4m3", "fp8e5m2")
 
 def refine(rounder: Rounder, rows: np.ndarray, error: np.ndarray, hessian: np.ndarray, rounds: int) -> float:
     """Improve the codes and parameters in `rounder`; return by how much tr(E H E^T) has fallen.
+
+    Call it inside `products.steady`.
 
     Args:
         rounder: a rounded matrix; changed in place.
@@ -78,7 +81,7 @@ class _Part:
     def decide(self, rows: np.ndarray, error: np.ndarray) -> float:
         """Choose codes and parameters again; return the gain."""
         now = rows[self.inputs] - error[self.inputs]
-        target = now + self.inverse @ (self.hessian @ error)
+        target = now + product(self.inverse, product(self.hessian, error))
         steps = _STEPS if self.search else _STEPS[:1]
         factors = (1 + _SPREAD[self.rounder.grid.scheme.bits] * np.array(steps)).astype(rows.dtype)
         width = _COLUMNS // len(factors)
@@ -131,31 +134,30 @@ class _Part:
         work -= ordered
         work += error
         np.square(work, out=work)
-        return numbers, np.asarray(self.pivots.astype(work.dtype) @ work)
+        return numbers, np.einsum("i,ij->j", self.pivots.astype(work.dtype), work)
 
     def _numbers(self, codes: np.ndarray, zero_point: np.ndarray | None) -> np.ndarray:
         if zero_point is None:
-            return levels(self.rounder.grid.scheme)[codes].astype(self.square.dtype)
+            return np.asarray(levels(self.rounder.grid.scheme)[codes], self.square.dtype)
         return np.asarray(codes.astype(self.square.dtype) - zero_point)
 
     def _cost(self, error: np.ndarray) -> np.ndarray:
         """Return the output error [M] of errors [n, M] of this part."""
-        return np.asarray(np.einsum("ij,ij->j", error, self.square @ error))
+        return np.asarray(np.einsum("ij,ij->j", error, product(self.square, error)))
 
     def _fit(
         self, target: np.ndarray, numbers: np.ndarray, scale: np.ndarray, zero_point: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the scale that fits `numbers` best, and a move of the zero point by one where that fits better."""
-        image = self.square @ numbers
-        product = np.einsum("ij,ij->j", image, target)
+        image = product(self.square, numbers)
+        along = np.einsum("ij,ij->j", image, target)
         square = np.einsum("ij,ij->j", image, numbers)
-        best_gain, best_scale, best_shift = _fitted(product, square, scale)
+        best_gain, best_scale, best_shift = _fitted(along, square, scale)
         if zero_point is not None and not self.rounder.grid.scheme.symmetric:
             sums = self.square.sum(axis=0)
             for shift in (-1, 1):
-                moved = _fitted(
-                    product - shift * (sums @ target), square - 2 * shift * image.sum(axis=0) + sums.sum(), scale
-                )
+                moved_square = square - 2 * shift * image.sum(axis=0) + sums.sum()
+                moved = _fitted(along - shift * (sums @ target), moved_square, scale)
                 usable = (zero_point + shift >= 0) & (zero_point + shift <= self.rounder.grid.scheme.top)
                 better = usable & (moved[0] > best_gain * (1 + 1e-6))
                 np.copyto(best_gain, moved[0], where=better)
@@ -164,13 +166,13 @@ class _Part:
         return best_scale, best_shift
 
 
-def _fitted(product: np.ndarray, square: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _fitted(along: np.ndarray, square: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the gain over a scale of zero, the scale of least squared error, and a shift of zero.
 
     A fit that is far from the old scale comes from a nearly empty group; the old scale stays then.
     """
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        fitted = (product / square).astype(np.float32).astype(scale.dtype)
+        fitted = (along / square).astype(np.float32).astype(scale.dtype)
         sound = (square > 0) & (fitted / scale > _NARROWEST) & (fitted / scale < 1 / _NARROWEST)
     fitted = np.where(sound, fitted, scale)
-    return fitted * (2 * product - fitted * square), fitted, np.zeros_like(scale)
+    return fitted * (2 * along - fitted * square), fitted, np.zeros_like(scale)

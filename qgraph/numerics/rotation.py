@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from qgraph.numerics.products import product, steady
+
 __all__ = ["Rotation", "hadamard", "rotation"]
 
 _WIDEST = 64
@@ -64,7 +66,8 @@ class Rotation:
         if array.shape[axis] != self.size:
             raise ValueError(f"a rotation of {self.size} does not fit axis {axis} of an array of shape {array.shape}")
         moved = np.moveaxis(array, axis, -1)
-        rows = function(moved.reshape(-1, self.size).astype(np.float64))
+        with steady():
+            rows = function(moved.reshape(-1, self.size).astype(np.float64))
         return np.ascontiguousarray(np.moveaxis(rows.reshape(moved.shape), -1, axis), array.dtype)
 
     def _product(self, rows: np.ndarray, *, transposed: bool) -> np.ndarray:
@@ -72,11 +75,12 @@ class Rotation:
         for factor in self.factors:
             after //= len(factor)
             if after == 1:
-                return (rows.reshape(-1, len(factor)) @ (factor.T if transposed else factor)).reshape(count, self.size)
+                rows = product(rows.reshape(-1, len(factor)), factor.T if transposed else factor)
+                break
             parts = rows.reshape(count * before, len(factor), after)
             rows = (factor if transposed else factor.T) @ parts
             before *= len(factor)
-        return rows
+        return np.asarray(rows).reshape(count, self.size)
 
 
 def rotation(size: int, seed: int) -> Rotation:
@@ -95,7 +99,8 @@ def rotation(size: int, seed: int) -> Rotation:
             last = [special / np.sqrt(odd)] if odd > 1 else []
             return Rotation(signs, (*_sylvester(power), *last), is_hadamard=True)
     odd = size // (size & -size)
-    q, r = np.linalg.qr(rng.standard_normal((odd, odd)))
+    with steady():
+        q, r = np.linalg.qr(rng.standard_normal((odd, odd)))
     # The signs make the distribution uniform (Mezzadri 2007).
     return Rotation(signs, (*_sylvester(size // odd), q * np.sign(np.diagonal(r))), is_hadamard=False)
 
@@ -118,7 +123,7 @@ def _sylvester(power: int) -> list[np.ndarray]:
     factors = []
     while power > 1:
         width = min(power, _WIDEST)
-        matrix = np.ones((1, 1))
+        matrix: np.ndarray = np.ones((1, 1))
         while len(matrix) < width:
             matrix = np.kron([[1.0, 1.0], [1.0, -1.0]], matrix)
         factors.append(matrix / np.sqrt(width))
@@ -155,7 +160,7 @@ def _jacobsthal(prime: int) -> np.ndarray:
     character[np.arange(prime, dtype=np.int64) ** 2 % prime] = 1
     character[0] = 0
     index = np.arange(prime)
-    return character[(index[:, None] - index) % prime]
+    return np.asarray(character[(index[:, None] - index) % prime])
 
 
 def _is_prime(number: int) -> bool:

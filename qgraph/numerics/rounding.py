@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from qgraph.numerics.column_loop import transposed
 from qgraph.numerics.formats import nearest_level
 from qgraph.numerics.weights import QuantizedWeight, WeightScheme, levels
 
@@ -108,7 +109,7 @@ class Rounder:
         """Return what has been rounded, [N, K]."""
         zero_point = self.grid.zero_point
         return QuantizedWeight(
-            np.ascontiguousarray(self.codes.T),
+            transposed(self.codes, np.uint8),
             np.ascontiguousarray(self.grid.scale.T, np.float32),
             None if zero_point is None else np.ascontiguousarray(zero_point.T.astype(np.uint8)),
             self.grid.scheme,
