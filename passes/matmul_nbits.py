@@ -115,8 +115,14 @@ class _Form(NamedTuple):
         return QuantizedWeight(codes, weight.scale[:, blocks], zero_point[:, blocks], scheme)
 
 
-def _form(scheme: WeightScheme, inputs: int) -> _Form:
+def _form(scheme: WeightScheme, inputs: int, *, looked_up: bool = False) -> _Form:
     """Return the smallest form with kernels that holds a scheme's numbers.
+
+    Args:
+        scheme: of the weight.
+        inputs: K.
+        looked_up: rows are looked up: prefer a form without gaps between the rows of scales and zero points, which is
+            how the CUDA provider reads them.
 
     Raises:
         _UnfitError: there is none.
@@ -128,9 +134,17 @@ def _form(scheme: WeightScheme, inputs: int) -> _Form:
     group = held.group if held.groups(inputs) > 1 else 0
     for bits in (width for width in _BLOCKS if width >= held.bits):
         fitting = [block for block in _BLOCKS[bits] if group % block == 0]
+        if looked_up:
+            fitting = [
+                block for block in fitting if _is_gapless(inputs, bits, block, symmetric=held.symmetric)
+            ] or fitting
         if fitting:
             return _Form(bits, min(fitting, key=lambda block: -(-inputs // block) * (block * bits + _SCALE_BITS)))
     raise _UnfitError(f"its groups of {group} inputs are not a multiple of 16, so there is no kernel for them")
+
+
+def _is_gapless(inputs: int, bits: int, block: int, *, symmetric: bool) -> bool:
+    return inputs % block == 0 and (symmetric or inputs // block * bits % 8 == 0)
 
 
 class _Rewriter:
@@ -163,7 +177,7 @@ class _Rewriter:
         if scheme.format == "nf4" and not lookups and self._options.nf4 == "exact" and self._fits_bnb4():
             self._bnb4(products)
         else:
-            form = _form(scheme, self._weight.inputs)
+            form = _form(scheme, self._weight.inputs, looked_up=bool(lookups))
             # Products read rows that are filled up to whole blocks, look-ups do not.
             together = self._weight.inputs % form.block == 0
             for group in ((products, lookups),) if together else ((products, []), ([], lookups)):

@@ -84,6 +84,27 @@ def _refused(model: ir.Model) -> list[Skipped]:
         reason = _NO_KERNEL.get(node.op_type)
         if qgraph.ir.is_op(node, "QuantizeLinear", "DynamicQuantizeLinear"):
             reason = _QUANTIZED
+        elif node.op_type == "GatherBlockQuantized":
+            reason = _gaps(node)
         if reason is not None:
             refused.append(Skipped(qgraph.ir.node_label(node), reason))
     return refused
+
+
+def _gaps(node: ir.Node) -> str | None:
+    """Say why the rows of a packed table cannot be looked up: the provider counts groups from the first on."""
+    table = node.inputs[0]
+    if table is None or table.shape is None or not isinstance(table.shape[-1], int):
+        return None
+    bits, block = node.attributes.get_int("bits", 4), node.attributes.get_int("block_size", 128)
+    width = table.shape[-1] * (8 // bits if table.dtype == ir.DataType.UINT8 else 1)
+    if width % block:
+        return f"the CUDA provider looks up whole groups only, and rows of {width} are no multiple of {block}"
+    has_zero_points = len(node.inputs) > 3 and node.inputs[3] is not None
+    groups = width // block
+    if has_zero_points and groups * bits % 8:
+        return (
+            f"the CUDA provider reads zero points without gaps between rows, and {groups} of {bits} bits do not fill "
+            "whole bytes: use symmetric weights, or another group"
+        )
+    return None

@@ -18,6 +18,7 @@ from qgraph.numerics.weights import QuantizedWeight, quantize_weight
 from qgraph.passes.matmul_nbits import MatmulNbits
 from qgraph.pipeline import Pipeline, Report
 from qgraph.runtime.session import open_session
+from qgraph.targets.cuda import CudaInt4
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden/matmul-nbits/every_kind.onnxtxt"
 N = 48
@@ -148,6 +149,17 @@ def test_a_tied_weight_is_stored_once(tmp_path: Path):
     assert weight.bytes == N * 128 // 2 + N * 4 * 4 + N * 2
     shape = 3 * 8  # of the Reshape
     assert qgraph.ir.weight_bytes(qgraph.ir.load(tmp_path / "model.onnx")) == weight.bytes + shape
+
+
+@pytest.mark.parametrize(("scheme", "form"), [("int4g32a", (4, 16)), ("int4g32s", (4, 32)), ("int4g128a", (4, 32))])
+def test_tables_have_no_gaps_between_the_zero_points_of_their_rows(scheme: str, form: tuple[int, int]):
+    inputs = 128 + 64 if scheme == "int4g128a" else 96
+    model = model_of(MODELS["tied"], inputs)
+    compress(model, scheme)
+    lower(model)
+    (node,) = [node for node in model.graph if node.op_type == "GatherBlockQuantized"]
+    assert (node.attributes.get_int("bits", 0), node.attributes.get_int("block_size", 0)) == form
+    assert CudaInt4().check(model) == []
 
 
 def test_nf4_runs_exactly_or_fast(tmp_path: Path):

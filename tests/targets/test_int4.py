@@ -160,12 +160,14 @@ ON_CUDA = {
     "no integer convolution": "y = QLinearConv(x, s, b, b, s, b, s, b)",
     "no such integer product": "y = com.microsoft.DynamicQuantizeMatMul(x, b, s)",
     "fuses no quantized activations": "y = QuantizeLinear(x, s)",
+    "without gaps": "z = com.microsoft.GatherBlockQuantized<bits = 4, block_size = 32>(t, i, s, b) y = Relu(x)",
+    "whole groups only": "z = com.microsoft.GatherBlockQuantized<bits = 4, block_size = 64>(t, i, s) y = Relu(x)",
 }
 
 
 def graph_of(body: str) -> ir.Model:
     return ir.from_onnx_text(
-        f"{HEAD}\ng (float[4,32] x, uint8[32,1,16] b, float[32] s) => (float[4,32] y) {{ {body} }}"
+        f"{HEAD}\ng (float[4,32] x, uint8[32,1,16] b, float[32] s, uint8[8,48] t, int64[2] i) => (float[4,32] y) {{ {body} }}"
     )
 
 
