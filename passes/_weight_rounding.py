@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from qgraph.analysis.compressed_weights import format_scheme, store, total_bits
 from qgraph.analysis.linear_layers import LinearLayer, LinearLayers, linear_layers, matches
 from qgraph.errors import UserError
 from qgraph.numerics.weights import QuantizedWeight, WeightScheme
-from qgraph.passes._weight_options import chosen_bits, forget_bits
+from qgraph.passes._weight_options import chosen_bits, chosen_group, forget_bits
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
 __all__ = ["Chosen", "Prepared", "WeightRounding", "some_of"]
@@ -103,12 +104,12 @@ class WeightRounding(Pass):
             counts[format_scheme(scheme)] += 1
             elements += first.inputs * first.outputs
             information += total_bits(scheme, first.outputs, first.inputs)
-            if scheme.group and first.inputs % scheme.group:
-                ragged.append(f"{first.name} ({first.inputs} inputs)")
-        notes = [f"{count} weights as {scheme}" for scheme, count in sorted(counts.items())]
+            if 0 < scheme.group < first.inputs and first.inputs % scheme.group:
+                ragged.append(f"{first.name} ({first.inputs} inputs in groups of {scheme.group})")
+        notes = [f"{count} weight{'s' * (count > 1)} as {scheme}" for scheme, count in sorted(counts.items())]
         notes.append(f"{information / elements:.2f} bits per weight, scales included")
         if ragged:
-            notes.append(f"groups of {self.group} do not divide, the last one is shorter: {some_of(ragged)}")
+            notes.append(f"the last group is shorter in {some_of(ragged)}")
         notes += prepared.notes
         figures: Mapping[str, Any] = {
             "weights": len(chosen),
@@ -135,7 +136,8 @@ class WeightRounding(Pass):
             bits = chosen_bits((layer.node for layer in layers), self._default_bits(layers))
             reason = self._why_not(layers, bits)
             if reason is None and bits is not None:
-                chosen[weight] = layers, self._checked_scheme(bits)
+                group = chosen_group((layer.node for layer in layers), self.group)
+                chosen[weight] = layers, dataclasses.replace(self._checked_scheme(bits), group=group)
             else:
                 skipped += [Skipped(layer.name, reason or "") for layer in layers]
         return chosen, skipped
@@ -172,7 +174,11 @@ class WeightRounding(Pass):
             try:
                 return self.round(array if transposed else array.T, scheme)
             except ValueError as error:
-                raise UserError(f"{self.name}: {label}: {error}: mend the model") from error
+                wrong = np.argwhere(~np.isfinite(array.astype(np.float32)))
+                if not len(wrong):
+                    raise
+                index = tuple(wrong[0].tolist())
+                raise UserError(f"{self.name}: {label} holds {array[index]} at {index}: mend the model") from error
 
         return produce
 

@@ -160,7 +160,10 @@ def test_too_little_calibration_and_ragged_groups_are_noted() -> None:
     model = model_of(LAYERS)
     report = apply(model, gptq_of(), context(calibration=[{"x": correlated(5, 0)}]))
     assert any("fewer calibration rows than inputs" in note for note in report.notes)
-    assert any("the last one is shorter: MatMul->two (48 inputs), last" in note for note in report.notes)
+    text = "the last group is shorter in MatMul->two (48 inputs in groups of 32), last"
+    assert any(text in note for note in report.notes)
+        "the last group is shorter in MatMul->two (48 inputs in groups of 32), last" in note for note in report.notes
+    )
 
 
 @pytest.mark.parametrize("bad", [{"bits": 7}, {"format": "int9"}, {"group": -1}])
