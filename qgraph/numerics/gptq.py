@@ -22,7 +22,7 @@ import numpy as np
 
 from qgraph.numerics.column_loop import BLOCK, Begin, transposed, visit
 from qgraph.numerics.hessian import Hessian, Triangle, factorize, output_error
-from qgraph.numerics.products import steady
+from qgraph.numerics.products import each, steady
 from qgraph.numerics.refinement import refine as refine_groups
 from qgraph.numerics.rounding import Rounder
 from qgraph.numerics.weights import Method, QuantizedWeight, WeightScheme, group_parameters
@@ -32,6 +32,8 @@ __all__ = ["GptqResult", "Hessian", "Order", "gptq", "output_error"]
 Order = Literal["none", "activation"]
 
 _LEAST_IMPORTANCE = 1e-3
+_OUTPUTS = 512
+"""Outputs whose parameters are searched by one thread."""
 _WHOLE_TENSOR = ("nvfp4",)
 """Formats whose scales depend on all of the matrix: they cannot be taken group by group."""
 
@@ -93,10 +95,10 @@ def gptq(
     if order == "none" and scheme.format not in _WHOLE_TENSOR:
         layer.round_by_groups(clip, hessian.diagonal())
     else:
-        targets = layer.round(group_parameters(rows.T, scheme, method="minmax"))
+        targets = layer.round(_parameters(rows, scheme, "minmax"))
         if clip == "mse":
             second = dataclasses.replace(layer, rounder=Rounder(scheme, rows.shape, dtype))
-            second.round(group_parameters(targets.T, scheme, method=clip))
+            second.round(_parameters(targets, scheme, clip))
             layer.keep_better(second)
     error = np.empty_like(layer.error)
     error[sequence] = layer.error
@@ -139,6 +141,24 @@ def _alive(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mended[:, dead] = 0
     mended[dead, dead] = 1.0 if dead.all() else np.mean(hessian.diagonal()[~dead])
     return mended, dead
+
+
+def _parameters(rows: np.ndarray, scheme: WeightScheme, method: Method) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return what `group_parameters` does for a matrix [K, N]; outputs are looked at in parallel."""
+    if scheme.format in _WHOLE_TENSOR:
+        return group_parameters(rows.T, scheme, method=method)
+    inputs, outputs = rows.shape
+    scale = np.empty((outputs, scheme.groups(inputs)), np.float32)
+    zero_point = np.empty(scale.shape, np.uint8) if scheme.is_integer else None
+
+    def compute(start: int) -> None:
+        part = slice(start, start + _OUTPUTS)
+        scale[part], zeros = group_parameters(rows[:, part].T, scheme, method=method)
+        if zero_point is not None:
+            zero_point[part] = zeros
+
+    each(compute, range(0, outputs, _OUTPUTS))
+    return scale, zero_point
 
 
 @dataclasses.dataclass

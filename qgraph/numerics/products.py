@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["gram", "product", "steady"]
+__all__ = ["each", "gram", "product", "steady"]
 
 _WIDTH = 512
 """Columns of a tile."""
@@ -62,7 +62,7 @@ def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
         part = slice(start, start + _WIDTH)
         np.matmul(left, right[:, part], out=result[:, part])
 
-    _each(compute, range(0, columns, _WIDTH))
+    each(compute, range(0, columns, _WIDTH))
     return result
 
 
@@ -75,11 +75,12 @@ def gram(rows: np.ndarray) -> np.ndarray:
         part = slice(start, start + _WIDTH)
         np.matmul(rows[:, start:].T, rows[:, part], out=result[start:, part])
 
-    _each(compute, range(0, count, _WIDTH))
+    each(compute, range(0, count, _WIDTH))
     return result
 
 
-def _each(compute: Callable[[int], None], starts: Iterable[int]) -> None:
+def each(compute: Callable[[int], None], starts: Iterable[int]) -> None:
+    """Call a function for independent parts, on as many threads as the BLAS may use; call it inside `steady`."""
     if _allowed > 1:
         for _ in _pool(_allowed).map(compute, starts):
             pass
