@@ -25,7 +25,7 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.block_stream import BlockStream, Rows, Stage
 from qgraph.analysis.compressed_weights import format_scheme
-from qgraph.analysis.finished_layers import FinishedLayers
+from qgraph.analysis.finished_layers import Finished, FinishedLayers
 from qgraph.analysis.linear_layers import LinearLayer
 from qgraph.errors import UserError
 from qgraph.numerics.gptq import Hessian, gptq, output_error
@@ -96,10 +96,7 @@ class _Work:
         self._layers = {weight: layers for weight, (layers, _) in chosen.items()}
         self._schemes = {weight: scheme for weight, (_, scheme) in chosen.items()}
         self._moments: dict[ir.Value, _Moments] = {}
-        self._figures: dict[str, dict[str, Any]] = {}
-        self._short: list[str] = []
-        self._damped: list[str] = []
-        self._resumed = 0
+        self._figures: dict[str, Mapping[str, Any]] = {}
 
     def run(self) -> Prepared:
         """Return what gives each quantized weight, and what to tell."""
@@ -140,8 +137,8 @@ class _Work:
         """Quantize the weights whose last layer is in this stage."""
         here = dict.fromkeys(layer.weight for layers in stage.layers.values() for layer in layers)
         ready = [weight for weight in here if self._is_last(weight, stage)]
-        produced = {weight: one for weight in ready if (one := self._known(weight)) is not None}
-        self._resumed += len(produced)
+        known = {weight: self._finished.find(weight.name or "", self._schemes[weight]) for weight in ready}
+        produced = {weight: self._told(weight, one) for weight, one in known.items() if one is not None}
         open_ends = [weight for weight in here if weight not in produced]
         if open_ends:
             self._watch(stage, open_ends)
@@ -182,11 +179,10 @@ class _Work:
             return [[weight] for weight in weights]
         return list(groups.values())
 
-    def _known(self, weight: ir.Value) -> Produce | None:
-        produce = self._finished.find(weight.name or "", self._schemes[weight])
-        if produce is not None:
-            self._figures[self._layers[weight][0].name] = {"bits": self._schemes[weight].bits}
-        return produce
+    def _told(self, weight: ir.Value, finished: Finished) -> Produce:
+        """Take up what is to be told about a finished weight, and return what gives it."""
+        self._figures[self._layers[weight][0].name] = finished.facts
+        return finished.produce
 
     def _quantize(self, weights: Sequence[ir.Value], moments: _Moments) -> dict[ir.Value, Produce]:
         options, scheme = self._options, self._schemes[weights[0]]
@@ -210,38 +206,28 @@ class _Work:
         start = 0
         for weight, layer in zip(weights, layers, strict=True):
             part = _rows(result.quantized, slice(start, start + layer.outputs))
-            produced[weight] = self._finished.keep(weight.name or "", part)
             rows = original[start : start + layer.outputs]
-            self._tell(layer, part, rows, hessian, moments, result.damping)
+            facts = {
+                "bits": scheme.bits,
+                "relative_error": _relative_error(rows, part, hessian),
+                "rows": moments.hessian.rows,
+                "damping": result.damping,
+            }
+            produced[weight] = self._told(weight, self._finished.keep(weight.name or "", part, facts))
             start += layer.outputs
         return produced
 
-    def _tell(
-        self,
-        layer: LinearLayer,
-        quantized: QuantizedWeight,
-        weight: np.ndarray,
-        hessian: np.ndarray,
-        moments: _Moments,
-        damping: float,
-    ) -> None:
-        size = float(np.vdot(weight @ hessian, weight))
-        error = output_error(weight, quantized.dequantize(), hessian)
-        self._figures[layer.name] = {"bits": quantized.scheme.bits, "relative_error": error / size if size > 0 else 0.0}
-        if moments.hessian.rows < layer.inputs:
-            self._short.append(layer.name)
-        if damping > self._options.damping:
-            self._damped.append(f"{layer.name} {damping:g}")
-
     def _notes(self) -> list[str]:
         """Return what the reader should know."""
+        inputs = {layers[0].name: layers[0].inputs for layers in self._layers.values()}
+        facts = self._figures.items()
+        short = [name for name, one in facts if one.get("rows", inputs[name]) < inputs[name]]
+        damped = [f"{name} {one['damping']:g}" for name, one in facts if one.get("damping", 0) > self._options.damping]
         notes = []
-        if self._resumed:
-            notes.append(f"{self._resumed} of them finished before")
-        if self._short:
-            notes.append(f"fewer calibration rows than inputs (give more samples) in {some_of(self._short)}")
-        if self._damped:
-            notes.append(f"damping raised in {some_of(self._damped)}")
+        if short:
+            notes.append(f"fewer calibration rows than inputs (give more samples) in {some_of(short)}")
+        if damped:
+            notes.append(f"damping raised in {some_of(damped)}")
         return notes
 
 
@@ -271,6 +257,12 @@ def _require_finite(layer: LinearLayer) -> None:
     if not np.isfinite(layer.matrix()).all():
         raise UserError(f"the weight '{layer.weight.name}' of '{layer.name}' holds NaN or infinity: mend the model")
     qgraph.ir.forget_pages()
+
+
+def _relative_error(weight: np.ndarray, quantized: QuantizedWeight, hessian: np.ndarray) -> float:
+    """Return the squared error of a layer's outputs as a share of their square."""
+    size = float(np.vdot(weight @ hessian, weight))
+    return output_error(weight, quantized.dequantize(), hessian) / size if size > 0 else 0.0
 
 
 def _rows(weight: QuantizedWeight, rows: slice) -> QuantizedWeight:

@@ -57,13 +57,16 @@ class Stage:
         self._stream = stream
         self._segment = segment
 
-    def rows(self) -> Iterator[dict[ir.Value, Rows]]:
+    def rows(self, also: Sequence[ir.Value] = ()) -> Iterator[dict[ir.Value, Rows]]:
         """Run the graph up to here on one sample after the other and yield what goes into the layers.
+
+        Args:
+            also: other values, each with one row for every row of the layers, that are known where these run.
 
         Raises:
             UserError: the graph does not run on a sample, or NaN or infinity goes into a layer.
         """
-        return self._stream._rows(self._segment, self.layers)  # noqa: SLF001 - of this module
+        return self._stream._rows(self._segment, self.layers, also)  # noqa: SLF001 - of this module
 
     def change(self, weight: ir.Value, matrix: np.ndarray) -> None:
         """Let the layers that read `weight` use `matrix`, float32 [N, K], from here on."""
@@ -164,21 +167,21 @@ class BlockStream:
         return [self._changed] if self._original is None else [self._changed, self._original]
 
     def _rows(
-        self, segment: Segment, layers: Mapping[ir.Value, Sequence[LinearLayer]]
+        self, segment: Segment, layers: Mapping[ir.Value, Sequence[LinearLayer]], also: Sequence[ir.Value]
     ) -> Iterator[dict[ir.Value, Rows]]:
-        inputs = [x for x in layers if x not in segment.reads]
-        runs = self._runs(segment, inputs)
+        readers = {x: group[0].name for x, group in layers.items()} | {value: str(value.name) for value in also}
+        runs = self._runs(segment, [value for value in readers if value not in segment.reads])
         for number in range(self._changed.samples):
             self._step()
             arrays = [run(number) for run in runs]
             found: dict[ir.Value, Rows] = {}
-            for x, group in layers.items():
+            for value, reader in readers.items():
                 sides = [
-                    side[x] if x in side else store.get(x, number)
+                    side[value] if value in side else store.get(value, number)
                     for side, store in zip(arrays, self._stores(), strict=True)
                 ]
-                rows = [_as_rows(side, group[0], number) for side in sides]
-                found[x] = Rows(rows[0], rows[1] if self._original is not None else None)
+                rows = [_as_rows(side, reader, number) for side in sides]
+                found[value] = Rows(rows[0], rows[1] if self._original is not None else None)
             yield found
 
     def _carry_on(self, segment: Segment) -> None:
@@ -227,11 +230,11 @@ def _is_read(weight: ir.Value, later: set[ir.Value | None]) -> bool:
     return weight in later or any(output in later for use in weight.uses() for output in use.node.outputs)
 
 
-def _as_rows(array: np.ndarray, layer: LinearLayer, number: int) -> np.ndarray:
-    rows = np.ascontiguousarray(array.reshape(-1, layer.inputs), dtype=np.float32)
+def _as_rows(array: np.ndarray, reader: str, number: int) -> np.ndarray:
+    rows = np.ascontiguousarray(array.reshape(-1, array.shape[-1]), dtype=np.float32)
     if not np.isfinite(rows).all():
         raise UserError(
-            f"calibration sample {number}: what goes into '{layer.name}' holds NaN or infinity. "
+            f"calibration sample {number}: what goes into '{reader}' holds NaN or infinity. "
             "Mend the sample, or the weights that lead there."
         )
     return rows

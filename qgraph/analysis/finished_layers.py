@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -22,9 +24,16 @@ from qgraph.numerics.packing import pack_bits, unpack_bits
 from qgraph.numerics.weights import QuantizedWeight, WeightScheme
 from qgraph.pipeline import Context
 
-__all__ = ["FinishedLayers"]
+__all__ = ["Finished", "FinishedLayers"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Finished(NamedTuple):
+    """A finished weight: what gives it back, and what was told about it (JSON values)."""
+
+    produce: Callable[[], QuantizedWeight]
+    facts: Mapping[str, Any]
 
 
 class FinishedLayers:
@@ -38,7 +47,6 @@ class FinishedLayers:
 
     def __init__(self, model: ir.Model, context: Context, settings: str) -> None:
         self._folder = context.work_folder
-        self._held: dict[str, QuantizedWeight] = {}
         self._prefix = ""
         if self._folder is not None:
             self._make_folder(self._folder)
@@ -51,33 +59,35 @@ class FinishedLayers:
         except OSError as error:
             raise UserError(f"the work folder {folder} cannot be made: {error.strerror}") from error
 
-    def find(self, name: str, scheme: WeightScheme) -> Callable[[], QuantizedWeight] | None:
-        """Return what reads the weight that was finished under `name`, or None if there is none, or a damaged one."""
+    def find(self, name: str, scheme: WeightScheme) -> Finished | None:
+        """Return the weight that was finished under `name`, or None if there is none, or a damaged one."""
         if self._folder is None:
-            return (lambda: self._held[name]) if name in self._held else None
+            return None
         path = self._path(name)
         try:
             # Its checksums are looked at now: later there would be no way back.
             with zipfile.ZipFile(path) as file:
-                sound = file.testzip() is None
-        except (OSError, zipfile.BadZipFile):
+                if file.testzip() is not None:
+                    return None
+            with np.load(path, allow_pickle=False) as arrays:
+                facts = json.loads(str(arrays["facts"]))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             return None
-        return (lambda: _read(path, scheme)) if sound else None
+        return Finished(lambda: _read(path, scheme), facts)
 
-    def keep(self, name: str, weight: QuantizedWeight) -> Callable[[], QuantizedWeight]:
-        """Keep a weight and return what gives it back.
+    def keep(self, name: str, weight: QuantizedWeight, facts: Mapping[str, Any]) -> Finished:
+        """Keep a weight and what is to be told about it.
 
         Raises:
             UserError: the disk is full.
         """
         if self._folder is None:
-            self._held[name] = weight
-            return lambda: weight
+            return Finished(lambda: weight, facts)
         path = self._path(name)
         unfinished = path.with_suffix(".unfinished")
         try:
             with unfinished.open("wb") as file:
-                _write(file, weight)
+                _write(file, weight, facts)
             unfinished.replace(path)
         except OSError as error:
             unfinished.unlink(missing_ok=True)
@@ -87,7 +97,8 @@ class FinishedLayers:
                 f"the disk is full: {self._folder} has no room for another finished layer. Those that are done are "
                 "kept: free some room and run again with --resume."
             ) from error
-        return lambda: _read(path, weight.scheme)
+        scheme = weight.scheme  # the weight itself need not stay in memory
+        return Finished(lambda: _read(path, scheme), facts)
 
     def _path(self, name: str) -> Path:
         assert self._folder is not None
@@ -99,11 +110,12 @@ def _width(scheme: WeightScheme) -> int:
     return next(width for width in (2, 4, 8) if width >= scheme.bits)
 
 
-def _write(file: object, weight: QuantizedWeight) -> None:
+def _write(file: BinaryIO, weight: QuantizedWeight, facts: Mapping[str, Any]) -> None:
     arrays = {"codes": pack_bits(weight.codes, _width(weight.scheme)), "scale": weight.scale}
     if weight.zero_point is not None:
         arrays["zero_point"] = weight.zero_point
-    np.savez(file, inputs=np.array(weight.codes.shape[1]), **arrays)  # type: ignore[arg-type]
+    arrays |= {"inputs": np.array(weight.codes.shape[1]), "facts": np.array(json.dumps(facts))}
+    np.savez(file, **arrays)  # type: ignore[arg-type]  # a keyword of its own might be meant
 
 
 def _read(path: Path, scheme: WeightScheme) -> QuantizedWeight:
