@@ -18,6 +18,8 @@ A tied weight of nf4 goes to 8 bits, where each level moves by at most 1/254: no
 `accuracy_level` 4 rounds activations to 8 bits, block by block, and multiplies in integers; 0 multiplies in float,
 which for 2 and 8 bits is fifty times slower on a CPU.
 
+Weights that others have stored in blocks or in less than 8 bits behind a DequantizeLinear are taken as well.
+
 Left alone: float8 (no kernel; it is dequantized at every run), readers inside subgraphs, a Gemm with a transposed
 input or a factor alpha, groups that are no multiple of 16, weights that are read across their groups.
 """
@@ -35,7 +37,14 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.analysis.compressed_weights import NAME_KEY, SCHEME_KEY, CompressedWeight, compressed, producer_of
+from qgraph.analysis.compressed_weights import (
+    NAME_KEY,
+    SCHEME_KEY,
+    CompressedWeight,
+    compressed,
+    format_scheme,
+    producer_of,
+)
 from qgraph.lazy_tensors import joint_tensors
 from qgraph.numerics.packing import container, gather_block_quantized, matmul_bnb4, matmul_nbits, to_container
 from qgraph.numerics.weights import QuantizedWeight, WeightScheme
@@ -156,7 +165,7 @@ class _Rewriter:
         self._weight = weight
         self._options = options
         self._dequantize = weight.dequantize
-        self._float = weight.dequantize.outputs[0].dtype
+        self._float = weight.tensors[1].dtype
         self._produce = producer_of(weight.tensors[0]) or weight.quantized
         self.counts: Counter[str] = Counter()
         self.skipped: list[Skipped] = []
@@ -316,7 +325,7 @@ class _Rewriter:
             inputs += [None] * (5 - len(inputs)) + [bias]
         new = ir.node(op_type, inputs, attributes, domain=_MICROSOFT, name=reader.name)
         new.metadata_props.update(reader.metadata_props)
-        new.metadata_props[SCHEME_KEY] = self._dequantize.metadata_props[SCHEME_KEY]
+        new.metadata_props[SCHEME_KEY] = format_scheme(self._weight.scheme)
         new.metadata_props[NAME_KEY] = self._weight.name
         nodes = [new] if added is None else [new, *self._added(new, added, reader)]
         qgraph.ir.replace_node(last, nodes)

@@ -369,7 +369,8 @@ def compressed(model: ir.Model) -> Iterator[CompressedWeight]:
     """Yield the compressed weights of a model, in the order of the nodes that first read each.
 
     Found by the metadata that `store` left, which files keep; also after a target has put fused operators in the
-    place of DequantizeLinear. A weight that several operators share comes once.
+    place of DequantizeLinear. Matrices that others have stored in blocks, or in less than 8 bits, behind a
+    DequantizeLinear are found as well. A weight that several operators share comes once.
 
     Raises:
         UserError: a node's metadata name no scheme.
@@ -377,11 +378,10 @@ def compressed(model: ir.Model) -> Iterator[CompressedWeight]:
     fused: dict[ir.Value, list[ir.Node]] = {}
     order: list[tuple[ir.Node, ir.Value | None]] = []
     for node in qgraph.ir.walk(model):
-        if SCHEME_KEY not in node.metadata_props:
-            continue
         if qgraph.ir.is_op(node, "DequantizeLinear"):
-            order.append((node, None))
-        elif node.op_type in _FUSED:
+            if _scheme_of(node) is not None:
+                order.append((node, None))
+        elif node.op_type in _FUSED and SCHEME_KEY in node.metadata_props:
             packed = _storage(node)
             if packed not in fused:
                 order.append((node, packed))
@@ -401,14 +401,13 @@ def _storage(node: ir.Node) -> ir.Value:
 
 
 def _standing(node: ir.Node) -> CompressedWeight:
-    scheme = parse_scheme(node.metadata_props[SCHEME_KEY])
-    axis = node.attributes.get_int("axis", 1)
-    blocked = bool(node.attributes.get_int("block_size", 0))
-    along_inputs = axis if blocked else 1 - axis
+    scheme = _scheme_of(node)
+    assert scheme is not None
+    along_inputs = _along_inputs(node)
     integers = node.inputs[0]
     assert integers is not None
-    assert integers.shape is not None
-    dims = integers.shape.numpy()
+    assert integers.const_value is not None
+    dims = integers.const_value.shape.numpy()
     readers = _readers(node.outputs[0])
     return CompressedWeight(
         name=node.metadata_props.get(NAME_KEY, integers.name or ""),
@@ -421,6 +420,35 @@ def _standing(node: ir.Node) -> CompressedWeight:
         outputs=dims[1 - along_inputs],
         transposed=along_inputs == 1,
     )
+
+
+def _along_inputs(node: ir.Node) -> int:
+    """Return the axis of a matrix's DequantizeLinear that the groups run along, if they run along the inputs."""
+    axis = node.attributes.get_int("axis", 1) % 2
+    return axis if node.attributes.get_int("block_size", 0) else 1 - axis
+
+
+def _scheme_of(node: ir.Node) -> WeightScheme | None:
+    """Return the scheme that a DequantizeLinear's metadata name, or what others wrote in blocks or below 8 bits.
+
+    Whole rows of 8 bits without metadata are left to those who quantize activations too.
+    """
+    if SCHEME_KEY in node.metadata_props:
+        return parse_scheme(node.metadata_props[SCHEME_KEY])
+    tensors = [value.const_value for value in node.inputs if value is not None]
+    if len(tensors) < 2 or any(tensor is None for tensor in tensors):
+        return None
+    integers, scale = tensors[0], tensors[1]
+    assert integers is not None
+    assert scale is not None
+    block = node.attributes.get_int("block_size", 0)
+    is_integer = integers.dtype in (*_SIGNED.values(), *_UNSIGNED.values())
+    if not is_integer or len(integers.shape) != 2 or len(scale.shape) != (2 if block else 1):
+        return None
+    if not block and integers.dtype.bitwidth == 8:
+        return None
+    symmetric = integers.dtype in _SIGNED.values() and len(tensors) == 2
+    return WeightScheme("int", integers.dtype.bitwidth, block, symmetric)
 
 
 def _packed(node: ir.Node, storage: ir.Value, readers: Sequence[ir.Node]) -> CompressedWeight:
@@ -467,13 +495,12 @@ def _read(weight: CompressedWeight) -> QuantizedWeight:
 
     scale = canonical(arrays[1], grid).astype(np.float32) * np.float32(_GRIDS.get(scheme.format, 1))
     values = canonical(arrays[0], size)
-    if _has_zero_points(scheme):
-        zero_point = canonical(arrays[2], grid).astype(np.uint8)
-        return QuantizedWeight(values.astype(np.uint8), scale, zero_point, scheme)
-    if scheme.format == "int":
-        middle = 1 << (scheme.bits - 1)
-        codes = (values.astype(np.int16) + middle).astype(np.uint8)
-        return QuantizedWeight(codes, scale, np.full(grid, middle, np.uint8), scheme)
+    if scheme.is_integer:
+        lowest = scheme.centre if weight.tensors[0].dtype in _SIGNED.values() else 0
+        zero_point = np.full(grid, lowest, np.uint8)
+        if len(arrays) > 2:
+            zero_point = (canonical(arrays[2], grid).astype(np.int16) + lowest).astype(np.uint8)
+        return QuantizedWeight((values.astype(np.int16) + lowest).astype(np.uint8), scale, zero_point, scheme)
     steps = levels(scheme) * _GRIDS.get(scheme.format, 1)
     book = steps if scheme.format in _FLOAT8 else np.rint(steps)
     codes = np.searchsorted(book, values.astype(np.float32)).astype(np.uint8)

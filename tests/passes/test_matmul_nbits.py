@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -246,6 +247,58 @@ def test_weights_of_a_file_are_lowered_like_new_ones(tmp_path: Path):
         qgraph.ir.save(model, tmp_path / "model.onnx")
         results.append((tmp_path / "model.onnx").read_bytes())
     assert results[0] == results[1]
+
+
+FOREIGN = [
+    ("uint4", 32, True), ("uint4", 32, False), ("int4", 32, False), ("int4", 32, True), ("int4", 0, False),
+    ("uint8", 16, True), ("int8", 64, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "block", "zero_points"), FOREIGN)
+@pytest.mark.parametrize("flipped", [False, True])
+def test_what_others_have_stored_is_taken_as_well(
+    dtype: str, block: int, zero_points: bool, flipped: bool, tmp_path: Path
+):
+    random = np.random.default_rng(3)
+    bits, signed = int(dtype[-1]), dtype.startswith("i")
+    low, high = (-(1 << (bits - 1)), 1 << (bits - 1)) if signed else (0, 1 << bits)
+    groups = 128 // block if block else 1
+    values, zeros = random.integers(low, high, (N, 128)), random.integers(low, high, (N, groups))
+    scale = random.uniform(0.01, 0.02, (N, groups)).astype(np.float32)
+    spread = np.repeat(zeros, 128 // groups, axis=1) if zero_points else 0
+    weights = (values - spread) * np.repeat(scale, 128 // groups, axis=1)
+
+    def stored(array: np.ndarray) -> np.ndarray:
+        array = array[:, 0] if array.shape[1] == 1 and not block else array
+        return array if flipped or array.ndim == 1 else array.T
+
+    third = ", z" if zero_points else ""
+    axis = f"axis = {1 if flipped else 0}, block_size = {block}" if block else f"axis = {0 if flipped else 1}"
+    product = "Gemm<transB = 1>(x, w)" if flipped else "MatMul(x, w)"
+    model = ir.from_onnx_text(
+        f'<ir_version: 10, opset_import: ["" : 21]> g (float[s,128] x) => (float[s,{N}] y) '
+        "<float[1] q = {0}, float[1] s0 = {0}, float[1] z = {0}> "
+        f"{{ w = DequantizeLinear<{axis}>(q, s0{third}) y = {product} }}"
+    )
+    integers = {"int4": ml_dtypes.int4, "uint4": ml_dtypes.uint4}.get(dtype, np.dtype(dtype))
+    arrays = {"q": stored(values).astype(integers), "s0": stored(scale), "z": stored(zeros).astype(integers)}
+    for name, array in arrays.items():
+        value = model.graph.initializers[name]
+        value.const_value = ir.tensor(np.ascontiguousarray(array), name=name)
+        value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(array.shape)
+    assert not lower(model, accuracy_level=0).skipped
+    assert check(model, weights.astype(np.float32), tmp_path, 2e-6) == {"MatMulNBits": 1}
+
+
+def test_rows_of_eight_bits_belong_to_quantized_activations():
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 21]> g (float[s,2] x) => (float[s,2] y) '
+        "<int8[2,2] q = {1, 2, 3, 4}, float[2] s0 = {0.5, 0.25}> "
+        "{ w = DequantizeLinear<axis = 1>(q, s0) y = MatMul(x, w) }"
+    )
+    assert list(compressed(model)) == []
+    assert lower(model).changed == 0
 
 
 def test_golden():

@@ -166,9 +166,8 @@ ON_CUDA = {
 
 
 def graph_of(body: str) -> ir.Model:
-    return ir.from_onnx_text(
-        f"{HEAD}\ng (float[4,32] x, uint8[32,1,16] b, float[32] s, uint8[8,48] t, int64[2] i) => (float[4,32] y) {{ {body} }}"
-    )
+    inputs = "float[4,32] x, uint8[32,1,16] b, float[32] s, uint8[8,48] t, int64[2] i"
+    return ir.from_onnx_text(f"{HEAD}\ng ({inputs}) => (float[4,32] y) {{ {body} }}")
 
 
 @pytest.mark.parametrize("target", [CpuInt4(), CudaInt4()], ids=lambda target: target.name)
