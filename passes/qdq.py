@@ -40,11 +40,10 @@ from qgraph.passes._qdq_nodes import rewrite
 from qgraph.passes._qdq_values import Schemes
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
-__all__ = ["EXCLUDED", "FLOAT_KEY", "Qdq"]
+__all__ = ["FLOAT_KEY", "Qdq"]
 
 FLOAT_KEY = "qgraph.float"
 """Metadata of a node that stays in float: the reason."""
-EXCLUDED = "it is excluded"
 _FIRST_OPSET = 13
 """The first whose DequantizeLinear knows channels, and whose movers all take integers."""
 _LARGEST = 1e30
@@ -67,6 +66,7 @@ class Qdq(Pass):
         default="minmax", metadata={"help": "how the ranges of activations are chosen"}
     )
     exclude: tuple[str, ...] = field(default=(), metadata={"help": "patterns (*, ?) of names of nodes to leave alone"})
+    reason: str = field(default="it is excluded", metadata={"help": "what to say of the nodes that 'exclude' names"})
     ops: tuple[str, ...] = field(default=(), metadata={"help": "the only operators to quantize; all when empty"})
 
     def __post_init__(self) -> None:
@@ -146,7 +146,7 @@ class Qdq(Pass):
     def _excluded(self, node: ir.Node) -> str | None:
         label = qgraph.ir.node_label(node)
         if any(fnmatch.fnmatchcase(label, pattern) for pattern in self.exclude):
-            return EXCLUDED
+            return self.reason
         return f"{node.op_type} is not among 'ops'" if self.ops and node.op_type not in self.ops else None
 
     def _notes(self, plan: IntegerPlan, model: ir.Model) -> list[str]:

@@ -17,6 +17,7 @@ import platform
 import tempfile
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -487,6 +488,11 @@ def _recipe(target: Target, plan: Plan) -> str:
 
 def _told(report: Report) -> str:
     notes = list(dict.fromkeys(report.notes))
+    if not report.changed and report.skipped:
+        (reason, count), *_ = Counter(one.reason for one in report.skipped).most_common(1)
+        example = next(one.node for one in report.skipped if one.reason == reason)
+        notes.append(f"nothing changed; '{example}'{f' and {count - 1} more' if count > 1 else ''}: {reason}")
+        return ", ".join(notes)
     nodes = f"{report.nodes_before} -> {report.nodes_after} nodes"
     return "   ".join([nodes, ", ".join(notes)]) if notes else nodes
 

@@ -37,7 +37,7 @@ from qgraph import spec
 from qgraph.analysis.cost import cost
 from qgraph.analysis.integer_plan import IntegerPlan, integer_plan
 from qgraph.analysis.integer_rules import Kind, data_inputs
-from qgraph.passes.qdq import EXCLUDED, FLOAT_KEY
+from qgraph.passes.qdq import FLOAT_KEY
 from qgraph.pipeline import Context, Feeds, Pass, Pipeline, Skipped
 from qgraph.runtime.benchmark import compare
 from qgraph.runtime.session import input_signature, open_session, random_feeds
@@ -52,6 +52,8 @@ _PREPARE = (
 )
 _STATIC_FORM = "matmul-add-to-gemm,average-pool-to-conv,align-channels"
 _PADDED_FORM = "matmul-add-to-gemm,average-pool-to-conv,align-channels{inputs=true}"
+_FASTER = "float is faster here, by the target's table of kernel costs"
+_FASTER_OTHERWISE = "it is faster in float, or quantized as it comes, by the target's table of kernel costs"
 _MUCH_FASTER = 1.25
 _LITTLE = 1.1
 """How many times faster static layers must make a graph of dynamic ones to be worth asking for calibration data."""
@@ -144,8 +146,6 @@ def _reasons(model: ir.Model) -> dict[str, str]:
         if qgraph.ir.is_op(node, "Relu", "Clip") and node.inputs[0] is not None:
             layer = node.inputs[0].producer()  # the runtime fuses the two and names them after the second
         reason = layer.metadata_props.get(FLOAT_KEY) if layer is not None else None
-        if reason == EXCLUDED:
-            reason = "it is excluded: float is faster here by the table of costs, or the pipeline says so"
         if reason is not None:
             reasons.update((name, reason) for name in (node.name, *(value.name for value in node.outputs)) if name)
     return reasons
@@ -223,7 +223,7 @@ class CpuInt8(_OnnxRuntimeCpu):
             return form + _compress(formed, context, modes, static=True)
         _, modes = _choose(model)
         dynamic = {node: "dynamic" if mode == "static" else mode for node, mode in modes.items()}
-        return _compress(model, context, dynamic, static=False)
+        return _compress(model, context, dynamic, static=False) or _nothing(model)
 
     def lower_passes(self) -> Pipeline:
         """Keep the runtime from quantizing what was left in float, and clean up."""
@@ -296,7 +296,7 @@ def _compress(model: ir.Model, context: Context, modes: Mapping[ir.Node, Mode], 
     in_float, dynamic = _names(modes, "float"), _names(modes, "dynamic")
     passes: list[Pass] = []
     if static:
-        passes.append(_excluding("qdq", [*in_float, *dynamic]))
+        passes.append(_excluding("qdq", [*in_float, *dynamic], reason=_FASTER_OTHERWISE if dynamic else _FASTER))
     if dynamic or _has_dynamic(model) or (not static and _has_products(model, in_float)):
         if context.calibration is not None and (dynamic or not static):
             passes.append(_excluding("smooth-quant", in_float))
@@ -304,10 +304,17 @@ def _compress(model: ir.Model, context: Context, modes: Mapping[ir.Node, Mode], 
     return Pipeline(passes)
 
 
-def _excluding(name: str, nodes: Collection[str]) -> Pass:
+def _nothing(model: ir.Model) -> Pipeline:
+    """Return the pipeline that quantizes nothing and says why, if there is anything of which to say it."""
+    plan = integer_plan(model.graph, lambda _: None)
+    layers = any(kind in (Kind.CONVOLUTION, Kind.PRODUCT) for kind in plan.nodes.values())
+    return Pipeline.from_specs([spec.Spec("qdq", {"exclude": ["*"], "reason": _FASTER})]) if layers else Pipeline()
+
+
+def _excluding(name: str, nodes: Collection[str], **others: spec.Value) -> Pass:
     """Return the pass `name` that leaves `nodes` alone; names become patterns that match just them."""
     patterns = ["".join(f"[{char}]" if char in "*?[" else char for char in node) for node in nodes]
-    options: dict[str, spec.Value] = {"exclude": sorted(patterns)} if patterns else {}
+    options: dict[str, spec.Value] = {"exclude": sorted(patterns), **others} if patterns else {}
     (one,) = Pipeline.from_specs([spec.Spec(name, options)])
     return one
 

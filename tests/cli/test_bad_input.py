@@ -290,6 +290,8 @@ def test_signals_leave_nothing_behind(work: Path, number: signal.Signals, status
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A suite that runs in the background of a shell has SIGINT ignored, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 120
     while not (work / "reading").exists() and child.poll() is None and time.monotonic() < deadline:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections import Counter
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-import qgraph.ir
 from qgraph.analysis.integer_plan import integer_plan
 from qgraph.errors import UserError
 from qgraph.pipeline import Context, Pipeline
@@ -113,7 +113,7 @@ def test_kernels_are_counted_and_float_ones_explained(tmp_path: Path) -> None:
 
 def test_a_network_too_small_for_integers_is_left_in_float(tmp_path: Path) -> None:
     one = model(TINY)
-    assert decide(one).to_text() == ""
+    assert [(one.name, one.exclude) for one in decide(one)] == [("qdq", ("*",))]
     kernels = compiled(one, tmp_path).kernels(tmp_path)
     assert not kernels.integer
     assert Counter(kernels.floating) == {"Conv": 2}
@@ -177,10 +177,19 @@ def test_costs_fall_with_every_decision() -> None:
 
 
 def test_the_table_is_complete() -> None:
-    text = (Path(qgraph.__file__).parent.parent / "targets" / "cpu_costs.toml").read_text(encoding="utf-8")
+    text = resources.files("qgraph.targets").joinpath("cpu_costs.toml").read_text(encoding="utf-8")
     kernels = {name for name, row in tomllib.loads(text).items() if isinstance(row, dict)}
     for how in ("float", "int8"):
         convolutions = ("convolution", "first-convolution", "odd-convolution", "depthwise", "odd-depthwise", "grouped")
         assert {f"{one}-{how}" for one in (*convolutions, "arithmetic", "lookup", "pool", "transpose")} <= kernels
     assert {"quantize", "dequantize", "reorder", "product-float", "product-int8", "product-dynamic"} <= kernels
     assert all(cost >= 0 for row in table().values() for cost in row.values())
+
+
+def test_a_network_that_is_faster_in_float_says_so(tmp_path: Path) -> None:
+    tiny = model(TINY)
+    pipeline = CpuInt8().compress_passes(tiny, Context())
+    report = pipeline.run(tiny)
+    assert not report.changed
+    assert {one.node for one in report.skipped} >= {"Conv->a", "Conv->y"}
+    assert all("float is faster here" in one.reason for one in report.skipped)
