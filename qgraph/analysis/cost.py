@@ -304,14 +304,20 @@ def _packed_bits(model: ir.Model) -> dict[ir.Value, int]:
 
 
 def _peak(graph: ir.Graph, sizer: _Sizer) -> int | None:
-    """Return the most bytes of activations that live at once, each from its making to its last reading."""
+    """Return the most bytes of activations that live at once, each from its making to its last reading.
+
+    What is computed from constants alone, such as a dequantized weight, is none: runtimes fuse or fold it.
+    """
     last = _last_readers(graph)
     kept = set(graph.outputs)
+    fixed: set[ir.Value] = set()
     try:
         live = {value: sizer.bytes(value) for value in graph.inputs}
         now = peak = sum(live.values())
         for position, node in enumerate(graph):
-            made = [] if node.op_type == "Constant" else [value for value in node.outputs if value.name]
+            if all(value is None or value in fixed or _is_initializer(value) for value in node.inputs):
+                fixed.update(node.outputs)
+            made = [value for value in node.outputs if value.name and value not in fixed]
             live |= {value: sizer.bytes(value) for value in made}
             now += sum(live[value] for value in made)
             peak = max(peak, now)
@@ -321,6 +327,10 @@ def _peak(graph: ir.Graph, sizer: _Sizer) -> int | None:
     except UnknownCostError:
         return None
     return peak
+
+
+def _is_initializer(value: ir.Value) -> bool:
+    return value.const_value is not None and not value.is_graph_input()
 
 
 def _last_readers(graph: ir.Graph) -> dict[ir.Value, int]:

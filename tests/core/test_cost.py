@@ -220,3 +220,13 @@ def test_functions_that_call_one_another_in_a_circle_are_bad_input():
     model.functions[function.identifier()] = function
     with pytest.raises(UserError, match="Export without functions"):
         cost(model)
+
+
+def test_a_dequantized_weight_is_no_activation():
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[1,10] x) => (float[1,100] y) <int8[10,100] w = {}, float s = {0.5}>
+    {
+        d = DequantizeLinear (w, s)
+        y = MatMul (x, d)
+    }""".replace("{}", "{" + ", ".join(["1"] * 1000) + "}")
+    assert cost(ir.from_onnx_text(text)).peak_activation_bytes == 40 + 400
