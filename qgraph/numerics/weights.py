@@ -348,7 +348,8 @@ def _factors(bits: int, size: int, *, symmetric: bool) -> tuple[float, ...]:
     if symmetric:
         low -= 0.04 if bits <= 4 else 0.0
         high += _SYMMETRIC_ROOM[bits] if size <= 512 else 0.04
-    return tuple(np.linspace(high, low, 8 if bits <= 4 and size <= 512 else 12).tolist())
+    few = 8 if symmetric else 6
+    return tuple(np.linspace(high, low, few if bits <= 4 and size <= 512 else 12).tolist())
 
 
 def search_integer(
@@ -363,8 +364,8 @@ def search_integer(
     Codes q = clip(rint(x / s)) of a tried scale s have their least squared error at the scale <x, q> / <q, q>, where
     it is <x, x> - <x, q>^2 / <q, q>: the largest quotient wins, and neither error nor scale of a candidate is computed.
     Tried are shares of the full range (of both signs where levels are few and not the same below and above zero),
-    then the zero points beside, then the fitted scale itself. That comes within 0.3 % of an exhaustive search in 11
-    looks at the weights.
+    then the fitted scale itself, with the zero points beside where they are free. At 4 bits that comes within 0.3 %
+    of an exhaustive search, in 8 looks at the weights.
 
     Args:
         values: float32 [group, columns].
@@ -383,11 +384,12 @@ def search_integer(
     if scheme.symmetric and scheme.bits <= 3:
         for factor in factors[::2]:
             best.consider(-factor, best.start)
-    if not scheme.symmetric:
+    if scheme.symmetric:
+        best.consider(best.ratio.copy(), best.zero)
+    else:
         ratio, zero = best.ratio.copy(), best.zero.copy()
         for step in (-1, 1):
             best.consider(ratio, np.clip(zero + np.float32(step), 0, np.float32(scheme.top)))
-    best.consider(best.ratio.copy(), best.zero)
     fitted = best.ratio * start
     scale = np.copysign(np.maximum(np.abs(fitted), _TINY), fitted)
     nothing = (low == high) | (best.gain <= 0)
