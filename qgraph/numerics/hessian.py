@@ -12,7 +12,7 @@ import dataclasses
 
 import numpy as np
 
-from qgraph.numerics.products import gram, product, steady
+from qgraph.numerics.products import gram, mirror, product, steady
 
 __all__ = ["Hessian", "Triangle", "factorize", "output_error"]
 
@@ -60,9 +60,9 @@ class Hessian:
     @property
     def matrix(self) -> np.ndarray:
         """(2/n) sum x^T x, float64 [K, K]; zeros before the first sample."""
-        lower = np.tril(self._sum * (2.0 / max(self.rows, 1)))
-        lower += np.tril(lower, -1).T
-        return lower
+        result = self._sum * (2.0 / max(self.rows, 1))
+        mirror(result)
+        return result
 
     @property
     def mean_abs(self) -> np.ndarray:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["each", "gram", "product", "steady"]
+__all__ = ["each", "gram", "mirror", "product", "steady"]
 
 _WIDTH = 512
 """Columns of a tile."""
@@ -77,6 +77,13 @@ def gram(rows: np.ndarray) -> np.ndarray:
 
     each(compute, range(0, count, _WIDTH))
     return result
+
+
+def mirror(matrix: np.ndarray) -> None:
+    """Fill what `gram` has left zero, or a sum of its results."""
+    for start in range(0, len(matrix), _WIDTH):
+        stop = start + _WIDTH
+        matrix[start:stop, stop:] = matrix[stop:, start:stop].T
 
 
 def each(compute: Callable[[int], None], starts: Iterable[int]) -> None:
