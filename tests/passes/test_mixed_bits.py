@@ -189,7 +189,5 @@ def test_the_quantizer_takes_the_widths():
         if node.op_type == "DequantizeLinear"
         for reader in (use.node for use in node.outputs[0].uses())
     }
-    assert {name: scheme.partition("g")[0] for name, scheme in schemes.items()} == {
-        name: f"int{bits}" for name, (bits, _) in wanted.items()
-    }
+    assert schemes == {name: f"int{bits}g{group}a" for name, (bits, group) in wanted.items()}
     assert noted(model) == {}
