@@ -5,13 +5,13 @@
 Nothing is rounded here: the widths, and how many inputs share a scale, are noted in the metadata of the nodes that read
 each weight, and `rtn`, `hqq` or `gptq` behind this pass take them before their own `bits` and `group`:
 
-    mixed-bits{budget=4.25},gptq
+    mixed-bits{budget=4.25},gptq          mixed-bits{like=4g32},rtn
 
 The cost of each choice is measured (`qgraph.analysis.sensitivity`), and the choices of the least total cost within the
 budget are taken, embedding and output layer included. The budget is the average number of bits per weight of all that
 is stored: codes in the width that a runtime executes (3 bits take 4, 5 and 6 take 8), scales and zero points;
-`count=information` counts codes in their own width. It does not fire on weights that are no linear layer's or that
-`exclude` names.
+`count=information` counts codes in their own width. With `like`, the budget is what a uniform scheme would take. It does
+not fire on weights that are no linear layer's or that `exclude` names.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ class MixedBits(Pass):
 
     name: ClassVar[str] = "mixed-bits"
     budget: float = field(default=4.25, metadata={"help": "average bits per weight, scales and zero points included"})
+    like: str = field(
+        default="", metadata={"help": "instead of the budget: what a uniform scheme takes, such as 4g32 (bits, group)"}
+    )
     choices: tuple[int, ...] = field(default=(2, 4, 8), metadata={"help": "widths to choose from: 2, 3, 4, 5, 6, 8"})
     groups: tuple[int, ...] = field(
         default=(32, 64, 128), metadata={"help": "how many inputs may share a scale: sizes to choose from"}
@@ -68,15 +71,16 @@ class MixedBits(Pass):
             return Report(skipped=skipped)
         sizes = np.array([[self._bits(layers[0], scheme) for scheme in schemes] for layers in weights.values()])
         elements = np.array([layers[0].inputs * layers[0].outputs for layers in weights.values()])
+        budget = self._budget(weights, int(elements.sum()))
         least = sizes.min(axis=1).sum() / elements.sum()
-        if least > self.budget:
+        if least > budget:
             raise UserError(
-                f"mixed-bits: {self.budget:g} bits per weight are too few: the smallest choices take {least:.2f}, with "
+                f"mixed-bits: {budget:g} bits per weight are too few: the smallest choices take {least:.2f}, with "
                 "scales and zero points. Raise the budget, or allow fewer bits or longer groups."
             )
         found = sensitivities(model, context, weights, schemes, metric=self.metric, who=self.name)
         errors = np.array([one.errors for one in found])
-        chosen = [schemes[index] for index in allocate_bits(errors, sizes, float(self.budget * elements.sum()))]
+        chosen = [schemes[index] for index in allocate_bits(errors, sizes, float(budget * elements.sum()))]
         for one, scheme in zip(found, chosen, strict=True):
             for layer in one.layers:
                 set_bits(layer.node, scheme.bits, scheme.group)
@@ -91,9 +95,24 @@ class MixedBits(Pass):
             for one, scheme in zip(found, chosen, strict=True)
         }
         taken = sum(row[schemes.index(scheme)] for row, scheme in zip(sizes, chosen, strict=True))
-        notes = [f"{taken / elements.sum():.2f} bits per weight of {self.budget:g}: {_counted(chosen)}"]
+        notes = [f"{taken / elements.sum():.2f} bits per weight of {budget:.4g}: {_counted(chosen)}"]
         changed = sum(len(layers) for layers in weights.values())
         return Report(changed=changed, skipped=skipped, notes=notes, figures={"sensitivity": figures})
+
+    def _budget(self, weights: Mapping[ir.Value, Sequence[LinearLayer]], elements: int) -> float:
+        """Return the average bits per weight to keep to."""
+        if not self.like:
+            return self.budget
+        bits, separator, group = self.like.partition("g")
+        try:
+            if not separator:
+                raise ValueError("it has no 'g'")
+            uniform = WeightScheme(bits=int(bits), group=int(group), symmetric=self.symmetric)
+        except ValueError as error:
+            raise UserError(
+                f"mixed-bits: like='{self.like}' is not written as bits and group, 4g32: {error}"
+            ) from error
+        return sum(self._bits(layers[0], uniform) for layers in weights.values()) / elements
 
     def _schemes(self) -> list[WeightScheme]:
         try:

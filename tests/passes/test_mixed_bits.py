@@ -80,6 +80,15 @@ def test_the_budget_is_kept_and_used(metric: str, budget: float):
     assert report.notes[0].startswith(f"{taken:.2f} bits per weight of {budget:g}: ")
 
 
+def test_a_uniform_scheme_is_the_bound():
+    model = network()
+    report = choose(model, metric="hessian", like="4g32")
+    assert report.notes[0].partition(": ")[0].endswith("of 5.125")
+    assert 5.0 < bits_taken(model) <= 5.125
+    with pytest.raises(UserError, match=r"like='int4' is not bits and group, as in 4g32"):
+        choose(network(), like="int4")
+
+
 def test_the_choice_costs_least_of_all():
     model = network()
     figures = choose(model, metric="hessian", budget=5.5, groups=(32,)).figures["sensitivity"]
