@@ -381,15 +381,18 @@ def search_integer(
     for factor in factors:
         # Above the full range nothing saturates, where that range touches both ends.
         best.consider(factor, best.start, clip=scheme.symmetric or factor < _NOTHING_SATURATES)
+    if factors[0] < (scheme.centre / (scheme.centre - 1) if scheme.symmetric else 1.0):
+        # Weights that lie on a grid already keep it, even where cutting the range is best for most.
+        best.consider((full / start)[0], best.start)
     if scheme.symmetric and scheme.bits <= 3:
         for factor in factors[::2]:
             best.consider(-factor, best.start)
     if scheme.symmetric:
         best.consider(best.ratio.copy(), best.zero)
     else:
-        ratio, zero = best.ratio.copy(), best.zero.copy()
+        chosen, zero = best.ratio.copy(), best.zero.copy()
         for step in (-1, 1):
-            best.consider(ratio, np.clip(zero + np.float32(step), 0, np.float32(scheme.top)))
+            best.consider(chosen, np.clip(zero + np.float32(step), 0, np.float32(scheme.top)))
     fitted = best.ratio * start
     scale = np.copysign(np.maximum(np.abs(fitted), _TINY), fitted)
     nothing = (low == high) | (best.gain <= 0)

@@ -94,6 +94,18 @@ def test_the_search_is_never_worse_than_the_definition(scheme: WeightScheme) -> 
         assert _error(found, weight) <= _error(plain, weight) * 1.0001
 
 
+@pytest.mark.parametrize("scheme", [one for one in _ALL if one.is_integer], ids=str)
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+def test_weights_that_lie_on_a_grid_stay_there(scheme: WeightScheme, method: str) -> None:
+    random = np.random.default_rng(5)
+    codes = random.integers(0, scheme.top + 1, (12, 1536)).astype(np.float32)
+    codes[:, ::32], codes[:, 1::32] = 0, scheme.top
+    weight = (codes - np.float32(scheme.centre)) * random.uniform(0.01, 0.02, (12, 1)).astype(np.float32)
+    found = quantize_weight(weight, scheme, method=method)
+    np.testing.assert_array_equal(found.codes, codes)
+    np.testing.assert_allclose(found.dequantize(), weight, rtol=1e-5, atol=1e-8)
+
+
 def _exhaustive(values: np.ndarray, bits: int, *, symmetric: bool) -> float:
     """The least squared error over a fine grid of scales and all zero points."""
     top, best = 2**bits - 1, np.inf
