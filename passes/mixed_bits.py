@@ -10,8 +10,9 @@ each weight, and `rtn`, `hqq` or `gptq` behind this pass take them before their 
 The cost of each choice is measured (`qgraph.analysis.sensitivity`), and the choices of the least total cost within the
 budget are taken, embedding and output layer included. The budget is the average number of bits per weight of all that
 is stored: codes in the width that a runtime executes (3 bits take 4, 5 and 6 take 8), scales and zero points;
-`count=information` counts codes in their own width. With `like`, the budget is what a uniform scheme would take. It does
-not fire on weights that are no linear layer's or that `exclude` names.
+`count=information` counts codes in their own width. With `like`, the budget is what a uniform scheme would take.
+
+It does not fire on weights that are no linear layer's or that `exclude` names.
 """
 
 from __future__ import annotations
@@ -109,9 +110,7 @@ class MixedBits(Pass):
                 raise ValueError("it has no 'g'")
             uniform = WeightScheme(bits=int(bits), group=int(group), symmetric=self.symmetric)
         except ValueError as error:
-            raise UserError(
-                f"mixed-bits: like='{self.like}' is not written as bits and group, 4g32: {error}"
-            ) from error
+            raise UserError(f"mixed-bits: like='{self.like}' is not bits and group, as in 4g32: {error}") from error
         return sum(self._bits(layers[0], uniform) for layers in weights.values()) / elements
 
     def _schemes(self) -> list[WeightScheme]:
