@@ -1,6 +1,6 @@
 """GPTQ of one layer against the published loop in torch: seconds, parameters per second, and the layer's output error.
 
-    python benchmarks/gptq.py [--sizes 2048,4096] [--bits 4] [--group 128] [--runs 3] [-o gptq.json]
+    python benchmarks/gptq.py [--sizes 2048,4096] [--bits 4] [--group 128] [--runs 3] [--threads 2] [-o gptq.json]
 
 Both get the same weight and the same Hessian, run in turn in this process, and may use the same number of threads.
 Needs torch (pip install torch==2.13.0), which qgraph itself does not.
@@ -26,7 +26,6 @@ from qgraph.numerics.weights import QuantizedWeight, WeightScheme, quantize_weig
 
 __all__: list[str] = []
 
-THREADS = timing.THREADS
 PAUSE = 0.5
 """Seconds before a run, in which the threads of the one before stop spinning."""
 
@@ -174,9 +173,10 @@ def main() -> int:
     parser.add_argument("--bits", type=int, default=4, help="[default: 4]")
     parser.add_argument("--group", type=int, default=128, help="[default: 128]")
     parser.add_argument("--runs", type=int, default=3, help="medians are over these [default: 3]")
+    parser.add_argument("--threads", type=int, default=timing.THREADS, help=f"[default: {timing.THREADS}]")
     parser.add_argument("-o", "--output", type=Path, default=Path("gptq.json"), help="[default: gptq.json]")
     arguments = parser.parse_args()
-    limits = {name: str(THREADS) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    limits = {name: str(arguments.threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
     if not limits.items() <= os.environ.items():
         # Read when the libraries are loaded, which has happened.
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | limits)
@@ -185,12 +185,12 @@ def main() -> int:
     except ImportError:
         print("the published loop needs torch: pip install torch==2.13.0", file=sys.stderr)
         return 1
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(arguments.threads)
     scheme = WeightScheme(bits=arguments.bits, group=arguments.group)
     layers = {}
     for size in (int(text) for text in arguments.sizes.split(",")):
         layers[str(size)] = figures = measure(size, scheme, arguments.runs)
-        print(f"{size} x {size}, {scheme.bits} bits, group {scheme.group}, {THREADS} threads")
+        print(f"{size} x {size}, {scheme.bits} bits, group {scheme.group}, threads: {arguments.threads}")
         for name, one in figures.items():
             ratio = f"{one['speedup']:5.2f} x, error x {one['error_ratio']:.3f}" if "peer" in one else ""
             speed = one["parameters_per_second"] / 1e6
@@ -198,7 +198,7 @@ def main() -> int:
                 f"  {name:44s} {one['seconds']:7.3f} s {speed:6.1f} M/s  "
                 f"error {one['relative_output_error']:.3e}  {ratio}"
             )
-    settings = {"bits": scheme.bits, "group": scheme.group, "threads": THREADS, "runs": arguments.runs}
+    settings = {"bits": scheme.bits, "group": scheme.group, "threads": arguments.threads, "runs": arguments.runs}
     report = {"machine": timing.machine() | {"torch": torch.__version__}, "settings": settings, "layers": layers}
     arguments.output.write_text(json.dumps(report, indent=1) + "\n")
     return 0
