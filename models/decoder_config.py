@@ -15,6 +15,8 @@ from qgraph.errors import UserError
 __all__ = ["FAMILIES", "DecoderConfig", "read_config"]
 
 FAMILIES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
+_LARGEST = 1 << 20
+"""Of any dimension; what is larger is a slip."""
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -166,7 +168,7 @@ class _Reader:
         for field, meaning in _FOREIGN.items():
             if self._values.get(field):
                 raise UserError(f"{self._path}: {field} is set: {meaning} is not supported")
-        if self._values.get("partial_rotary_factor", 1) != 1:
+        if self._values.get("partial_rotary_factor") not in (None, 1):
             raise self._wrong("partial_rotary_factor", "only rotary embedding of whole heads is supported")
         return str(family)
 
@@ -174,7 +176,7 @@ class _Reader:
         # Early Gemma configs say "gelu" in hidden_act and mean the approximation by tanh.
         field, default = ("hidden_activation", "gelu_pytorch_tanh") if gemma else ("hidden_act", "silu")
         name = self._values.get(field) or default
-        if name not in _ACTIVATIONS:
+        if not isinstance(name, str) or name not in _ACTIVATIONS:
             raise self._wrong(field, f"only {', '.join(_ACTIVATIONS)} are supported")
         return _ACTIVATIONS[name]
 
@@ -191,11 +193,14 @@ class _Reader:
         kinds = self._values.get("layer_types")
         if kinds is None:
             first = self._values.get("max_window_layers", 28) if family.startswith("qwen") else 0
+            if type(first) is not int:
+                raise self._wrong("max_window_layers", "must be a whole number")
             kinds = ["sliding_attention" if index >= first else "full_attention" for index in range(layers)]
             if family in ("gemma2", "gemma3_text"):
                 every = 2 if family == "gemma2" else self._size("sliding_window_pattern", 6)
                 kinds = ["sliding_attention" if (index + 1) % every else "full_attention" for index in range(layers)]
-        if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        known = isinstance(kinds, list) and all(kind in ("full_attention", "sliding_attention") for kind in kinds)
+        if not known or len(kinds) != layers:
             raise self._wrong("layer_types", f"must hold full_attention or sliding_attention for {layers} layers")
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
@@ -212,8 +217,10 @@ class _Reader:
 
     def _frequencies(self, head_dim: int, scaling: Mapping[str, Any], default: float) -> tuple[float, ...]:
         """Return the inverse frequencies of the rotary embedding (Su et al., 2021), head_dim / 2 of them."""
+        if not isinstance(scaling, dict):
+            raise self._wrong("rope_parameters", "must hold objects")
         theta = scaling.get("rope_theta", self._values.get("rope_theta", default))
-        if not isinstance(theta, int | float) or theta <= 0:
+        if not _is_positive(theta):
             raise self._wrong("rope_theta", "must be a positive number")
         frequencies = float(theta) ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -239,20 +246,20 @@ class _Reader:
 
     def _scaling(self, scaling: Mapping[str, Any], field: str) -> float:
         value = scaling.get(field)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        if not _is_positive(value):
             raise UserError(f"{self._path}: rope_scaling.{field} is {value!r}: it must be a positive number")
         return float(value)
 
     def _size(self, field: str, default: int | None = None) -> int:
         value = self._values.get(field)
         value = default if value is None else value
-        if type(value) is not int or value < 1:
-            raise self._wrong(field, "must be a positive whole number")
+        if type(value) is not int or not 1 <= value <= _LARGEST:
+            raise self._wrong(field, f"must be a positive whole number, {_LARGEST} at most")
         return value
 
     def _number(self, field: str, default: float) -> float:
         value = self._values.get(field, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        if not _is_positive(value):
             raise self._wrong(field, "must be a positive number")
         return float(value)
 
@@ -267,3 +274,7 @@ class _Reader:
 
     def _wrong(self, field: str, why: str) -> UserError:
         return UserError(f"{self._path}: {field} is {self._values.get(field)!r}: {why}")
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 import qgraph
 from qgraph.errors import UserError
 from qgraph.models import decoder
+from qgraph.models.decoder_config import read_config
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -219,6 +222,19 @@ def test_what_is_not_supported_is_named(tmp_path: Path, change: dict[str, Any], 
         decoder.export(tmp_path / "hf", tmp_path / "model.onnx")
     assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("*model.onnx*"))
+
+
+ODD = [None, True, 0, -1, 1.5, 10**30, "", "x", [], [[]], {}, {"rope_type": []}, {"full_attention": 3}]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gemma3"])
+def test_odd_values_are_read_or_refused(tmp_path: Path, family: str):
+    config = config_of(family) | {"use_sliding_window": True, "sliding_window": 4, "layer_types": None}
+    for field in config:
+        for value in ODD:
+            (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
+            with contextlib.suppress(UserError):
+                read_config(tmp_path / "config.json")
 
 
 def test_a_weight_beyond_float16_leaves_nothing_behind(tmp_path: Path):
