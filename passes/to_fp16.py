@@ -6,10 +6,11 @@
     x (input)                                =>    x16 = Cast(x)                   unless keep_io=false
 
 float16 ends at 65504 and holds whole numbers exactly up to 2048. What stays in float32, each with its reason: sums and
-powers and what normalizes with them; angles computed from positions (rotary embeddings); constants beyond 65504, or
-single ones below 6e-5; what came within half of 65504 on the calibration samples, where there are some; operators that
-have no float16; subgraphs, and what they read. A mask's large negative constants become -16384. Casts stand where
-float16 and float32 meet, one for each value. Compressed weights keep their integers and get float16 scales.
+powers and what normalizes with them; angles computed from positions (rotary embeddings); nodes with constants beyond
+65504 and what reads them, or with single ones below 6e-5; what came within half of 65504 on the calibration samples,
+where there are some; operators that have no float16; subgraphs, and what they read. A mask's large negative constants
+become -16384. Casts stand where float16 and float32 meet, one for each value. Compressed weights keep their integers
+and get float16 scales.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import logging
 import math
 import mmap
 import os
+import sys
 import time
 import warnings
 import weakref
@@ -418,14 +419,22 @@ def _write_beside(proto: onnx.ModelProto, tensors: list[ir.TensorProtocol], data
 def _write_tensor(tensor: ir.TensorProtocol, content: ir.TensorProtocol, file: BinaryIO) -> None:
     """Write `content`, which is what the perhaps lazy `tensor` has announced."""
     before = file.tell()
-    if hasattr(content, "tofile"):
+    if isinstance(content, MappedTensor):
         content.tofile(file)
     else:
-        file.write(content.tobytes())
+        # An array's own tofile() would not say why it failed.
+        file.write(_bytes_of(content))
     written = file.tell() - before
     if written != tensor.nbytes:
         raise ValueError(f"tensor '{tensor.name}' announced {tensor.nbytes} bytes and has {written}")
     forget_pages()
+
+
+def _bytes_of(tensor: ir.TensorProtocol) -> Any:
+    """Return the bytes of a tensor in the order of the specification, without a copy where the array has them."""
+    if not isinstance(tensor, ir.Tensor) or tensor.dtype.bitwidth < 8 or sys.byteorder != "little":
+        return tensor.tobytes()
+    return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data
 
 
 @contextlib.contextmanager

@@ -58,8 +58,9 @@ class CudaInt4(CpuFp32):
         return [*refused_blocks(model), *_refused(model)]
 
     def stand_in(self) -> str:
-        """Return a note where there is no CUDA provider."""
-        if _PROVIDER in installed_providers():
+        """Return a note where ONNX Runtime is installed without its CUDA provider."""
+        installed = installed_providers()
+        if not installed or _PROVIDER in installed:
             return ""
         return "the CPU provider (same operators; not run on CUDA here)"
 

@@ -80,7 +80,8 @@ def open_session(
     try:
         import onnxruntime as ort
     except ImportError:
-        raise UserError("running a model needs ONNX Runtime: pip install 'qgraph-compiler[cpu]'") from None
+        extra = "cpu" if CPU_PROVIDER in providers[:1] else "cuda"
+        raise UserError(f"running a model needs ONNX Runtime: pip install 'qgraph-compiler[{extra}]'") from None
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL_ONLY
     options.intra_op_num_threads = threads

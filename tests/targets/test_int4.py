@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +147,12 @@ def test_with_a_gpu_its_provider_comes_first(source: Path, monkeypatch):
     assert opened == [["CUDAExecutionProvider", "CPUExecutionProvider"]]
 
 
+def test_without_the_runtime_its_extra_is_named(tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"qgraph-compiler\[cuda\]"):
+        CudaInt4().session(tmp_path)
+
+
 def test_random_ids_come_from_the_whole_vocabulary():
     limits = index_limits(decoder())
     assert limits == {"ids": ROWS}
@@ -196,6 +206,37 @@ def test_a_refusal_stops_the_compilation(source: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"cuda-int4 cannot run this model.*integer product"):
         qgraph.compile(source, "cuda-int4", passes="dynamic-int8{min_elements=1}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["decoder.onnx"]
+
+
+@pytest.mark.parametrize("cause", ["full disk", "Ctrl-C"])
+def test_nothing_is_left_of_a_compilation_that_was_stopped(cause: str, tmp_path: Path):
+    ends = "(float[s,1024] x) => (float[s,4096] y)"
+    model = ir.from_onnx_text(f"{HEAD}\ng {ends} <float[1] w = {{0}}> {{ y = MatMul(x, w) }}")
+    weight = model.graph.initializers["w"]
+    weight.const_value = ir.tensor(np.zeros((1024, 4096), np.float32), name="w")
+    weight.shape = ir.Shape((1024, 4096))
+    qgraph.ir.save(model, tmp_path / "wide.onnx")
+    command = [sys.executable, "-P", "-m", "qgraph", "compile", "wide.onnx", "--target", "cpu-int4"]
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    if cause == "full disk":
+        done = subprocess.run(command, cwd=tmp_path, preexec_fn=limit, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].startswith(
+            "error: wide.cpu-int4/model.onnx cannot be written: File too large"
+        )
+    else:
+        child = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        assert child.stderr is not None
+        while not child.stderr.readline().startswith("rtn"):
+            pass
+        child.send_signal(signal.SIGINT)
+        assert child.wait() == 130
+        child.stderr.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["wide.onnx"]
 
 
 def test_what_computes_in_float_is_not_counted_as_integers():
