@@ -8,9 +8,11 @@ comes out beside it, as sum_k p_k (target_k - q_k)^2.
 
 Order "none" takes the inputs as they come, and each group's scale from its weights as they are when it is reached, as
 published. Order "activation" takes the inputs of largest H_kk first, with every group's scale fixed before ("static
-groups"), so that the groups need no index. Its weights move far from where they were, which is why ranges are not
-searched on the original weights: a first visit with full ranges gives the targets that each group is to represent,
-the search runs on those, a second visit rounds, and each output keeps the better of its two roundings.
+groups"), so that the groups need no index.
+
+Weights move far from where they were, and a range that suits the weights need not suit what they become. A search of
+ranges is therefore a second visit: with static groups it runs on the targets that the first visit, with full ranges,
+has met. Each output keeps the better of its two roundings.
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ def gptq(
         damping: share of the mean diagonal that is added to the diagonal; raised tenfold while H does not factorize.
         block: inputs that take in earlier errors in one matrix product; matters for speed only, but for rounding.
         order: see the module.
-        clip: "minmax" lets no target saturate; "mse" searches the ranges of least squared error.
+        clip: "minmax" takes full ranges; "mse" also tries those of least squared error, in a second visit.
         refine: passes that decide every group again, scale included (see `refinement`); 0 is plain GPTQ.
 
     Raises:
@@ -92,14 +94,17 @@ def gptq(
     sequence = np.argsort(-hessian.diagonal(), kind="stable") if order == "activation" else np.arange(inputs)
     triangle = factorize(hessian[np.ix_(sequence, sequence)], damping, dtype)
     layer = _Layer(rows[sequence], sequence, triangle, Rounder(scheme, rows.shape, dtype), block)
+    second = dataclasses.replace(layer, rounder=Rounder(scheme, rows.shape, dtype)) if clip == "mse" else None
     if order == "none" and scheme.format not in _WHOLE_TENSOR:
-        layer.round_by_groups(clip, hessian.diagonal())
+        layer.round_by_groups("minmax", hessian.diagonal())
+        if second is not None:
+            second.round_by_groups("mse", hessian.diagonal())
     else:
         targets = layer.round(_parameters(rows, scheme, "minmax"))
-        if clip == "mse":
-            second = dataclasses.replace(layer, rounder=Rounder(scheme, rows.shape, dtype))
-            second.round(_parameters(targets, scheme, clip))
-            layer.keep_better(second)
+        if second is not None:
+            second.round(_parameters(targets, scheme, "mse"))
+    if second is not None:
+        layer.keep_better(second)
     error = np.empty_like(layer.error)
     error[sequence] = layer.error
     cost = float(layer.cost.sum())
