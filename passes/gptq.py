@@ -4,9 +4,10 @@
 
 What an input's error costs is seen from calibration samples: the Hessian of each layer's squared output error (Frantar
 et al. 2022), taken block by block, after the layers before were quantized. Layers that read the same value share it;
-that of a weight which several layers read is their sum. The weights also make up for a part of what quantizing the
-layers before has changed in their input (Li et al. 2025, GPTAQ). Embedding tables are rounded to the nearest, with
-ranges of least squared error; a table that is the output layer too stays one.
+that of a weight which several layers read is their sum. The weights also make up for what quantizing the layers before
+has changed in their input (Li et al. 2025, GPTAQ), and in the residual stream that their outputs are added to.
+Embedding tables are rounded to the nearest, with ranges of least squared error; a table that is the output layer too
+stays one.
 
 It does not fire on weights that are computed, shared with a node that is no linear layer, or compressed already; see
 `qgraph.analysis.linear_layers`. Whatever scales or rotates weights (AWQ, rotations) goes before. A second run finds
@@ -29,7 +30,7 @@ from qgraph.analysis.finished_layers import Finished, FinishedLayers
 from qgraph.analysis.linear_layers import LinearLayer
 from qgraph.errors import UserError
 from qgraph.numerics.gptq import Hessian, gptq, output_error
-from qgraph.numerics.retarget import Drift
+from qgraph.numerics.retarget import Drift, retarget
 from qgraph.numerics.weights import QuantizedWeight, WeightScheme, quantize_weight
 from qgraph.passes._weight_rounding import Chosen, Prepared, WeightRounding, some_of
 from qgraph.pipeline import Context
@@ -38,6 +39,8 @@ __all__ = ["Gptq"]
 
 _VERSION = 1
 """Of what is kept of finished layers; another one starts anew."""
+_DRIFT_DAMPING = 0.001
+"""Share of the mean diagonal that keeps the making up for drift to directions that the samples have."""
 
 Produce = Callable[[], QuantizedWeight]
 
@@ -55,13 +58,15 @@ class Gptq(WeightRounding):
         default="activation", metadata={"help": "inputs of the largest activations first, or as they lie"}
     )
     clip: Literal["mse", "minmax"] = field(default="mse", metadata={"help": "ranges of least squared error, or full"})
-    refine: int = field(default=10, metadata={"help": "rounds of deciding every group again, after GPTQ's own"})
+    refine: int = field(
+        default=10, metadata={"help": "rounds of deciding every group again, each as long as GPTQ itself"}
+    )
     sequential: Literal["layer", "block"] = field(
         default="layer", metadata={"help": "take the inputs of a layer after all before it, or a block at once"}
     )
     drift: float = field(
-        default=0.5,
-        metadata={"help": "share of what quantizing has changed in a layer's input that its weights make up for"},
+        default=1.0,
+        metadata={"help": "share of what quantizing the layers before has changed that the weights make up for"},
     )
 
     def scheme(self, bits: int) -> WeightScheme:
@@ -165,10 +170,21 @@ class _Work:
             keys[x] = list(dict.fromkeys(self._key(layer.weight) for layer in layers if layer.weight in weights))
             for key in keys[x]:
                 self._moments.setdefault(key, _Moments(layers[0].inputs))
-        for rows in stage.rows():
-            for x, one in rows.items():
+        added = self._added(stage, weights)
+        for rows in stage.rows(list(added.values())):
+            for x in stage.layers:
                 for key in keys[x]:
-                    self._moments[key].add(one)
+                    self._moments[key].add(rows[x])
+            for layer, value in added.items():
+                self._moments[self._key(layer.weight)].add_sum(layer, rows[layer.x], rows[value])
+
+    def _added(self, stage: Stage, weights: Sequence[ir.Value]) -> dict[LinearLayer, ir.Value]:
+        """Return what is added to the outputs of layers that alone read their weight: the residual stream."""
+        if not self._options.drift:
+            return {}
+        layers = [layer for some in stage.layers.values() for layer in some if layer.weight in weights]
+        found = {layer: _summand(layer) for layer in layers if len(self._layers[layer.weight]) == 1}
+        return {layer: value for layer, value in found.items() if value is not None and stage.knows(value)}
 
     def _together(self, weights: Sequence[ir.Value]) -> list[list[ir.Value]]:
         """Group weights that share moments and scheme: their rows are quantized in one go, with the same result."""
@@ -189,7 +205,7 @@ class _Work:
         layers = [self._layers[weight][0] for weight in weights]
         hessian = moments.hessian.matrix
         original = np.concatenate([layer.matrix() for layer in layers])
-        wanted = moments.wanted(original, hessian, options)
+        wanted = moments.wanted(original, layers, options)
         try:
             result = gptq(
                 wanted,
@@ -232,11 +248,12 @@ class _Work:
 
 
 class _Moments:
-    """What is summed of the rows that go into a layer."""
+    """What is summed of the rows that go into layers."""
 
     def __init__(self, inputs: int) -> None:
         self.hessian = Hessian(inputs)
         self._drift: Drift | None = None
+        self._sums: dict[LinearLayer, Drift] = {}
         self._inputs = inputs
 
     def add(self, rows: Rows) -> None:
@@ -244,13 +261,40 @@ class _Moments:
         self.hessian.add(rows.changed)
         if rows.original is not None:
             self._drift = self._drift or Drift(self._inputs)
-            self._drift.add(rows.original, rows.changed)
+            self._drift.add(rows.original - rows.changed, rows.changed)
 
-    def wanted(self, weight: np.ndarray, hessian: np.ndarray, options: Gptq) -> np.ndarray:
-        """Return the weights [N, K] to come near to."""
+    def add_sum(self, layer: LinearLayer, rows: Rows, added: Rows) -> None:
+        """Count in what is added to a layer's outputs; what is broadcast to them tells nothing of single rows."""
+        if added.original is None or added.changed.shape != (len(rows.changed), layer.outputs):
+            return
+        self._sums.setdefault(layer, Drift(self._inputs, layer.outputs)).add(
+            added.original - added.changed, rows.changed
+        )
+
+    def wanted(self, weight: np.ndarray, layers: Sequence[LinearLayer], options: Gptq) -> np.ndarray:
+        """Return the weights [N, K] of `layers`, one above the other, to come near to."""
         if self._drift is None:
             return weight
-        return self._drift.retarget(weight, hessian, damping=options.damping, share=options.drift)
+        pull = self._drift.through(weight)
+        start = 0
+        for layer in layers:
+            if layer in self._sums:
+                pull[start : start + layer.outputs] += self._sums[layer].mean()
+            start += layer.outputs
+        return retarget(weight, options.drift * pull, self.hessian.matrix, _DRIFT_DAMPING)
+
+
+def _summand(layer: LinearLayer) -> ir.Value | None:
+    """Return what is added to a layer's outputs, behind its bias: the residual stream, if anything."""
+    value = layer.node.outputs[0]
+    while True:
+        add = qgraph.ir.only_consumer(value)
+        if add is None or not qgraph.ir.is_op(add, "Add") or add.graph is not layer.node.graph:
+            return None
+        other = add.inputs[1] if add.inputs[0] is value else add.inputs[0]
+        if other is None or other.const_value is None:
+            return other
+        value = add.outputs[0]
 
 
 def _require_finite(layer: LinearLayer) -> None:

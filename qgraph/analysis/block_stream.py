@@ -68,6 +68,10 @@ class Stage:
         """
         return self._stream._rows(self._segment, self.layers, also)  # noqa: SLF001 - of this module
 
+    def knows(self, value: ir.Value) -> bool:
+        """Tell whether `rows` can give a value too: whether it comes into the segment, or is made in it."""
+        return value in self._segment.reads or value.producer() in self._segment.nodes
+
     def change(self, weight: ir.Value, matrix: np.ndarray) -> None:
         """Let the layers that read `weight` use `matrix`, float32 [N, K], from here on."""
         layer = next(one for some in self.layers.values() for one in some if one.weight is weight)

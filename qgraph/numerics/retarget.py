@@ -3,11 +3,12 @@
 After the layers before were quantized, a layer gets xq in the place of x. What it should give is still x W^T. The
 weights that come nearest to that, in least squares over the samples, are
 
-    W' = W + W D H^-1        D = (2/n) sum (x - xq)^T xq,    H = (2/n) sum xq^T xq
+    W' = W + (W D + S) H^-1        D = (2/n) sum (x - xq)^T xq,    H = (2/n) sum xq^T xq
 
 and quantizing W' in the metric of H is then the same as quantizing W for the original outputs ("asymmetric
-calibration", Li et al. 2025, GPTAQ, section 3.2, there folded into the error feedback). H is damped, so that directions
-in which there are hardly any samples keep the weights as they are.
+calibration", Li et al. 2025, GPTAQ, section 3.2, there folded into the error feedback). Where the outputs are added to
+a residual stream r, which has changed to rq, S = (2/n) sum (r - rq)^T xq lets the sum come near to what it was; else it
+is zero. H is damped, so that directions in which there are hardly any samples keep the weights as they are.
 """
 
 from __future__ import annotations
@@ -16,47 +17,55 @@ import numpy as np
 
 from qgraph.numerics.hessian import Triangle, factorize
 
-__all__ = ["Drift", "solve"]
+__all__ = ["Drift", "retarget", "solve"]
 
 _BLOCK = 64
 
 
 class Drift:
-    """How a layer's inputs have moved, summed while they stream by.
+    """How something has moved, against a layer's changed inputs, summed while samples stream by.
 
     Args:
         inputs: of the layer, K.
+        width: of what has moved, M: its inputs (the default) or what its outputs are added to.
     """
 
-    def __init__(self, inputs: int) -> None:
+    def __init__(self, inputs: int, width: int | None = None) -> None:
         self.rows = 0
-        self._sum = np.zeros((inputs, inputs))
+        self._sum = np.zeros((inputs if width is None else width, inputs))
 
-    def add(self, original: np.ndarray, changed: np.ndarray) -> None:
-        """Count samples in: float32 [n, K] each. Products are float32, their sum is float64."""
-        self._sum += (original - changed).T @ changed
-        self.rows += len(changed)
+    def add(self, moved: np.ndarray, inputs: np.ndarray) -> None:
+        """Count samples in: float32 [n, M] and [n, K]. Products are float32, their sum is float64."""
+        self._sum += moved.T @ inputs
+        self.rows += len(inputs)
 
-    def retarget(self, weight: np.ndarray, hessian: np.ndarray, *, damping: float, share: float = 1.0) -> np.ndarray:
-        """Return W', float32 [N, K].
+    def mean(self) -> np.ndarray:
+        """Return (2/n) sum moved^T inputs, float64 [M, K]."""
+        return np.asarray(self._sum * (2.0 / max(self.rows, 1)))
 
-        Args:
-            weight: W [N, K].
-            hessian: H [K, K] of the changed inputs.
-            damping: share of its mean diagonal that is added.
-            share: of the drift that is made up for. All of it fits the samples, and less what other texts need.
+    def through(self, weight: np.ndarray) -> np.ndarray:
+        """Return the same of what `weight` [N, M] makes of it: float64 [N, K]."""
+        return np.asarray(weight, np.float64) @ self.mean()
 
-        Raises:
-            ValueError: the Hessian is not finite, or far from positive.
-        """
-        if not self._sum.any():
-            return np.asarray(weight, np.float32)
-        damped = np.array(hessian, np.float64)
-        idle = damped.diagonal() <= 0
-        damped[idle, idle] = damped.diagonal().mean()
-        pull = np.asarray(weight, np.float64) @ (self._sum * (2.0 * share / self.rows))
-        shift = solve(factorize(damped, damping, np.float64), pull)
-        return np.asarray(weight + shift, np.float32)
+
+def retarget(weight: np.ndarray, pull: np.ndarray, hessian: np.ndarray, damping: float) -> np.ndarray:
+    """Return the weights to aim at, float32 [N, K].
+
+    Args:
+        weight: W [N, K].
+        pull: W D + S [N, K], or a share of it.
+        hessian: H [K, K] of the changed inputs.
+        damping: share of its mean diagonal that is added.
+
+    Raises:
+        ValueError: the Hessian is not finite, or far from positive.
+    """
+    if not pull.any():
+        return np.asarray(weight, np.float32)
+    alive = np.array(hessian, np.float64)
+    idle = alive.diagonal() <= 0
+    alive[idle, idle] = alive.diagonal().mean()
+    return (weight + solve(factorize(alive, damping, np.float64), pull)).astype(np.float32)
 
 
 def solve(triangle: Triangle, right: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from qgraph.numerics.hessian import Hessian, factorize
-from qgraph.numerics.retarget import Drift, solve
+from qgraph.numerics.retarget import Drift, retarget, solve
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -15,16 +15,20 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 def test_the_weights_are_those_of_least_squares() -> None:
     weight, x = normal(9, 70), normal(500, 70, seed=1)
     changed = x + 0.2 * normal(500, 70, seed=2) + 0.1 * x[:, ::-1]
-    hessian, drift = Hessian(70), Drift(70)
+    moved = normal(500, 9, seed=3) + changed[:, :9]
+    hessian, drift, stream = Hessian(70), Drift(70), Drift(70, 9)
     for part in np.array_split(np.arange(500), 4):
         hessian.add(changed[part])
-        drift.add(x[part], changed[part])
-    found = drift.retarget(weight, hessian.matrix, damping=0.0)
-    expected = np.linalg.lstsq(changed.astype(np.float64), x @ weight.T.astype(np.float64), rcond=None)[0].T
+        drift.add(x[part] - changed[part], changed[part])
+        stream.add(moved[part], changed[part])
+    found = retarget(weight, drift.through(weight), hessian.matrix, 0.0)
+    wanted = x @ weight.T.astype(np.float64)
+    expected = np.linalg.lstsq(changed.astype(np.float64), wanted, rcond=None)[0].T
     np.testing.assert_allclose(found, expected, atol=1e-4)
-    half = drift.retarget(weight, hessian.matrix, damping=0.0, share=0.5)
-    np.testing.assert_allclose(half, (found + weight) / 2, atol=1e-5)
     assert found.dtype == np.float32
+    found = retarget(weight, drift.through(weight) + stream.mean(), hessian.matrix, 0.0)
+    expected = np.linalg.lstsq(changed.astype(np.float64), wanted + moved, rcond=None)[0].T
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_without_drift_and_where_there_are_no_samples_weights_stay() -> None:
@@ -32,10 +36,10 @@ def test_without_drift_and_where_there_are_no_samples_weights_stay() -> None:
     x[:, 5] = 0.0
     hessian, drift = Hessian(70), Drift(70)
     hessian.add(x)
-    drift.add(x, x)
-    np.testing.assert_array_equal(drift.retarget(weight, hessian.matrix, damping=0.01), weight)
-    drift.add(x * np.float32(1.1), x)
-    found = drift.retarget(weight, hessian.matrix, damping=0.01)
+    drift.add(x - x, x)
+    np.testing.assert_array_equal(retarget(weight, drift.through(weight), hessian.matrix, 0.01), weight)
+    drift.add(x * np.float32(0.1), x)
+    found = retarget(weight, drift.through(weight), hessian.matrix, 0.01)
     np.testing.assert_array_equal(found[:, 5], weight[:, 5])
     assert np.isfinite(found).all()
 
