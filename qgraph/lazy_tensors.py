@@ -84,37 +84,59 @@ def evaluated(
         threads: that compute; 0 for one on each core.
         finished: called in the thread that has computed something, for instance to release what was read for it.
     """
-    units = _units(tensors)
     workers = threads or usable_cores()
-    if not any(isinstance(unit[0], ir.LazyTensor) for unit in units):
-        yield from tensors
-        return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="qgraph-write")
-    waiting: deque[Future[list[ir.TensorProtocol]]] = deque()
-    sizes: deque[int] = deque()
-    ahead = iter(units)
-    following = next(ahead, None)
+    window = _Window(pool, workers, finished)
     try:
-        while waiting or following is not None:
-            while following is not None and _fits(following, sizes, workers):
-                waiting.append(pool.submit(_compute, following, finished))
-                sizes.append(_elements(following))
-                following = next(ahead, None)
-            done = waiting.popleft().result()
-            while done:
-                yield done.pop(0)
-            sizes.popleft()
+        for unit in _units(tensors):
+            while not window.takes(unit):
+                yield from window.next()
+            window.add(unit)
+        while window.waiting:
+            yield from window.next()
     finally:
         # After an error or Ctrl-C nothing else is begun; what runs is waited for, since it reads mapped files.
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _fits(unit: Sequence[ir.TensorProtocol], sizes: deque[int], workers: int) -> bool:
-    return not sizes or (len(sizes) <= workers and sum(sizes) + _elements(unit) <= IN_FLIGHT)
+class _Window:
+    """The runs of tensors that are computed or wait to be written, in their order."""
+
+    def __init__(self, pool: ThreadPoolExecutor, workers: int, finished: Callable[[], None]) -> None:
+        self.waiting: deque[tuple[list[ir.TensorProtocol], Future[list[ir.TensorProtocol]] | None]] = deque()
+        self._pool = pool
+        self._workers = workers
+        self._finished = finished
+        self._sizes: deque[int] = deque()
+
+    def takes(self, unit: Sequence[ir.TensorProtocol]) -> bool:
+        """Tell whether a run may be begun: what is stored in a file already always may, it is not read before."""
+        if not self._sizes or not isinstance(unit[0], ir.LazyTensor):
+            return True
+        return len(self._sizes) <= self._workers and sum(self._sizes) + _elements(unit) <= IN_FLIGHT
+
+    def add(self, unit: list[ir.TensorProtocol]) -> None:
+        """Begin a run."""
+        future = None
+        if isinstance(unit[0], ir.LazyTensor):
+            future = self._pool.submit(_compute, unit, self._finished)
+            self._sizes.append(_elements(unit))
+        self.waiting.append((unit, future))
+
+    def next(self) -> Generator[ir.TensorProtocol, None, None]:
+        """Yield the tensors of the first run."""
+        unit, future = self.waiting.popleft()
+        lazy = future is not None
+        tensors = unit if future is None else future.result()
+        del unit, future
+        while tensors:
+            yield tensors.pop(0)
+        if lazy:
+            self._sizes.popleft()
 
 
 def _elements(unit: Sequence[ir.TensorProtocol]) -> int:
-    return sum(tensor.size for tensor in unit) if isinstance(unit[0], ir.LazyTensor) else 0
+    return sum(tensor.size for tensor in unit)
 
 
 def _units(tensors: Sequence[ir.TensorProtocol]) -> list[list[ir.TensorProtocol]]:
@@ -130,8 +152,7 @@ def _units(tensors: Sequence[ir.TensorProtocol]) -> list[list[ir.TensorProtocol]
 
 def _compute(unit: Sequence[ir.TensorProtocol], finished: Callable[[], None]) -> list[ir.TensorProtocol]:
     first = unit[0]
-    if not isinstance(first, ir.LazyTensor):
-        return list(unit)
+    assert isinstance(first, ir.LazyTensor)
     try:
         if isinstance(first, JointTensor):
             results = first.group.compute()
