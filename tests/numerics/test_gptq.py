@@ -125,6 +125,16 @@ def test_the_defaults_are_worth_a_sixth_of_the_published_error():
     assert gptq(weight.astype(np.float32), hessian, scheme).error < 0.84 * plain
 
 
+def test_no_output_gets_worse_by_refinement():
+    weight, hessian = problem(60, 128)
+    damped = hessian + 0.01 * np.mean(np.diag(hessian)) * np.eye(128)
+    for scheme in (WeightScheme(bits=3, group=32), WeightScheme(bits=2, group=0), WeightScheme("mxfp4")):
+        results = [gptq(weight, hessian, scheme, clip="minmax", refine=rounds).quantized for rounds in range(8)]
+        missed = [weight - one.dequantize() for one in results]
+        costs = np.array([((one @ damped) * one).sum(axis=1) for one in missed])
+        assert (np.diff(costs, axis=0) <= 1e-6 * costs[:-1]).all()
+
+
 @pytest.mark.parametrize("refine", [0, 2])
 @pytest.mark.parametrize("group", [0, 32, 300])
 def test_the_error_is_that_of_the_result(group: int, refine: int):
