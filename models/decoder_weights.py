@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.errors import UserError
-from qgraph.onnx_file import MappedTensor
+from qgraph.onnx_file import MappedTensor, StreamedTensor
 
 __all__ = ["CheckpointTensor"]
 
@@ -19,7 +19,7 @@ _COLUMNS = 64
 """Columns that are transposed at once: as many as keep both sides in the caches, five times faster than 512."""
 
 
-class CheckpointTensor(ir.TensorProtocol):
+class CheckpointTensor(StreamedTensor):
     """A weight of a checkpoint in another type or layout, never whole in memory while it is written.
 
     Args:

@@ -32,7 +32,7 @@ from qgraph import wire
 from qgraph.errors import UserError
 from qgraph.lazy_tensors import JointTensor, evaluated
 
-__all__ = ["MappedTensor", "forget_pages", "read", "write"]
+__all__ = ["MappedTensor", "StreamedTensor", "forget_pages", "read", "write"]
 
 STREAMED_FROM = 1024
 """Tensors of fewer bytes are parsed and written with the graph; mapping them one by one would cost more."""
@@ -87,7 +87,11 @@ def forget_pages() -> None:
         file.forget()
 
 
-class MappedTensor(ir.TensorProtocol):
+class StreamedTensor(ir.TensorProtocol):
+    """A tensor whose `tofile` writes it piece by piece through `file.write`, so that it is never whole in memory."""
+
+
+class MappedTensor(StreamedTensor):
     """A tensor whose bytes lie in a mapped file; nothing is read before, or kept after, somebody uses them.
 
     Attributes:
@@ -419,7 +423,7 @@ def _write_beside(proto: onnx.ModelProto, tensors: list[ir.TensorProtocol], data
 def _write_tensor(tensor: ir.TensorProtocol, content: ir.TensorProtocol, file: BinaryIO) -> None:
     """Write `content`, which is what the perhaps lazy `tensor` has announced."""
     before = file.tell()
-    if isinstance(content, MappedTensor):
+    if isinstance(content, StreamedTensor):
         content.tofile(file)
     else:
         # An array's own tofile() would not say why it failed.
