@@ -16,7 +16,6 @@ Source: Lin et al., "AWQ" (2023), sections 3.2 and 4.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -29,8 +28,8 @@ from qgraph.analysis.linear_layers import LinearLayer, linear_layers, matches
 from qgraph.analysis.scale_folding import Folding, by_input, find_folding, is_shared, scale_input
 from qgraph.analysis.shapes import shapes_of
 from qgraph.numerics.awq import AwqScales, search_awq_scales
-from qgraph.numerics.hessian import Hessian, output_error
-from qgraph.numerics.weights import WeightScheme, quantize_weight
+from qgraph.numerics.hessian import Hessian
+from qgraph.numerics.weights import WeightScheme
 from qgraph.passes._weight_options import chosen_bits
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
@@ -131,32 +130,15 @@ class Awq(Pass):
         bits = min(width for width in widths if width is not None)
         scheme = WeightScheme(bits=bits, group=self.group, symmetric=self.symmetric)
         weights = [layer.matrix() for layer in folding.layers]
-        moments = hessian.matrix
-        found = search_awq_scales(weights, _tied_mean(hessian, folding.tied), moments, scheme, grid=self.grid)
-        return _tied(found, folding.tied, weights, moments, scheme)
+        # Scales that follow the inputs' magnitudes alone: equal where these are, as channels that are tied need.
+        magnitudes = _tied_mean(hessian, folding.tied)
+        return search_awq_scales(weights, magnitudes, hessian.matrix, scheme, grid=self.grid, by_weight=False)
 
 
 def _tied_mean(hessian: Hessian, tied: np.ndarray) -> np.ndarray:
     """Return mean |x| of each channel, over all channels that have to take the same scale."""
     total = np.bincount(tied, hessian.mean_abs, tied.size)
     return np.asarray(total[tied] / np.bincount(tied, minlength=tied.size)[tied])
-
-
-def _tied(
-    found: AwqScales, tied: np.ndarray, weights: Sequence[np.ndarray], moments: np.ndarray, scheme: WeightScheme
-) -> AwqScales:
-    """Give channels that have to take the same scale the geometric mean of theirs, and tell the error of that."""
-    if np.array_equal(found.scales, found.scales[tied]):
-        return found
-    total = np.bincount(tied, np.log(found.scales.astype(np.float64)), tied.size)
-    scales = np.exp(total[tied] / np.bincount(tied, minlength=tied.size)[tied]).astype(np.float32)
-    before = after = 0.0
-    for weight in weights:
-        plain = quantize_weight(weight, scheme, method="minmax").dequantize()
-        scaled = quantize_weight(weight * scales, scheme, method="minmax").dequantize() / scales
-        before += output_error(weight, plain, moments)
-        after += output_error(weight, scaled, moments)
-    return dataclasses.replace(found, scales=scales, before=before, after=after)
 
 
 def _rounded(error: float) -> float:
