@@ -46,7 +46,7 @@ from qgraph.analysis.compressed_weights import (
     producer_of,
 )
 from qgraph.lazy_tensors import joint_tensors
-from qgraph.numerics.packing import container, gather_block_quantized, matmul_bnb4, matmul_nbits, to_container
+from qgraph.numerics.packing import container, gather_block_quantized, matmul_bnb4, matmul_nbits, to_container, widen
 from qgraph.numerics.weights import QuantizedWeight, WeightScheme
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
@@ -110,18 +110,12 @@ class _Form(NamedTuple):
 
     def of(self, weight: QuantizedWeight) -> QuantizedWeight:
         """Return a weight in this form: the same numbers."""
-        weight = to_container(weight)
-        zero_point = weight.zero_point
-        assert zero_point is not None
-        scheme = dataclasses.replace(weight.scheme, bits=self.bits, group=self.block)
-        codes = weight.codes
-        if scheme.symmetric and self.bits != weight.scheme.bits:
-            codes = codes + np.uint8(scheme.centre - weight.scheme.centre)
-            zero_point = np.full_like(zero_point, scheme.centre)
-        inputs = codes.shape[1]
-        group = weight.scheme.group or inputs
-        blocks = np.arange(scheme.groups(inputs)) * self.block // group
-        return QuantizedWeight(codes, weight.scale[:, blocks], zero_point[:, blocks], scheme)
+        weight = widen(to_container(weight), self.bits)
+        assert weight.zero_point is not None
+        scheme = dataclasses.replace(weight.scheme, group=self.block)
+        inputs = weight.codes.shape[1]
+        blocks = np.arange(scheme.groups(inputs)) * self.block // (weight.scheme.group or inputs)
+        return QuantizedWeight(weight.codes, weight.scale[:, blocks], weight.zero_point[:, blocks], scheme)
 
 
 def _form(scheme: WeightScheme, inputs: int, *, looked_up: bool = False) -> _Form:

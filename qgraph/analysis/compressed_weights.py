@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -34,6 +33,7 @@ import qgraph.ir
 from qgraph.analysis.linear_layers import LinearLayer
 from qgraph.errors import UserError
 from qgraph.lazy_tensors import JointTensor, joint_tensors
+from qgraph.numerics.packing import onnx_float8, onnx_int, to_container, widen
 from qgraph.numerics.weights import QuantizedWeight, WeightScheme, levels
 
 __all__ = [
@@ -60,10 +60,7 @@ _TWO_BITS_OPSET = 25
 _TWO_BITS_IR = 12
 _SIGNED = {2: ir.DataType.INT2, 4: ir.DataType.INT4, 8: ir.DataType.INT8}
 _UNSIGNED = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
-_FLOAT8 = {
-    "fp8e4m3": (ir.DataType.FLOAT8E4M3FN, ml_dtypes.float8_e4m3fn),
-    "fp8e5m2": (ir.DataType.FLOAT8E5M2, ml_dtypes.float8_e5m2),
-}
+_FLOAT8 = {"fp8e4m3": ir.DataType.FLOAT8E4M3FN, "fp8e5m2": ir.DataType.FLOAT8E5M2}
 _GRIDS = {"mxfp4": 2, "nvfp4": 2, "nf4": 127, "ternary": 1}
 """Steps for 1.0 of the integer grid that the levels of a code book are stored on."""
 _FUSED = ("MatMulNBits", "GatherBlockQuantized", "MatMulBnb4")
@@ -233,7 +230,7 @@ def _initializers(
 
     def compute() -> Sequence[ir.TensorProtocol]:
         quantized = produce()
-        arrays = _arrays(quantized, layer, scheme)
+        arrays = _arrays(quantized, layer, scheme, integer_type.bitwidth)
         return [_tensor(array, dtype, shape) for array, (dtype, shape) in zip(arrays, specs, strict=True)]
 
     graph = weight.graph
@@ -261,7 +258,7 @@ def _has_zero_points(scheme: WeightScheme) -> bool:
 
 def _data_type(scheme: WeightScheme, *, two_bits: bool) -> ir.DataType:
     if scheme.format in _FLOAT8:
-        return _FLOAT8[scheme.format][0]
+        return _FLOAT8[scheme.format]
     if scheme.format in ("mxfp4", "nvfp4", "nf4"):
         return ir.DataType.INT8
     bits = next(width for width in (2, 4, 8) if width >= scheme.bits and (two_bits or width > 2))
@@ -279,35 +276,19 @@ def _axis(inputs: int, scheme: WeightScheme, *, transposed: bool) -> tuple[int, 
     return (along_inputs, inputs) if scheme.bits <= 2 else (1 - along_inputs, 0)
 
 
-def _arrays(quantized: QuantizedWeight, layer: LinearLayer, scheme: WeightScheme) -> list[np.ndarray]:
-    """Return the values to store: integers, scale and, where there are some, zero points; laid out as the weight."""
+def _arrays(quantized: QuantizedWeight, layer: LinearLayer, scheme: WeightScheme, bits: int) -> list[np.ndarray]:
+    """Return the values to store: integers of `bits`, scale and, where there are some, zero points."""
     if quantized.codes.shape != (layer.outputs, layer.inputs) or quantized.scheme != scheme:
         raise ValueError(f"'{layer.name}' was promised as {scheme} {(layer.outputs, layer.inputs)}")
-    arrays = [_integers(quantized), quantized.scale / np.float32(_GRIDS.get(scheme.format, 1))]
-    if _has_zero_points(scheme):
-        assert quantized.zero_point is not None
-        arrays.append(quantized.zero_point)
-    return arrays if layer.transposed else [array.T for array in arrays]
-
-
-def _integers(quantized: QuantizedWeight) -> np.ndarray:
-    """Return what a DequantizeLinear multiplies with the scale: [N, K] in uint8, int8 or float8."""
-    scheme = quantized.scheme
     if scheme.format in _FLOAT8:
-        book = levels(scheme).astype(_FLOAT8[scheme.format][1])
-        return np.asarray(book[quantized.codes])
-    if scheme.format in _GRIDS:
-        steps = np.rint(levels(scheme) * _GRIDS[scheme.format]).astype(np.int8)
-        return np.asarray(steps[quantized.codes])
-    if scheme.symmetric:
-        return (quantized.codes - np.uint8(1 << (scheme.bits - 1))).view(np.int8)
-    return quantized.codes
+        given = onnx_float8(quantized, transposed=layer.transposed)
+    else:
+        given = onnx_int(widen(to_container(quantized), bits), transposed=layer.transposed)
+    return [array for array in given[:3] if array is not None]
 
 
 def _tensor(array: np.ndarray, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.TensorProtocol:
-    array = np.ascontiguousarray(array)
-    array = array.view(dtype.numpy()) if dtype.bitwidth < 8 else array.astype(dtype.numpy(), copy=False)
-    return ir.Tensor(array.reshape(shape), dtype=dtype)
+    return ir.Tensor(np.ascontiguousarray(array).astype(dtype.numpy(), copy=False).reshape(shape), dtype=dtype)
 
 
 def _scale_inputs(model: ir.Model, weight: ir.Value, name: str, scale: np.ndarray) -> None:

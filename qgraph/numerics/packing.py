@@ -38,6 +38,7 @@ __all__ = [
     "pack_bits",
     "to_container",
     "unpack_bits",
+    "widen",
 ]
 
 _LARGEST_BLOCK = {2: 128, 4: 256, 8: 256}
@@ -170,15 +171,25 @@ def to_container(weight: QuantizedWeight) -> QuantizedWeight:
     target = container(scheme)
     if target == scheme:
         return weight
-    if weight.zero_point is not None:
-        if not scheme.symmetric:
-            return dataclasses.replace(weight, scheme=target)
-        codes = weight.codes + np.uint8(target.centre - scheme.centre)
-        return QuantizedWeight(codes, weight.scale, np.full_like(weight.zero_point, target.centre), target)
+    if scheme.is_integer:
+        return widen(weight, target.bits)
     factor = {"ternary": 1.0, "nf4": 127.0}.get(scheme.format, 2.0)
     table = (np.rint(levels(scheme) * factor) + target.centre).astype(np.uint8)
     scale = weight.scale / np.float32(factor)
     return QuantizedWeight(table[weight.codes], scale, np.full(scale.shape, target.centre, np.uint8), target)
+
+
+def widen(weight: QuantizedWeight, bits: int) -> QuantizedWeight:
+    """Return a weight of integers in at least as many bits: the same numbers, symmetric ones around the new centre."""
+    scheme, zero_point = weight.scheme, weight.zero_point
+    assert zero_point is not None
+    if bits == scheme.bits:
+        return weight
+    target = dataclasses.replace(scheme, bits=bits)
+    if not scheme.symmetric:
+        return dataclasses.replace(weight, scheme=target)
+    codes = weight.codes + np.uint8(target.centre - scheme.centre)
+    return QuantizedWeight(codes, weight.scale, np.full_like(zero_point, target.centre), target)
 
 
 def block_size(scheme: WeightScheme) -> int:
