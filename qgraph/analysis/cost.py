@@ -190,10 +190,16 @@ def _fix_axes(model: ir.Model, wished: Mapping[str, int]) -> dict[str, int]:
         for position, axis in enumerate(value.shape):
             if not isinstance(axis, int):
                 name = axis.value or f"{value.name}[{position}]"
-                axis = sizes.setdefault(name, wished.get(name, OTHER_AXES if position else FIRST_AXIS))
+                axis = _size(name, OTHER_AXES if position else FIRST_AXIS, wished, sizes)
             fixed.append(axis)
         value.shape = ir.Shape(fixed)
     return sizes
+
+
+def _size(name: str, default: int, wished: Mapping[str, int], sizes: dict[str, int]) -> int:
+    """Settle an axis; one named "past + sequence", as decoders with a cache have it, is the sum of both."""
+    terms = [name] if name in wished else name.split(" + ")
+    return sum(sizes.setdefault(term, wished.get(term, default)) for term in terms)
 
 
 class _Sizer:

@@ -125,6 +125,12 @@ def test_dynamic_axes_get_sizes_that_are_told():
     json.dumps(found.to_json(), allow_nan=False)
 
 
+def test_an_axis_that_is_named_as_a_sum_is_one():
+    model = one_node("Add", {"x": ["batch", "past + seq"], "z": ["batch", "seq"]}, None)
+    assert cost(model, {"past": 3}).axes == {"batch": 1, "past": 3, "seq": 16}
+    assert cost(model, {"past + seq": 5}).axes == {"batch": 1, "past + seq": 5, "seq": 16}
+
+
 def test_the_peak_of_activations_frees_each_tensor_after_its_last_reader():
     text = """<ir_version: 10, opset_import: ["" : 20]>
     g (float[100] x) => (float[100] y) {
