@@ -90,6 +90,10 @@ def forget_pages() -> None:
 class StreamedTensor(ir.TensorProtocol):
     """A tensor whose `tofile` writes it piece by piece through `file.write`, so that it is never whole in memory."""
 
+    def tofile(self, file: Any) -> None:
+        """Write the bytes to a binary file."""
+        raise NotImplementedError
+
 
 class MappedTensor(StreamedTensor):
     """A tensor whose bytes lie in a mapped file; nothing is read before, or kept after, somebody uses them.
