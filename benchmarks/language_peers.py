@@ -31,18 +31,34 @@ def _feeds(folder: Path) -> Iterator[dict[str, np.ndarray]]:
             yield dict(arrays)
 
 
+def _weights(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    read = {node.input[1] for node in model.graph.node if node.op_type == "MatMul"}
+    return [tensor for tensor in model.graph.initializer if tensor.name in read]
+
+
+def _replace(tensor: onnx.TensorProto, transposed: np.ndarray) -> None:
+    tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(transposed.T, np.float32), tensor.name))
+
+
 def ort_rtn(model: Path, calibration: Path, output: Path, bits: int, group: int) -> list[str]:
     """Round to nearest as `MatMulNBitsQuantizer` does by default."""
     del calibration
+    loaded = onnx.load(model)
     if bits not in _PACKED:
-        from onnxruntime.quantization.neural_compressor import rtn_quantize
+        # `rtn_quantize` itself writes broken tensors where the group does not divide the inputs.
+        from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor
 
-        rounded = rtn_quantize(str(model), num_bits=bits, group_size=group, scheme="asym")
-        onnx.save(rounded.model, output)
-        return [f"{bits} bits through rtn_quantize, as floats"]
+        for tensor in _weights(loaded):
+            weight = onnx.numpy_helper.to_array(tensor).T
+            padded = np.pad(weight, ((0, 0), (0, -weight.shape[1] % group)))
+            codes, scale, zero = quant_tensor(padded, bits, group, "asym", "uint")
+            values = ((codes - zero) * scale).reshape(padded.shape)[:, : weight.shape[1]]
+            _replace(tensor, values)
+        onnx.save(loaded, output)
+        return [f"{bits} bits through quant_tensor, as floats"]
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    quantizer = MatMulNBitsQuantizer(onnx.load(model), bits=bits, block_size=group, is_symmetric=False)
+    quantizer = MatMulNBitsQuantizer(loaded, bits=bits, block_size=group, is_symmetric=False)
     quantizer.process()
     quantizer.model.save_model_to_file(str(output))
     return []
@@ -63,22 +79,17 @@ def ort_hqq(model: Path, calibration: Path, output: Path, bits: int, group: int)
     import torch
 
     rounding = ort.HQQWeightOnlyQuantizer(config)
-    constants = {tensor.name: tensor for tensor in loaded.graph.initializer}
-    for node in loaded.graph.node:
-        if node.op_type != "MatMul" or node.input[1] not in constants:
-            continue
-        tensor = constants[node.input[1]]
+    for tensor in _weights(loaded):
         weight = np.ascontiguousarray(onnx.numpy_helper.to_array(tensor).T)
         codes, scale, zero = rounding.quantize_internal(torch.from_numpy(weight), bits=bits, group_size=group)
         spread = [np.repeat(one.numpy(), group, axis=1) for one in (scale, zero)]
-        values = ((codes.numpy() - spread[1]) * spread[0])[:, : weight.shape[1]]
-        tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(values.T, np.float32), tensor.name))
+        _replace(tensor, ((codes.numpy() - spread[1]) * spread[0])[:, : weight.shape[1]])
     onnx.save(loaded, output)
     return [f"{bits} bits through quantize_internal, as floats"]
 
 
 def ort_gptq(model: Path, calibration: Path, output: Path, bits: int, group: int) -> list[str]:
-    """GPTQ as bundled, by its defaults."""
+    """GPTQ as bundled, by its defaults. Release 1.31.1 feeds no error back: it reads the empty half of a triangle."""
     from onnxruntime.quantization.neural_compressor import gptq_quantize
 
     class Loader:
