@@ -19,8 +19,11 @@ import onnx_ir as ir
 
 __all__ = ["Joint", "JointTensor", "evaluated", "joint_tensors", "usable_cores"]
 
-IN_FLIGHT = 1 << 27
-"""Elements of lazy tensors that are computed or wait to be written at a time, unless a single one has more."""
+IN_FLIGHT = 5 << 23
+"""Elements of lazy tensors that are computed or wait to be written at a time, unless a single one has more.
+
+Four layers of 4096 x 4096 in 4 bits: less than half a gigabyte with what they are computed from, on any number of cores.
+"""
 
 
 class Joint:
