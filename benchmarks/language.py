@@ -152,17 +152,27 @@ def peer(method: str, language: Language, bits: int, group: int) -> tuple[float 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         qgraph.ir.save(language.model, folder / "model.onnx")
-        for number, feed in enumerate(language.calibration):
-            np.savez(folder / f"{number:05}.npz", **feed)
-        output = folder / "output.onnx"
-        command = [sys.executable, str(Path(__file__).with_name("language_peers.py")), method]
-        command += [str(folder / "model.onnx"), str(folder), str(output), str(bits), str(group)]
-        subprocess.run(command, check=False, capture_output=True, env=os.environ.copy())
-        verdict = json.loads(output.with_suffix(".json").read_text())
-        if verdict["failure"]:
-            return None, verdict["failure"]
+        output, remark = peer_model(method, folder / "model.onnx", language.calibration, folder, bits, group)
+        if output is None:
+            return None, remark
         onnx.save(unpacked(output), folder / "floats.onnx")
-        return nats(language, folder / "floats.onnx"), ", ".join(verdict["remarks"])
+        return nats(language, folder / "floats.onnx"), remark
+
+
+def peer_model(
+    method: str, model: Path, feeds: Sequence[Feeds], folder: Path, bits: int, group: int
+) -> tuple[Path | None, str]:
+    """Let a peer write a model into `folder`; return where it is, or None, and remarks or the failure."""
+    for number, feed in enumerate(feeds):
+        np.savez(folder / f"{number:05}.npz", **feed)
+    output = folder / "output.onnx"
+    command = [sys.executable, str(Path(__file__).with_name("language_peers.py")), method]
+    command += [str(model), str(folder), str(output), str(bits), str(group)]
+    subprocess.run(command, check=False, capture_output=True, env=os.environ.copy())
+    verdict = json.loads(output.with_suffix(".json").read_text())
+    if verdict["failure"]:
+        return None, verdict["failure"]
+    return output, ", ".join(verdict["remarks"])
 
 
 def ours(text: str, language: Language, *, artifact: bool) -> tuple[float, float | None]:
