@@ -22,7 +22,8 @@ __all__ = ["Joint", "JointTensor", "evaluated", "joint_tensors", "usable_cores"]
 IN_FLIGHT = 5 << 23
 """Elements of lazy tensors that are computed or wait to be written at a time, unless a single one has more.
 
-Four layers of 4096 x 4096 in 4 bits: less than half a gigabyte with what they are computed from, on any number of cores.
+Four layers of 4096 x 4096 in 4 bits: with what they are computed from, less than half a gigabyte on any number of
+cores.
 """
 
 
