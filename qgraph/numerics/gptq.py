@@ -89,34 +89,26 @@ def gptq(
     """
     inputs = _checked(weight, hessian, order)
     dtype = np.float64 if weight.dtype == np.float64 else np.float32
-    rows = transposed(weight, dtype)
     hessian, dead = _alive(hessian)
     sequence = np.argsort(-hessian.diagonal(), kind="stable") if order == "activation" else np.arange(inputs)
     triangle = factorize(hessian[np.ix_(sequence, sequence)], damping, dtype)
-    layer = _Layer(rows[sequence], sequence, triangle, Rounder(scheme, rows.shape, dtype), block)
-    second = dataclasses.replace(layer, rounder=Rounder(scheme, rows.shape, dtype)) if clip == "mse" else None
+    layer = _Layer(transposed(weight, dtype), sequence, triangle, scheme, block)
     if order == "none" and scheme.format not in _WHOLE_TENSOR:
-        layer.round_by_groups("minmax", hessian.diagonal())
-        if second is not None:
-            second.round_by_groups("mse", hessian.diagonal())
+        rounder, cost = layer.round_by_groups(clip, hessian.diagonal())
     else:
-        targets = layer.round(_parameters(rows, scheme, "minmax"))
-        if second is not None:
-            second.round(_parameters(targets, scheme, "mse"))
-    if second is not None:
-        layer.keep_better(second)
-    error = np.empty_like(layer.error)
-    error[sequence] = layer.error
-    cost = float(layer.cost.sum())
+        rounder, cost = layer.round_with_static_groups(clip)
+    total = float(cost.sum())
+    error = layer.scratch
+    rounder.put_error(layer.rows, error)
     added = triangle.damping * float(np.mean(hessian.diagonal()))
     if refine:
         damped: np.ndarray = hessian.astype(dtype)
         damped[np.diag_indices(inputs)] += dtype(added)
-        cost -= refine_groups(layer.rounder, rows, error, damped, refine)
+        total -= refine_groups(rounder, layer.rows, error, damped, refine)
     squares = np.einsum("ij,ij->i", error, error, dtype=np.float64)
-    undamped = cost - float(squares @ (added + np.where(dead, hessian.diagonal(), 0.0)))
+    undamped = total - float(squares @ (added + np.where(dead, hessian.diagonal(), 0.0)))
     return GptqResult(
-        layer.rounder.result(), max(undamped, 0.0), triangle.damping, triangle.retries, int(np.count_nonzero(dead))
+        rounder.result(), max(undamped, 0.0), triangle.damping, triangle.retries, int(np.count_nonzero(dead))
     )
 
 
@@ -166,61 +158,81 @@ def _parameters(rows: np.ndarray, scheme: WeightScheme, method: Method) -> tuple
     return scale, zero_point
 
 
-@dataclasses.dataclass
 class _Layer:
-    """A weight matrix [K, N] in the order in which its inputs are rounded, and what is known of its errors."""
+    """A weight matrix [K, N], and the order in which its inputs are rounded.
 
-    rows: np.ndarray
-    sequence: np.ndarray
-    triangle: Triangle
-    rounder: Rounder
-    block: int
-    error: np.ndarray = dataclasses.field(init=False)
-    cost: np.ndarray = dataclasses.field(init=False)
+    Arrays of its size are made once: on many systems the first touch of fresh memory costs as much as the arithmetic.
+    """
 
-    def round(self, parameters: tuple[np.ndarray, np.ndarray | None]) -> np.ndarray:
-        """Round with given parameters; return the targets [K, N] that were rounded, in their own order."""
-        self.rounder.put(slice(None), *parameters)
-        work = self._visited()
-        result = np.empty_like(work)
-        result[self.sequence] = work
-        return result
+    def __init__(
+        self, rows: np.ndarray, sequence: np.ndarray, triangle: Triangle, scheme: WeightScheme, block: int
+    ) -> None:
+        self.rows = rows
+        self.scratch = np.empty_like(rows)
+        self._targets = np.empty_like(rows)
+        self._sequence = sequence
+        self._triangle = triangle
+        self._scheme = scheme
+        self._block = block
 
-    def keep_better(self, other: _Layer) -> None:
-        """Take over another rounding of the same matrix for the outputs whose error it makes smaller."""
-        better = other.cost < self.cost
-        self.rounder.keep(other.rounder, better)
-        np.copyto(self.error, other.error, where=better)
-        np.copyto(self.cost, other.cost, where=better)
+    def round_with_static_groups(self, clip: Method) -> tuple[Rounder, np.ndarray]:
+        """Round with parameters that are fixed before; return the result and what each output costs, [N]."""
+        first = self._rounder()
+        first.put(slice(None), *_parameters(self.rows, self._scheme, "minmax"))
+        cost = self._round(first)
+        if clip == "minmax":
+            return first, cost
+        self.scratch[self._sequence] = self._targets
+        second = self._rounder()
+        second.put(slice(None), *_parameters(self.scratch, self._scheme, clip))
+        return _better(first, cost, second, self._round(second))
 
-    def round_by_groups(self, clip: Method, diagonal: np.ndarray) -> None:
-        """Round in the inputs' own order; a group's parameters come from its weights as they are when it is reached."""
-        importance = np.maximum(diagonal, _LEAST_IMPORTANCE * diagonal.mean()) if clip == "mse" else None
-        scheme, size = self.rounder.grid.scheme, self.rounder.group
+    def round_by_groups(self, clip: Method, diagonal: np.ndarray) -> tuple[Rounder, np.ndarray]:
+        """Round with parameters from each group's weights as they are when it is reached; return the same."""
+        first = self._rounder()
+        cost = self._round(first, self._fit_groups(first, "minmax", None))
+        if clip == "minmax":
+            return first, cost
+        second = self._rounder()
+        importance = np.maximum(diagonal, _LEAST_IMPORTANCE * diagonal.mean())
+        return _better(first, cost, second, self._round(second, self._fit_groups(second, clip, importance)))
 
+    def _rounder(self) -> Rounder:
+        return Rounder(self._scheme, self.rows.shape, self.rows.dtype.type)
+
+    def _fit_groups(self, rounder: Rounder, method: Method, importance: np.ndarray | None) -> Begin:
         def begin(start: int, stop: int, weights: np.ndarray) -> None:
-            group = start // size
+            group = start // rounder.group
             part = None if importance is None else importance[start:stop]
-            self.rounder.put(
-                slice(group, group + 1), *group_parameters(weights.T, scheme, method=clip, importance=part)
-            )
+            found = group_parameters(weights.T, self._scheme, method=method, importance=part)
+            rounder.put(slice(group, group + 1), *found)
 
-        self._visited(begin)
+        return begin
 
-    def _visited(self, begin: Begin | None = None) -> np.ndarray:
-        work = self.rows.copy()
-        self.error = np.empty_like(work)
+    def _round(self, rounder: Rounder, begin: Begin | None = None) -> np.ndarray:
+        """Round all inputs; return what each output costs, float64 [N]."""
+        rows, targets, error, sequence = self.rows, self._targets, self.scratch, self._sequence
+        np.take(rows, sequence, axis=0, out=targets, mode="clip")  # the default mode works on a copy
 
-        def choose(index: int, target: np.ndarray, error: np.ndarray) -> None:
-            np.subtract(self.rows[index], self.rounder.round(int(self.sequence[index]), target), out=error)
+        def choose(index: int, target: np.ndarray, missed: np.ndarray) -> None:
+            place = int(sequence[index])
+            np.subtract(rows[place], rounder.round(place, target), out=missed)
 
-        span = self.rounder.group if begin is not None else 0
-        visit(work, self.triangle.lower, self.error, choose, block=self.block, begin=begin, span=span)
-        pivots = self.triangle.pivots.astype(work.dtype)
-        self.cost = np.zeros(work.shape[1])
-        for start in range(0, len(work), BLOCK):
+        span = rounder.group if begin is not None else 0
+        visit(targets, self._triangle.lower, error, choose, block=self._block, begin=begin, span=span)
+        pivots = self._triangle.pivots.astype(rows.dtype)
+        cost = np.zeros(rows.shape[1])
+        for start in range(0, len(rows), BLOCK):
             part = slice(start, start + BLOCK)
-            missed = work[part] - self.rows[part]
-            missed += self.error[part]
-            self.cost += pivots[part] @ np.square(missed, out=missed)
-        return work
+            missed = targets[part] - rows[sequence[part]]
+            missed += error[part]
+            cost += pivots[part] @ np.square(missed, out=missed)
+        return cost
+
+
+def _better(
+    first: Rounder, first_cost: np.ndarray, second: Rounder, second_cost: np.ndarray
+) -> tuple[Rounder, np.ndarray]:
+    """Return the better of two roundings for each output."""
+    first.keep(second, second_cost < first_cost)
+    return first, np.minimum(first_cost, second_cost)

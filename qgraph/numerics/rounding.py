@@ -60,6 +60,12 @@ class Grid:
             return np.searchsorted(self._levels, numbers).astype(np.uint8)
         return np.asarray((numbers + self.zero_point[group]).astype(np.uint8))
 
+    def numbers(self, group: int, codes: np.ndarray) -> np.ndarray:
+        """Return the numbers, float, that codes of one group stand for before they are scaled, [..., M]."""
+        if self.zero_point is None:
+            return np.asarray(self._levels[codes])
+        return np.asarray(codes - self.zero_point[group])
+
 
 class Rounder:
     """A weight matrix that is being rounded.
@@ -93,6 +99,13 @@ class Rounder:
             np.add(number, self.grid.zero_point[group], out=self.codes[index], casting="unsafe")
         number *= self.grid.scale[group]
         return number
+
+    def put_error(self, rows: np.ndarray, error: np.ndarray) -> None:
+        """Put the weights `rows` [K, N] less what their codes stand for into `error`."""
+        for index, codes in enumerate(self.codes):
+            group = index // self.group
+            np.multiply(self.grid.numbers(group, codes), self.grid.scale[group], out=error[index])
+            np.subtract(rows[index], error[index], out=error[index])
 
     def keep(self, other: Rounder, outputs: np.ndarray) -> None:
         """Take over another rounding of the same matrix for some outputs: bool [N]."""
