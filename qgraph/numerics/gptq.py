@@ -151,7 +151,7 @@ def _parameters(rows: np.ndarray, scheme: WeightScheme, method: Method) -> tuple
     def compute(start: int) -> None:
         part = slice(start, start + _OUTPUTS)
         scale[part], zeros = group_parameters(rows[:, part].T, scheme, method=method)
-        if zero_point is not None:
+        if zero_point is not None and zeros is not None:
             zero_point[part] = zeros
 
     each(compute, range(0, outputs, _OUTPUTS))
