@@ -29,6 +29,7 @@ _FOLLOWING = ("Abs", "Add", "Clip", "Div", "Log", "Max", "Min", "Mul", "Neg", "P
 _NORMALIZING = ("Div", "Mul", "Sub")
 _WITH_MASKS = ("Add", "ConstantOfShape", "Expand", "Max", "Mul", "Sub", "Where")
 _LONGEST_ARITHMETIC = 64
+_LARGE = 1 << 24
 _BEYOND = "its constant reaches"
 _MICROSOFT = frozenset({
     "Attention", "BiasGelu", "FastGelu", "FusedMatMul", "GatherBlockQuantized", "Gelu", "GroupQueryAttention",
@@ -139,7 +140,7 @@ def _constant_reason(node: ir.Node, kept: Kept) -> str | None:
         array = np.asarray(value.const_value.numpy())
         if array.size == 1 and 0 < abs(float(array.reshape(-1)[0])) < _SMALLEST:
             return f"its constant {float(array.reshape(-1)[0]):.2g} is smaller than what float16 holds exactly"
-        beyond = array[np.isfinite(array) & (np.abs(array) > LARGEST)]
+        beyond = _beyond(array)
         if beyond.size == 0:
             continue
         if node.op_type not in _WITH_MASKS or (beyond > 0).any():
@@ -147,6 +148,15 @@ def _constant_reason(node: ir.Node, kept: Kept) -> str | None:
             return f"{_BEYOND} {largest:.3g}, and float16 ends at {LARGEST:.0f}"
         kept.masks.add(value)
     return None
+
+
+def _beyond(array: np.ndarray) -> np.ndarray:
+    """Return the finite elements that float16 cannot hold; what was read of a large weight is let go."""
+    held = array.size == 0 or (float(array.min()) >= -LARGEST and float(array.max()) <= LARGEST)
+    found = np.empty(0, np.float32) if held else array[np.isfinite(array) & (np.abs(array) > LARGEST)]
+    if array.nbytes > _LARGE:
+        qgraph.ir.forget_pages()
+    return found
 
 
 def _growing(node: ir.Node) -> str | None:
