@@ -6,8 +6,10 @@ import itertools
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
+import qgraph.ir
 from qgraph.analysis.linear_layers import linear_layers
 from qgraph.analysis.sensitivity import sensitivities
 from qgraph.errors import UserError
@@ -87,6 +89,32 @@ def test_a_uniform_scheme_is_the_bound():
     assert 5.0 < bits_taken(model) <= 5.125
     with pytest.raises(UserError, match=r"like='int4' is not bits and group, as in 4g32"):
         choose(network(), like="int4")
+
+
+def test_at_no_more_bytes_than_a_uniform_scheme_less_is_lost():
+    """One layer's output hardly counts here: its bits are better spent elsewhere."""
+
+    def built() -> ir.Model:
+        model = network()
+        quiet = model.graph.initializers["b"].const_value.numpy() / 50
+        model.graph.initializers["b"].const_value = ir.tensor(quiet, name="b")
+        return model
+
+    ids = np.arange(20)
+
+    def logits(model: ir.Model) -> np.ndarray:
+        proto = ir.to_proto(model).SerializeToString()
+        session = onnxruntime.InferenceSession(proto, providers=["CPUExecutionProvider"])
+        values = session.run(None, {"ids": ids})[0].astype(np.float64)
+        return values - np.log(np.exp(values).sum(axis=-1, keepdims=True))
+
+    exact, uniform, mixed = logits(built()), built(), built()
+    Pipeline.parse("rtn{min_elements=1}").run(uniform)
+    choose(mixed, like="4g32")
+    Pipeline.parse("rtn{min_elements=1}").run(mixed)
+    lost = [float((np.exp(exact) * (exact - logits(model))).sum()) for model in (uniform, mixed)]
+    assert lost[1] < 0.5 * lost[0]
+    assert qgraph.ir.weight_bytes(mixed) <= qgraph.ir.weight_bytes(uniform)
 
 
 def test_the_choice_costs_least_of_all():
