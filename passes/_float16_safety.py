@@ -28,6 +28,7 @@ _GROWING = (*_REDUCTIONS, "Exp", "Pow")
 _FOLLOWING = ("Abs", "Add", "Clip", "Div", "Log", "Max", "Min", "Mul", "Neg", "Pow", "Reciprocal", "Sqrt", "Sub")
 _NORMALIZING = ("Div", "Mul", "Sub")
 _WITH_MASKS = ("Add", "ConstantOfShape", "Expand", "Max", "Mul", "Sub", "Where")
+_MOVING = ("Cast", "Concat", "Identity", "Reshape", "ScatterND", "Slice", "Squeeze", "Transpose", "Trilu", "Unsqueeze")
 _LONGEST_ARITHMETIC = 64
 _LARGE = 1 << 24
 _BEYOND = "its constant reaches"
@@ -57,13 +58,13 @@ def is_float(value: ir.Value | None) -> bool:
     return value is not None and isinstance(value.type, ir.TensorType) and value.dtype == ir.DataType.FLOAT
 
 
-def keep(graph: ir.Graph, opsets: Mapping[str, int], ranges: Mapping[str, float]) -> Kept:
+def keep(graph: ir.Graph, opsets: Mapping[str, int], ranges: Mapping[str, tuple[float, float]]) -> Kept:
     """Decide for every node of a graph that has to do with float32.
 
     Args:
         graph: the main graph; types of its values are known.
         opsets: that the model imports.
-        ranges: value name -> the largest magnitude that was measured; may be empty.
+        ranges: value name -> the least and the largest number that were measured; may be empty.
     """
     kept = Kept()
     for node in graph:
@@ -175,17 +176,33 @@ def _keep_made_large(graph: ir.Graph, kept: Kept) -> None:
                 kept.add(use.node, f"it reads '{value.name}', which a constant may make too large for float16")
 
 
-def _keep_measured(graph: ir.Graph, ranges: Mapping[str, float], kept: Kept) -> None:
-    """Keep what makes, and what reads, values that came near the end of float16."""
+def _keep_measured(graph: ir.Graph, ranges: Mapping[str, tuple[float, float]], kept: Kept) -> None:
+    """Keep what makes, and what reads, values that came near the end of float16.
+
+    What a mask makes small is small in float16 too: of values with a mask only the largest number counts.
+    """
+    masked = _masked(graph, kept)
     for node in graph:
         for value in node.outputs:
-            largest = ranges.get(value.name or "", 0.0)
+            low, high = ranges.get(value.name or "", (0.0, 0.0))
+            largest = abs(high) if value in masked else max(abs(low), abs(high))
             if largest * _MARGIN <= LARGEST:
                 continue
             reason = f"'{value.name}' reaches {largest:.3g} on the samples, and float16 ends at {LARGEST:.0f}"
             kept.add(node, reason)
             for use in value.uses():
                 kept.add(use.node, reason)
+
+
+def _masked(graph: ir.Graph, kept: Kept) -> set[ir.Value]:
+    """Return the values that hold a mask's numbers, or sums with them."""
+    masked = set(kept.masks)
+    for node in graph:
+        given = node.attributes.get("value") if qgraph.ir.is_op(node, "ConstantOfShape") else None
+        starts = given is not None and float(np.asarray(given.as_tensor().numpy()).min()) < -LARGEST
+        if starts or (qgraph.ir.is_op(node, *_WITH_MASKS, *_MOVING) and any(one in masked for one in node.inputs)):
+            masked.update(node.outputs)
+    return masked
 
 
 def _keep_statistics(graph: ir.Graph, kept: Kept) -> None:

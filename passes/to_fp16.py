@@ -92,11 +92,11 @@ def _kind(reason: str) -> str:
     return next((kind for word, kind in kinds.items() if word in reason), "of other kinds")
 
 
-def _measured(model: ir.Model, context: Context) -> Mapping[str, float]:
-    """Return value name -> the largest magnitude on the calibration samples."""
+def _measured(model: ir.Model, context: Context) -> Mapping[str, tuple[float, float]]:
+    """Return value name -> the least and the largest number on the calibration samples."""
     names = tuple(value.name for node in model.graph for value in node.outputs if is_float(value) and value.name)
     ranges = calibrate(model, context, names)
-    return {name: float(max(abs(one.low).max(), abs(one.high).max())) for name, one in ranges.items()}
+    return {name: (float(one.low.min()), float(one.high.max())) for name, one in ranges.items()}
 
 
 class _Rewriter:

@@ -107,12 +107,13 @@ masked (float[4,4] x, bool[4,4] m) => (float[4,4] y)
 """
 
 
-def test_masks_are_cut_off_and_still_mask():
+@pytest.mark.parametrize("measured", [False, True])
+def test_masks_are_cut_off_and_still_mask(measured: bool):
     before, after = model_of(MASKED), model_of(MASKED)
-    report = convert(after)
+    mask = np.tril(np.ones((4, 4), bool))
+    report = convert(after, [{"x": normal(4, 4), "m": mask}] if measured else None)
     assert "1 mask cut off at -16384" in report.notes
     assert not report.skipped
-    mask = np.tril(np.ones((4, 4), bool))
     results = [run(model, {"x": normal(4, 4), "m": mask})[0] for model in (before, after)]
     assert (results[1][~mask] == 0).all()
     np.testing.assert_allclose(results[1], results[0], atol=2e-3)
