@@ -45,7 +45,7 @@ class Drift:
 
     def through(self, weight: np.ndarray) -> np.ndarray:
         """Return the same of what `weight` [N, M] makes of it: float64 [N, K]."""
-        return np.asarray(weight, np.float64) @ self.mean()
+        return np.asarray(np.asarray(weight, np.float64) @ self.mean())
 
 
 def retarget(weight: np.ndarray, pull: np.ndarray, hessian: np.ndarray, damping: float) -> np.ndarray:
@@ -65,7 +65,7 @@ def retarget(weight: np.ndarray, pull: np.ndarray, hessian: np.ndarray, damping:
     alive = np.array(hessian, np.float64)
     idle = alive.diagonal() <= 0
     alive[idle, idle] = alive.diagonal().mean()
-    return (weight + solve(factorize(alive, damping, np.float64), pull)).astype(np.float32)
+    return np.asarray(weight + solve(factorize(alive, damping, np.float64), pull), np.float32)
 
 
 def solve(triangle: Triangle, right: np.ndarray) -> np.ndarray:
