@@ -27,6 +27,7 @@ from qgraph.analysis.block_stream import BlockStream
 from qgraph.analysis.linear_layers import LinearLayer, linear_layers, matches
 from qgraph.analysis.scale_folding import Folding, by_input, find_folding, is_shared, scale_input
 from qgraph.analysis.shapes import shapes_of
+from qgraph.errors import UserError
 from qgraph.numerics.awq import AwqScales, search_awq_scales
 from qgraph.numerics.hessian import Hessian
 from qgraph.numerics.weights import WeightScheme
@@ -54,8 +55,10 @@ class Awq(Pass):
         """Scale every input where it helps; `figures` has error before and after, and the exponent, of each.
 
         Raises:
-            UserError: there are no calibration samples, or the model does not run on one.
+            UserError: bits and group do not go together, there are no calibration samples, the model does not run on
+                one, or a weight is NaN or infinite.
         """
+        self._scheme(self.bits)
         found = linear_layers(model)
         groups, skipped = self._groups(found.layers)
         skipped = [*found.skipped, *skipped]
@@ -125,14 +128,23 @@ class Awq(Pass):
             for x, hessian in hessians.items():
                 yield paths[x], self._scales(paths[x], hessian)
 
+    def _scheme(self, bits: int) -> WeightScheme:
+        try:
+            return WeightScheme(bits=bits, group=self.group, symmetric=self.symmetric)
+        except ValueError as error:
+            raise UserError(f"awq: {error}") from error
+
     def _scales(self, folding: Folding, hessian: Hessian) -> AwqScales:
         widths = [chosen_bits([layer.node], self.bits) for layer in folding.layers]
         bits = min(width for width in widths if width is not None)
-        scheme = WeightScheme(bits=bits, group=self.group, symmetric=self.symmetric)
+        scheme = self._scheme(bits)
         weights = [layer.matrix() for layer in folding.layers]
         # Scales that follow the inputs' magnitudes alone: equal where these are, as channels that are tied need.
         magnitudes = _tied_mean(hessian, folding.tied)
-        return search_awq_scales(weights, magnitudes, hessian.matrix, scheme, grid=self.grid, by_weight=False)
+        try:
+            return search_awq_scales(weights, magnitudes, hessian.matrix, scheme, grid=self.grid, by_weight=False)
+        except ValueError as error:
+            raise UserError(f"awq: '{folding.layers[0].name}': {error}: mend the model") from error
 
 
 def _tied_mean(hessian: Hessian, tied: np.ndarray) -> np.ndarray:

@@ -78,7 +78,7 @@ def sensitivities(
         who: the name that progress and errors show.
 
     Raises:
-        UserError: there are no calibration samples, or the model does not run on one.
+        UserError: there are no calibration samples, the model does not run on one, or a weight is NaN or infinite.
     """
     shares = _output_shares(model, context, weights, schemes, who)
     if metric == "kl":
@@ -112,7 +112,7 @@ def _output_shares(
             matrix = hessians[x].matrix
             for layer in readers:
                 weight = layer.matrix()
-                rounded = (quantize_weight(weight, scheme).dequantize() for scheme in schemes)
+                rounded = (_rounded(layer, weight, scheme) for scheme in schemes)
                 errors = [output_error(weight, one, matrix) for one in rounded]
                 totals[layer.weight] += [*errors, output_error(weight, np.zeros((1, 1)), matrix)]
     return {weight: total[:-1] / max(total[-1], _TINY) for weight, total in totals.items()}
@@ -128,9 +128,16 @@ def _row_errors(layer: LinearLayer, context: Context, schemes: Sequence[WeightSc
     if not counts.any():
         counts += 1.0
     weight = layer.matrix()
-    errors = [((weight - quantize_weight(weight, scheme).dequantize()) ** 2).sum(axis=1) for scheme in schemes]
+    errors = [((weight - _rounded(layer, weight, scheme)) ** 2).sum(axis=1) for scheme in schemes]
     figures = np.array([float(counts @ rows) for rows in (*errors, (weight**2).sum(axis=1))])
     return np.asarray(figures / counts.sum())
+
+
+def _rounded(layer: LinearLayer, weight: np.ndarray, scheme: WeightScheme) -> np.ndarray:
+    try:
+        return quantize_weight(weight, scheme).dequantize()
+    except ValueError as error:
+        raise UserError(f"the weight '{layer.weight.name}' of '{layer.name}': {error}: mend the model") from error
 
 
 def _divergences(
@@ -193,7 +200,7 @@ class _Outputs:
     def _run(self, layer: LinearLayer | None, scheme: WeightScheme | None) -> list[np.ndarray]:
         def add(copy: ir.Model, values: Mapping[str, ir.Value]) -> list[ir.Value]:
             if layer is not None and scheme is not None:
-                matrix = quantize_weight(layer.matrix(), scheme).dequantize()
+                matrix = _rounded(layer, layer.matrix(), scheme)
                 stored = np.ascontiguousarray(matrix if layer.transposed else matrix.T)
                 weight = values[str(layer.weight.name)]
                 assert weight.dtype is not None

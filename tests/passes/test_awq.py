@@ -132,6 +132,17 @@ def test_samples_are_needed_and_no_layer_is_no_fault():
     )
 
 
+def test_a_weight_that_is_not_finite_is_named():
+    model = network(BARE)
+    broken = model.graph.initializers["u"].const_value.numpy().copy()
+    broken[3, 4] = np.nan
+    model.graph.initializers["u"].const_value = ir.tensor(broken, name="u")
+    with pytest.raises(UserError, match=r"awq: 'MatMul->y': .*nan"):
+        awq(model)
+    with pytest.raises(UserError, match=r"awq: .*7"):
+        awq(network(BARE), bits=7)
+
+
 def test_one_block_at_a_time_gives_the_same_bytes():
     bounds = (1 << 30, 1)
     models = [network(BLOCK) for _ in bounds]

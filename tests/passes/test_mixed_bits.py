@@ -196,6 +196,11 @@ def test_bad_options_say_what_to_do():
         choose(network(), metric="hessian", budget=2.0)
     with pytest.raises(UserError, match=r"mixed-bits: .*7"):
         choose(network(), choices=(4, 7))
+    broken = network()
+    weight = np.full((64, 64), np.nan, np.float32)
+    broken.graph.initializers["b"].const_value = ir.tensor(weight, name="b")
+    with pytest.raises(UserError, match=r"NaN|nan"):
+        choose(broken, metric="hessian")
     with pytest.raises(UserError, match="calibration"):
         Pipeline([MixedBits()]).run(network())
 
