@@ -30,6 +30,7 @@ import qgraph.ir
 from qgraph import registry, spec
 from qgraph.analysis.compressed_weights import weight_facts
 from qgraph.analysis.index_limits import index_limits
+from qgraph.analysis.sliced_session import SlicedSession
 from qgraph.artifact import Artifact, open_artifact, refuse_existing, sha256, staging, write_manifest
 from qgraph.errors import ToleranceError, UserError
 from qgraph.pipeline import Context, Feeds, Pipeline, Report, Samples, Skipped, specs_from_tables
@@ -49,6 +50,10 @@ HELD_BACK = 0.2
 RANDOM_SAMPLES = 4
 BENCH_SECONDS = 0.4
 BENCH_FEEDS = 4
+_WHOLE = 2
+"""A model with weights of more than this part of the memory for calibration is compared in slices..."""
+_SLICE = 16
+"""... of this part of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,22 +364,38 @@ class _Run:
         self, source: Path, stage: Path, plan: Plan, tolerance: Mapping[str, float]
     ) -> tuple[dict[str, Any], list[str]]:
         """Run source and result, write recipe and manifest, and return the manifest and the failed tolerances."""
-        self.kernels = self.target.kernels(stage)
-        before = open_session(source, threads=self.context.threads)
-        after = self.target.session(stage, threads=self.context.threads)
-        samples = self._verification_samples(before)
+        before, after, samples, sliced = self._sessions(source, stage)
         verification = verify_sessions(before, after, samples, labels=self.labels, progress=self.context.progress)
         failures = verification.meets(tolerance)
         stand_in = self.target.stand_in()
         where = f"   on {stand_in}" if stand_in else ""
+        where += "   in slices, for its size; not timed" if sliced else ""
         self.event("verify", f"{verification.samples} {self.data_kind}   {verification.summary()}{where}")
-        if not stand_in:
+        if not stand_in and not sliced:
             self.bench = _bench(before, after, samples, self.context.threads)
         (stage / "recipe.toml").write_text(_recipe(self.target, plan), encoding="utf-8")
         manifest = write_manifest(stage, self._facts(before, plan, verification, tolerance, failures))
         if self.bench is not None:
             self.event("bench", f"{self.bench.ratio('before', 'after'):.2f}x the speed of the source")
         return manifest, failures
+
+    def _sessions(self, source: Path, stage: Path) -> tuple[Any, Session, Samples, bool]:
+        """Open source and result, whole or, where one has too many weights for that, in slices."""
+        room = self.context.calibration_memory
+        model = qgraph.ir.load(source)
+        if qgraph.ir.weight_bytes(model) <= room // _WHOLE:
+            before: Any = open_session(source, threads=self.context.threads)
+            self.kernels = self.target.kernels(stage)
+            after = self.target.session(stage, threads=self.context.threads)
+            return before, after, self._verification_samples(before), False
+        whole = SlicedSession(model, (), self.context, room=room // _SLICE)
+        samples = self._verification_samples(whole)
+        before = SlicedSession(model, samples, self.context, room=room // _SLICE)
+        result = qgraph.ir.load(stage / "model.onnx") if (stage / "model.onnx").is_file() else None
+        if result is None or qgraph.ir.weight_bytes(result) <= room // _WHOLE:
+            self.kernels = self.target.kernels(stage)
+            return before, self.target.session(stage, threads=self.context.threads), samples, True
+        return before, SlicedSession(result, samples, self.context, room=room // _SLICE), samples, True
 
     def _verification_samples(self, session: Any) -> Samples:
         if self.samples is not None:

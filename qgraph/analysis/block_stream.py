@@ -12,8 +12,6 @@ memory is that of a block, whatever the model's size. The model itself is not ch
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,9 +23,9 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.blocks import Segment, segments
 from qgraph.analysis.linear_layers import LinearLayer
-from qgraph.analysis.probes import Probe, first_line, raw_outputs
+from qgraph.analysis.segment_runs import CarriedValues, SegmentRun
 from qgraph.errors import UserError
-from qgraph.pipeline import Context, Feeds
+from qgraph.pipeline import Context
 from qgraph.work_folder import SCRATCH
 
 __all__ = ["BlockStream", "Rows", "Stage"]
@@ -158,8 +156,8 @@ class BlockStream:
 
     def _open(self, folder: Path) -> None:
         half = self._context.calibration_memory // (2 if self._originals else 1)
-        self._changed = _Store(folder / "changed", half)
-        self._original = _Store(folder / "original", half) if self._originals else None
+        self._changed = CarriedValues(folder / "changed", half)
+        self._original = CarriedValues(folder / "original", half) if self._originals else None
         samples = self._context.samples(f"'{self._who}'")
         for number, feed in enumerate(samples):
             for value in self._last:
@@ -167,7 +165,7 @@ class BlockStream:
                     for store in self._stores():
                         store.put(value, number, feed[value.name])
 
-    def _stores(self) -> list[_Store]:
+    def _stores(self) -> list[CarriedValues]:
         return [self._changed] if self._original is None else [self._changed, self._original]
 
     def _rows(
@@ -197,9 +195,16 @@ class BlockStream:
                 for value, array in run(number).items():
                     store.put(value, number, array)
 
-    def _runs(self, segment: Segment, outputs: Sequence[ir.Value]) -> list[_Run]:
+    def _runs(self, segment: Segment, outputs: Sequence[ir.Value]) -> list[SegmentRun]:
         return [
-            _Run(self, segment, outputs, store, self._changes if store is self._changed else {})
+            SegmentRun(
+                self._model,
+                segment,
+                outputs,
+                store,
+                changes=self._changes if store is self._changed else None,
+                threads=self._context.threads,
+            )
             for store in self._stores()
         ]
 
@@ -242,124 +247,3 @@ def _as_rows(array: np.ndarray, reader: str, number: int) -> np.ndarray:
             "Mend the sample, or the weights that lead there."
         )
     return rows
-
-
-class _Run:
-    """A session of one segment, which gives some of its values."""
-
-    def __init__(
-        self,
-        stream: BlockStream,
-        segment: Segment,
-        outputs: Sequence[ir.Value],
-        store: _Store,
-        changes: Mapping[ir.Value, np.ndarray],
-    ) -> None:
-        self._segment = segment
-        self._outputs = outputs
-        self._store = store
-        self._who = stream._who  # noqa: SLF001
-        self._probe: Probe | None = None
-        if outputs:
-            part = _extracted(stream._model, segment, outputs, store, changes)  # noqa: SLF001
-            names = [str(value.name) for value in outputs]
-            fed = frozenset(str(value.name) for value in segment.reads)
-            self._probe = Probe(part, raw_outputs(names), fed, threads=stream._context.threads)  # noqa: SLF001
-
-    def __call__(self, number: int) -> dict[ir.Value, np.ndarray]:
-        """Run one sample."""
-        if self._probe is None:
-            return {}
-        feed: Feeds = {str(value.name): self._store.get(value, number) for value in self._segment.reads}
-        try:
-            arrays = self._probe.run(feed)
-        except Exception as error:
-            raise UserError(f"the model does not run on calibration sample {number}: {first_line(error)}") from error
-        return dict(zip(self._outputs, arrays, strict=True))
-
-
-def _extracted(
-    model: ir.Model,
-    segment: Segment,
-    outputs: Sequence[ir.Value],
-    store: _Store,
-    changes: Mapping[ir.Value, np.ndarray],
-) -> ir.Model:
-    """Copy what computes `outputs` from what the segment reads; weights are shared, not copied."""
-    graph = ir.convenience.extract(model.graph, list(segment.reads), list(outputs))
-    for value, source in zip(graph.inputs, segment.reads, strict=True):
-        array = store.get(source, 0)
-        value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
-        value.shape = ir.Shape([None] * array.ndim)
-    for weight, array in changes.items():
-        copied = graph.initializers.get(weight.name or "")
-        if copied is not None:
-            copied.const_value = ir.tensor(array, name=weight.name)
-    return ir.Model(graph, ir_version=model.ir_version, functions=tuple(model.functions.values()))
-
-
-class _Store:
-    """Arrays by value and sample; the first that fit are kept in memory, the others in files.
-
-    Args:
-        folder: for the files; made when the first is written.
-        room: bytes to keep in memory.
-    """
-
-    def __init__(self, folder: Path, room: int) -> None:
-        self.samples = 0
-        self._folder = folder
-        self._room = room
-        self._held: dict[ir.Value, dict[int, _Kept]] = {}
-        self._written = 0
-
-    def put(self, value: ir.Value, number: int, array: np.ndarray) -> None:
-        """Keep the array that `value` has on sample `number`; what is the same on several samples is kept once.
-
-        Raises:
-            UserError: the disk is full.
-        """
-        self.samples = max(self.samples, number + 1)
-        held = self._held.setdefault(value, {})
-        digest = hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16).digest()
-        twin = next((one for one in held.values() if one.digest == digest and one.shape == array.shape), None)
-        held[number] = twin if twin is not None else self._kept(array, digest)
-
-    def _kept(self, array: np.ndarray, digest: bytes) -> _Kept:
-        if array.nbytes <= self._room:
-            self._room -= array.nbytes
-            return _Kept(array, digest, array.shape, array.nbytes)
-        path = self._folder / f"{self._written}.npy"
-        self._written += 1
-        try:
-            self._folder.mkdir(exist_ok=True)
-            np.save(path, array)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise UserError(
-                f"the disk is full: {self._folder.parent} has no room for the activations of the calibration samples. "
-                "Free some, or give fewer samples."
-            ) from error
-        return _Kept(path, digest, array.shape, 0)
-
-    def get(self, value: ir.Value, number: int) -> np.ndarray:
-        """Return an array that was kept, read-only in spirit."""
-        place = self._held[value][number].place
-        return place if isinstance(place, np.ndarray) else np.load(place, mmap_mode="r")
-
-    def drop(self, value: ir.Value) -> None:
-        """Forget a value on all samples."""
-        for one in {id(kept): kept for kept in self._held.pop(value, {}).values()}.values():
-            self._room += one.bytes
-            if isinstance(one.place, Path):
-                one.place.unlink()
-
-
-class _Kept(NamedTuple):
-    """Where an array is, and what it is known by; `bytes` counts what it takes of the memory."""
-
-    place: np.ndarray | Path
-    digest: bytes
-    shape: tuple[int, ...]
-    bytes: int
