@@ -28,13 +28,11 @@ def render(found: dict[str, Figures]) -> str:
         found: by name ("rtn", "gptq", "language", "decode"), what the benchmarks wrote; any may be missing.
     """
     machine = timing.machine()
-    lines = [
-        "# Low-bit weights against the peers",
-        "",
-        f"{machine['processor']}, {machine['cores']} cores, two threads; onnxruntime {machine['onnxruntime']}, "
-        + f"numpy {machine['numpy']}. Each table comes from one run; only its ratios mean something elsewhere.",
-        "",
-    ]
+    where = (
+        f"{machine['processor']}, {machine['cores']} cores, two threads; onnxruntime {machine['onnxruntime']}, numpy "
+        f"{machine['numpy']}. Each table comes from one run; only its ratios mean something elsewhere."
+    )
+    lines = ["# Low-bit weights against the peers", "", where, ""]
     parts: dict[str, Callable[[Figures], Iterator[str]]] = {
         "language": _language,
         "rtn": _rtn,
