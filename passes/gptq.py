@@ -40,7 +40,9 @@ __all__ = ["Gptq"]
 _VERSION = 1
 """Of what is kept of finished layers; another one starts anew."""
 _DRIFT_DAMPING = 0.001
-"""Share of the mean diagonal that keeps the making up for drift to directions that the samples have."""
+_DRIFT_DAMPING_BY_INPUTS = 0.1
+"""Shares of the mean diagonal that keep the making up for drift to what the samples show: the least, and one that grows
+with the inputs for each row that was seen, since few rows can be fitted by many weights."""
 
 Produce = Callable[[], QuantizedWeight]
 
@@ -281,7 +283,8 @@ class _Moments:
             if layer in self._sums:
                 pull[start : start + layer.outputs] += self._sums[layer].mean()
             start += layer.outputs
-        return retarget(weight, options.drift * pull, self.hessian.matrix, _DRIFT_DAMPING)
+        damping = max(_DRIFT_DAMPING, _DRIFT_DAMPING_BY_INPUTS * self._inputs / max(self.hessian.rows, 1))
+        return retarget(weight, options.drift * pull, self.hessian.matrix, damping)
 
 
 def _summand(layer: LinearLayer) -> ir.Value | None:
