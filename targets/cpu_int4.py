@@ -2,7 +2,7 @@
 
 `cpu-int4` stores the weights of linear layers and embeddings in 4 bits (any width of 2 to 8 through `--passes`) and
 multiplies activations, rounded to 8 bits block by block, with them in integers (MatMulNBits, accuracy level 4). It
-needs no calibration data; with them, weights are rounded by GPTQ instead of to nearest.
+needs no calibration data; with them, channels are scaled by AWQ and weights rounded by GPTQ instead of to nearest.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ _INTEGERS = ("ConvInteger", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulInt
 
 
 def weight_passes(context: Context) -> Pipeline:
-    """Return the passes that compress weights to 4 bits by default: by GPTQ where there are samples to learn from."""
-    return Pipeline.parse("rtn{bits=4,group=32}" if context.calibration is None else "gptq{bits=4,group=32}")
+    """Return the passes that compress weights to 4 bits: AWQ and GPTQ where there are samples to learn from."""
+    return Pipeline.parse(
+        "rtn{bits=4,group=32}" if context.calibration is None else "awq{bits=4,group=32},gptq{bits=4,group=32}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,7 @@ class CpuInt4(CpuFp32):
     summary: ClassVar[str] = "weights of 2 to 8 bits, multiplied in integers by ONNX Runtime on the CPU"
 
     def compress_passes(self, model: ir.Model, context: Context) -> Pipeline:
-        """Return GPTQ where there are calibration data, else rounding to nearest."""
+        """Return AWQ and GPTQ where there are calibration data, else rounding to nearest."""
         del model
         return weight_passes(context)
 

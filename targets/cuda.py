@@ -45,7 +45,7 @@ class CudaInt4(CpuFp32):
     extra: ClassVar[str] = "cuda"
 
     def compress_passes(self, model: ir.Model, context: Context) -> Pipeline:
-        """Return GPTQ where there are calibration data, else rounding to nearest."""
+        """Return AWQ and GPTQ where there are calibration data, else rounding to nearest."""
         del model
         return weight_passes(context)
 

@@ -111,11 +111,11 @@ def test_every_width_runs_in_the_next_that_has_a_kernel(bits: int, stored: int, 
     assert {one["scheme"] for one in weights["tensors"]} == {f"int{bits}g32a"}
 
 
-def test_calibration_data_make_it_gptq(source: Path, tmp_path: Path):
+def test_calibration_data_make_it_awq_and_gptq(source: Path, tmp_path: Path):
     random = np.random.default_rng(1)
     feeds = [{"ids": random.integers(0, ROWS, (1, 32))} for _ in range(8)]
     manifest = qgraph.compile(source, "cpu-int4", calibration=feeds).manifest
-    assert manifest["pipeline"]["compress"].startswith("gptq")
+    assert manifest["pipeline"]["compress"].startswith("awq,gptq")
     assert manifest["kernels"]["integer"] == {"MatMulNBits": 3}
 
 
