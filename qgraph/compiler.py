@@ -36,6 +36,7 @@ from qgraph.errors import ToleranceError, UserError
 from qgraph.pipeline import Context, Feeds, Pipeline, Report, Samples, Skipped, specs_from_tables
 from qgraph.report.data import ReportData
 from qgraph.report.html import render
+from qgraph.report.units import bytes_text, count_text
 from qgraph.runtime.benchmark import Benchmark, compare
 from qgraph.runtime.session import input_signature, open_session, random_feeds
 from qgraph.runtime.verification import Verification
@@ -526,10 +527,9 @@ def _loaded(facts: Mapping[str, Any], model: ir.Model) -> str:
         if value.const_value is not None
     )
     opset = model.graph.opset_imports.get("", "?")
-    count = f"{parameters / 1e6:.1f} M" if parameters >= 100_000 else f"{parameters:,}"
     return (
-        f"{facts['name']}   {count} parameters, {qgraph.ir.count_nodes(model)} nodes, opset {opset}, "
-        f"{facts['bytes'] / 1e6:.1f} MB"
+        f"{facts['name']}   {count_text(parameters)} parameters, {qgraph.ir.count_nodes(model)} nodes, opset {opset}, "
+        f"{bytes_text(facts['bytes'])}"
     )
 
 
