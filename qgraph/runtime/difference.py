@@ -142,7 +142,8 @@ def difference(
         progress: called as `progress("diff", done, total)`.
 
     Raises:
-        UserError: there are no samples, a model cannot be opened or run, or the result is no ONNX model.
+        UserError: there are no samples, a model cannot be opened or run, the result is no ONNX model, or the two have
+            nothing in common.
     """
     if not len(samples):
         raise UserError("there are no samples to compare on")
@@ -152,6 +153,10 @@ def difference(
     largest = _largest(before, samples)
     fed = frozenset(largest)
     pairs, unmatched = _match(_float_tensors(before, fed), after)
+    if not pairs:
+        raise UserError(
+            f"no tensor of {source} has its counterpart in {result}: give a model and what was compiled from it"
+        )
     sizes = _sizes(before, [pair.name for pair in pairs], largest, threads)
     slices = list(_slices(pairs, sizes, memory))
     sums: dict[str, ErrorSums] = {}
