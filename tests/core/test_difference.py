@@ -269,5 +269,5 @@ def test_models_with_nothing_in_common_are_told(tmp_path):
     path = write(tmp_path, "m", SOURCE)
     other = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[n, 2] x) => (float[n, 2] unrelated) { unrelated = Abs(x) }"""
-    with pytest.raises(UserError, match="no tensor of .* has its counterpart"):
+    with pytest.raises(UserError, match=r"no tensor of .* has its counterpart"):
         difference(path, write(tmp_path, "other", other), samples(), threads=1)
