@@ -162,6 +162,8 @@ def _open(
     if path.is_dir():
         return _open_folder(path, inputs, preprocess, rename, batch)
     if path.suffix.lower() == ".npz":
+        if tokenizer is not None or window:
+            raise UserError(f"{path} holds arrays, but a tokenizer and a window are for text: leave them out")
         from qgraph.sample_arrays import NpzFile
 
         return NpzFile(path, inputs, rename, preprocess, batch or 1)

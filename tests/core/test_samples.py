@@ -492,3 +492,10 @@ def test_parts_can_be_split_again():
     kept, _ = split(samples, 0.5)
     inner, held = split(kept, 0.2)
     assert sorted(firsts(inner) + firsts(held)) == firsts(kept)
+
+
+@pytest.mark.parametrize("option", [{"tokenizer": "tokenizer.json"}, {"window": 8}])
+def test_what_is_for_text_is_refused_with_arrays(tmp_path, option):
+    path = save(tmp_path / "x.npz", x=numbered(4, (3,)))
+    with pytest.raises(UserError, match="holds arrays"):
+        open_samples(path, (VECTOR,), **option)
