@@ -30,6 +30,9 @@ from qgraph.work_folder import SCRATCH
 
 __all__ = ["BlockStream", "Rows", "Stage"]
 
+_LARGEST = 1e17
+"""Rows of larger numbers would overflow in sums of their squares, of a few thousand at once in float32."""
+
 
 class Rows(NamedTuple):
     """What one sample sends into the layers that read a value: float32 [n, K] each.
@@ -245,5 +248,11 @@ def _as_rows(array: np.ndarray, reader: str, number: int) -> np.ndarray:
         raise UserError(
             f"calibration sample {number}: what goes into '{reader}' holds NaN or infinity. "
             "Mend the sample, or the weights that lead there."
+        )
+    largest = max(rows.max(initial=0.0), -rows.min(initial=0.0))
+    if largest > _LARGEST:
+        raise UserError(
+            f"calibration sample {number}: what goes into '{reader}' reaches {largest:.3g}, too large for sums of "
+            "squares in float32. Mend the sample, or the weights that lead there."
         )
     return rows

@@ -91,6 +91,8 @@ class FinishedLayers:
             unfinished.replace(path)
         except OSError as error:
             unfinished.unlink(missing_ok=True)
+            if error.errno == errno.ENOENT:
+                raise _removed(self._folder) from error
             if error.errno not in _FULL:
                 raise
             raise UserError(
@@ -124,8 +126,17 @@ def _read(path: Path, scheme: WeightScheme) -> QuantizedWeight:
             codes = unpack_bits(arrays["codes"], _width(scheme), int(arrays["inputs"]))
             zero_point = arrays["zero_point"] if "zero_point" in arrays.files else None
             return QuantizedWeight(np.ascontiguousarray(codes), arrays["scale"], zero_point, scheme)
+    except FileNotFoundError as error:
+        raise _removed(path.parent) from error
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"the finished layer {path} cannot be read: {error}. Remove it and run again.") from error
+
+
+def _removed(folder: Path) -> UserError:
+    return UserError(
+        f"what was kept in the work folder {folder} was removed during this run, perhaps by another one with the same "
+        "output. Give each its own -o, and run this again."
+    )
 
 
 def _fingerprint(model: ir.Model, context: Context, settings: str) -> str:

@@ -113,7 +113,9 @@ class CarriedValues:
         """
         self.samples = max(self.samples, number + 1)
         held = self._held.setdefault(value, {})
-        digest = hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16).digest()
+        # As bytes: bfloat16 has no buffer of its own.
+        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        digest = hashlib.blake2b(flat.data, digest_size=16).digest()
         twin = next((one for one in held.values() if one.digest == digest and one.shape == array.shape), None)
         held[number] = twin if twin is not None else self._kept(array, digest)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -13,6 +14,7 @@ from qgraph.analysis import probes
 from qgraph.analysis.block_stream import BlockStream
 from qgraph.analysis.blocks import segments
 from qgraph.analysis.linear_layers import LinearLayer, linear_layers
+from qgraph.analysis.segment_runs import CarriedValues
 from qgraph.errors import UserError
 from qgraph.models import pydoc_decoder
 from qgraph.pipeline import Context
@@ -159,6 +161,23 @@ def test_what_is_not_finite_is_told_with_the_sample_and_the_layer() -> None:
     stream = BlockStream(model, Context(calibration=feeds), linear_layers(model).layers, who="test")
     with pytest.raises(UserError, match="sample 1: what goes into 'MatMul->one' holds NaN"):
         list(next(iter(stream.stages())).rows())
+
+
+def test_what_is_too_large_to_be_squared_is_told_with_the_sample_and_the_layer() -> None:
+    model = chain()
+    feeds = [{"x": normal(2, 8)}, {"x": np.full((2, 8), -1e25, np.float32)}]
+    stream = BlockStream(model, Context(calibration=feeds), linear_layers(model).layers, who="test")
+    with pytest.raises(UserError, match=r"sample 1: what goes into 'MatMul->one' reaches 1e\+25"):
+        list(next(iter(stream.stages())).rows())
+
+
+@pytest.mark.parametrize("array", [normal(2, 8).astype(ml_dtypes.bfloat16), np.zeros((0, 3), np.float32)])
+def test_values_of_any_type_and_size_are_carried(tmp_path: Path, array: np.ndarray) -> None:
+    value = ir.Value(name="x")
+    store = CarriedValues(tmp_path, 1 << 10)
+    store.put(value, 0, array)
+    store.put(value, 1, array.copy())
+    assert store.get(value, 1) is array  # the same on both samples
 
 
 def test_no_samples_are_an_error_of_the_user() -> None:

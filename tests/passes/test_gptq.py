@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -224,3 +225,14 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bytes(tmp_path: Path, monkeypa
     done = 0
     apply(other, gptq_of(), context(work_folder=work))
     assert done == 4
+
+
+def test_a_work_folder_that_vanishes_is_told(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+
+    def remove(step: str, done: int, total: int) -> None:
+        if done > total * 0.6 and work.exists():
+            shutil.rmtree(work)
+
+    with pytest.raises(UserError, match="was removed during this run"):
+        apply(model_of(LAYERS), gptq_of(), context(work_folder=work, progress=remove))
