@@ -49,7 +49,7 @@ __all__ = ["Data", "Event", "Plan", "compile", "default_output", "verify"]
 
 HELD_BACK = 0.2
 RANDOM_SAMPLES = 4
-BENCH_SECONDS = 0.4
+BENCH_SECONDS = 0.25
 BENCH_FEEDS = 4
 _WHOLE = 2
 """A model with weights of more than this part of the memory for calibration is compared in slices..."""

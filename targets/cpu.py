@@ -254,6 +254,8 @@ def _static_form(model: ir.Model) -> tuple[Pipeline, ir.Model, dict[ir.Node, Mod
     Images are padded to four channels where that makes the integer convolution that reads them worth while.
     """
     form, formed, modes = _formed(model, _STATIC_FORM)
+    if not any(qgraph.ir.is_op(node, "Conv") for node in model.graph):
+        return form, formed, modes
     padding, padded, padded_modes = _formed(model, _PADDED_FORM)
     if len(padding) == 0 or _static_cost(padded, padded_modes) >= _static_cost(formed, modes):
         return form, formed, modes
