@@ -84,8 +84,10 @@ class Gptq(WeightRounding):
 
         Raises:
             UserError: there are no calibration samples, the model does not run on one, a weight is not finite, or the
-                disk is full.
+                disk is full; the damping is negative.
         """
+        if self.damping < 0:
+            raise UserError(f"gptq: damping is a share of the Hessian's diagonal, 0 or more, not {self.damping:g}")
         return _Work(self, model, context, chosen).run()
 
 

@@ -21,7 +21,8 @@ which for 2 and 8 bits is fifty times slower on a CPU.
 Weights that others have stored in blocks or in less than 8 bits behind a DequantizeLinear are taken as well.
 
 Left alone: float8 (no kernel; it is dequantized at every run), readers inside subgraphs, a Gemm with a transposed
-input or a factor alpha, groups that are no multiple of 16, weights that are read across their groups.
+input or a factor alpha, groups that are no multiple of 16, weights that are read across their groups, and with
+`gapless` tables whose rows fill no groups of any width.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ __all__ = ["MatmulNbits"]
 _MICROSOFT = "com.microsoft"
 _BLOCKS = {2: (128, 64, 32), 4: (256, 128, 64, 32, 16), 8: (256, 128, 64, 32, 16)}
 """Blocks for which there are integer kernels, by bits."""
+_SMALLEST_BLOCK = 16
 _SCALE_BITS = 32
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _NF4 = 1
@@ -75,6 +77,10 @@ class MatmulNbits(Pass):
     nf4: Literal["exact", "int8"] = field(
         default="exact",
         metadata={"help": "run nf4 exactly, or ten times faster on a CPU in 8 bits, where levels move by up to 1/254"},
+    )
+    gapless: bool = field(
+        default=False,
+        metadata={"help": "look up only where groups fill rows and bytes, as CUDA reads them, in more bits if need be"},
     )
 
     def apply(self, model: ir.Model, context: Context) -> Report:
@@ -118,7 +124,7 @@ class _Form(NamedTuple):
         return QuantizedWeight(weight.codes, weight.scale[:, blocks], weight.zero_point[:, blocks], scheme)
 
 
-def _form(scheme: WeightScheme, inputs: int, *, looked_up: bool = False) -> _Form:
+def _form(scheme: WeightScheme, inputs: int, *, looked_up: bool = False, gapless: bool = False) -> _Form:
     """Return the smallest form with kernels that holds a scheme's numbers.
 
     Args:
@@ -126,6 +132,7 @@ def _form(scheme: WeightScheme, inputs: int, *, looked_up: bool = False) -> _For
         inputs: K.
         looked_up: rows are looked up: prefer a form without gaps between the rows of scales and zero points, which is
             how the CUDA provider reads them.
+        gapless: rows that are looked up must have such a form.
 
     Raises:
         _UnfitError: there is none.
@@ -138,11 +145,12 @@ def _form(scheme: WeightScheme, inputs: int, *, looked_up: bool = False) -> _For
     for bits in (width for width in _BLOCKS if width >= held.bits):
         fitting = [block for block in _BLOCKS[bits] if group % block == 0]
         if looked_up:
-            fitting = [
-                block for block in fitting if _is_gapless(inputs, bits, block, symmetric=held.symmetric)
-            ] or fitting
+            whole = [block for block in fitting if _is_gapless(inputs, bits, block, symmetric=held.symmetric)]
+            fitting = whole if whole or gapless else fitting
         if fitting:
             return _Form(bits, min(fitting, key=lambda block: -(-inputs // block) * (block * bits + _SCALE_BITS)))
+    if group % _SMALLEST_BLOCK == 0:
+        raise _UnfitError(f"its rows of {inputs} do not fill groups and bytes, as CUDA reads them: it is dequantized")
     raise _UnfitError(f"its groups of {group} inputs are not a multiple of 16, so there is no kernel for them")
 
 
@@ -180,7 +188,7 @@ class _Rewriter:
         if scheme.format == "nf4" and not lookups and self._options.nf4 == "exact" and self._fits_bnb4():
             self._bnb4(products)
         else:
-            form = _form(scheme, self._weight.inputs, looked_up=bool(lookups))
+            form = _form(scheme, self._weight.inputs, looked_up=bool(lookups), gapless=self._options.gapless)
             # Products read rows that are filled up to whole blocks, look-ups do not.
             together = self._weight.inputs % form.block == 0
             for group in ((products, lookups),) if together else ((products, []), ([], lookups)):
@@ -189,12 +197,13 @@ class _Rewriter:
         self._clean()
 
     def _require(self, reader: ir.Node) -> None:
-        form = _form(self._weight.scheme, self._weight.inputs)
+        is_lookup, gapless = qgraph.ir.is_op(reader, "Gather"), self._options.gapless
+        form = _form(self._weight.scheme, self._weight.inputs, looked_up=is_lookup, gapless=gapless)
         if self._float not in _FLOATS:
             raise _UnfitError("its weight is not float32, float16 or bfloat16")
         if reader.graph is not self._model.graph:
             raise _UnfitError("it lies inside a subgraph")
-        if qgraph.ir.is_op(reader, "Gather"):
+        if is_lookup:
             if not self._weight.transposed or reader.attributes.get_int("axis", 0) not in (0, -2):
                 raise _UnfitError("it looks up across the groups of its table")
             if self._weight.inputs * form.bits % 8:

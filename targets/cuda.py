@@ -51,7 +51,7 @@ class CudaInt4(CpuFp32):
 
     def lower_passes(self) -> Pipeline:
         """Return the passes that end in float16 and low-bit kernels."""
-        return Pipeline.parse("to-fp16,matmul-nbits,remove-unused")
+        return Pipeline.parse("to-fp16,matmul-nbits{gapless=true},remove-unused")
 
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return what the CUDA provider would hand to the CPU, or compute in float although it is quantized."""

@@ -172,6 +172,11 @@ def test_schemes_that_are_none_are_an_error_of_the_user(bad: dict[str, object]) 
         apply(model_of(LAYERS), gptq_of(**bad), context())
 
 
+def test_a_negative_damping_is_refused() -> None:
+    with pytest.raises(UserError, match="0 or more, not -1"):
+        apply(model_of(TIED), gptq_of(damping=-1.0), context())
+
+
 def test_a_weight_that_is_not_finite_is_named() -> None:
     model = model_of(LAYERS)
     model.graph.initializers["b"].const_value = ir.tensor(np.full((48, 32), np.nan, np.float32))

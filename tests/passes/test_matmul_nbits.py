@@ -331,3 +331,24 @@ kinds (int64[s] ids) => (float[s,2] y, float[s,2] z)
         GOLDEN.write_text(now, encoding="utf-8")
     else:
         assert now == text
+
+
+@pytest.mark.parametrize("kind", ["embedding", "tied"])
+@pytest.mark.parametrize("scheme", ["int2g32a", "int2g0a", "nf4g32"])
+def test_tables_that_a_gpu_could_not_look_up_take_more_bits(kind: str, scheme: str, tmp_path: Path):
+    model = model_of(MODELS[kind], 64)
+    model.graph.meta.update({kind: True})
+    weights = compress(model, scheme).dequantize()
+    Pipeline(one for one in CudaInt4().lower_passes() if one.name == "matmul-nbits").run(model)
+    assert CudaInt4().check(model) == []
+    assert "DequantizeLinear" not in check(model, weights, tmp_path, 2e-2)
+
+
+def test_a_table_that_no_width_fits_is_dequantized_for_a_gpu(tmp_path: Path):
+    model = model_of(MODELS["embedding"], 100)
+    model.graph.meta.update({"embedding": True})
+    weights = compress(model, "int4g32a").dequantize()
+    report = Pipeline(one for one in CudaInt4().lower_passes() if one.name == "matmul-nbits").run(model).parts[0]
+    assert "as CUDA reads them" in report.skipped[0].reason
+    assert CudaInt4().check(model) == []
+    check(model, weights, tmp_path, 2e-6)
