@@ -126,6 +126,7 @@ class _Work:
     def _quantized(self, linear: Sequence[LinearLayer], tables: Mapping[ir.Value, Produce]) -> dict[ir.Value, Produce]:
         options = self._options
         schemes = [format_scheme(scheme) for scheme in self._schemes.values()]
+        self._context.samples(f"'{options.name}'")  # before anything else asks for them in a name of its own
         self._finished = FinishedLayers(self._model, self._context, f"{_VERSION} {options!r} {schemes}")
         stream = BlockStream(
             self._model,

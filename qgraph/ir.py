@@ -248,13 +248,14 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
 
 
 def fresh_name(graph: ir.Graph, base: str) -> str:
-    """Return `base`, or `base` with the first number that makes it unlike every value's name in `graph`.
+    """Return `base`, or `base` with the first number that makes it unlike every value's and node's name in `graph`.
 
     Names are also kept apart from those of enclosing and nested graphs by passing the main graph.
     """
     taken = graph.meta.get("qgraph.names")
     if taken is None:
         taken = {value.name for node in graph.all_nodes() for value in node.outputs}
+        taken |= {node.name for node in graph.all_nodes()}
         taken |= {value.name for value in graph.inputs}
         for inner in (graph, *graph.subgraphs()):
             taken |= set(inner.initializers)

@@ -71,6 +71,11 @@ def test_fresh_names_are_free_in_every_graph():
     assert qgraph.ir.fresh_name(model.graph, "new") == "new"
 
 
+def test_fresh_names_are_not_those_of_nodes():
+    model = model_of("g (float[n] x) => (float[n] y) { [taken] y = Neg(x) }")
+    assert qgraph.ir.fresh_name(model.graph, "taken") == "taken_1", "ONNX Runtime refuses two nodes of one name"
+
+
 def test_an_initializer_never_replaces_another():
     model = model_of(BRANCHES)
     value = qgraph.ir.initializer(model.graph, "w", np.ones(3, np.float32))

@@ -172,6 +172,11 @@ def test_schemes_that_are_none_are_an_error_of_the_user(bad: dict[str, object]) 
         apply(model_of(LAYERS), gptq_of(**bad), context())
 
 
+def test_it_is_named_where_calibration_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'gptq' needs calibration data"):
+        apply(model_of(LAYERS), gptq_of(), context(calibration=None, work_folder=tmp_path / "work"))
+
+
 def test_a_negative_damping_is_refused() -> None:
     with pytest.raises(UserError, match="0 or more, not -1"):
         apply(model_of(TIED), gptq_of(damping=-1.0), context())
