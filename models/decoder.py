@@ -153,7 +153,7 @@ def _require_room(output: Path, needed: int) -> None:
     free = shutil.disk_usage(output.parent).free
     if free < needed:
         raise UserError(
-            f"{output} needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB left: "
+            f"{output} needs {needed / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB left: "
             "make room, or choose another disk with -o"
         )
 
