@@ -58,6 +58,8 @@ class Awq(Pass):
             UserError: bits and group do not go together, there are no calibration samples, the model does not run on
                 one, or a weight is NaN or infinite.
         """
+        if self.grid < 1:
+            raise UserError(f"awq: grid is a number of exponents, 1 or more, not {self.grid}")
         self._scheme(self.bits)
         found = linear_layers(model)
         groups, skipped = self._groups(found.layers)

@@ -84,10 +84,14 @@ class Gptq(WeightRounding):
 
         Raises:
             UserError: there are no calibration samples, the model does not run on one, a weight is not finite, or the
-                disk is full; the damping is negative.
+                disk is full; damping, refine or drift are out of range.
         """
         if self.damping < 0:
             raise UserError(f"gptq: damping is a share of the Hessian's diagonal, 0 or more, not {self.damping:g}")
+        if self.refine < 0:
+            raise UserError(f"gptq: refine is a number of rounds, 0 or more, not {self.refine}")
+        if not 0.0 <= self.drift <= 1.0:
+            raise UserError(f"gptq: drift is a share, from 0 to 1, not {self.drift:g}")
         return _Work(self, model, context, chosen).run()
 
 

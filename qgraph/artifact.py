@@ -110,17 +110,50 @@ def staging(output: Path, *, force: bool) -> Iterator[Path]:
     made = [parent for parent in output.parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        _remove_orphans(output)
         folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
     except OSError as error:
         _remove_empty(made)
         raise UserError(f"{output} cannot be written: {error.strerror}. Choose another folder with -o.") from None
     try:
-        with _told_of(folder, output):
-            yield folder
-        _replace(folder, output)
+        with _claimed(folder):
+            with _told_of(folder, output):
+                yield folder
+            refuse_existing(output, force=force)  # another run may have written it meanwhile
+            _replace(folder, output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         _remove_empty(made)
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path) -> Iterator[bool]:
+    """Hold a lock on a folder, which ends with the process however that ends; tell whether it could be had."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # no such locks here
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
+def _remove_orphans(output: Path) -> None:
+    """Remove the temporary folders of runs for the same output that were killed: nobody holds them any more."""
+    for path in sorted(output.parent.iterdir()):
+        if path.name.startswith(f".{output.name}.") and path.suffix == ".tmp" and path.is_dir():
+            with _claimed(path) as orphaned:
+                if orphaned:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -181,3 +181,15 @@ def test_opening_something_else_is_told(tmp_path: Path) -> None:
         open_artifact(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no qgraph artifact"):
         open_artifact(tmp_path)
+
+
+def test_of_two_runs_the_first_to_end_keeps_its_place_and_a_killed_one_leaves_nothing(tmp_path: Path) -> None:
+    killed = tmp_path / ".a.killed.tmp"
+    killed.mkdir()
+    (killed / "model.onnx").write_bytes(b"half")
+    with pytest.raises(UserError, match="exists"), staging(tmp_path / "a", force=False) as slower:
+        assert not killed.exists()
+        write(tmp_path / "a", b"faster")
+        assert slower.is_dir()  # it is held, so that it is no orphan
+    assert (tmp_path / "a" / "model.onnx").read_bytes() == b"faster"
+    assert leftovers(tmp_path) == ["a"]

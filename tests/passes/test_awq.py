@@ -139,6 +139,8 @@ def test_a_weight_that_is_not_finite_is_named():
     model.graph.initializers["u"].const_value = ir.tensor(broken, name="u")
     with pytest.raises(UserError, match=r"awq: 'MatMul->y': .*nan"):
         awq(model)
+    with pytest.raises(UserError, match="grid"):
+        awq(network(BARE), grid=0)
     with pytest.raises(UserError, match=r"awq: .*7"):
         awq(network(BARE), bits=7)
 

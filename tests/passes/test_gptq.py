@@ -177,6 +177,12 @@ def test_it_is_named_where_calibration_is_missing(tmp_path: Path) -> None:
         apply(model_of(LAYERS), gptq_of(), context(calibration=None, work_folder=tmp_path / "work"))
 
 
+@pytest.mark.parametrize("options", [{"refine": -1}, {"drift": 5.0}, {"drift": -0.1}])
+def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=next(iter(options))):
+        apply(model_of(TIED), gptq_of(**options), context())
+
+
 def test_a_negative_damping_is_refused() -> None:
     with pytest.raises(UserError, match="0 or more, not -1"):
         apply(model_of(TIED), gptq_of(damping=-1.0), context())
