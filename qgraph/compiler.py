@@ -49,7 +49,7 @@ __all__ = ["Data", "Event", "Plan", "compile", "default_output", "verify"]
 
 HELD_BACK = 0.2
 RANDOM_SAMPLES = 4
-BENCH_SECONDS = 0.25
+BENCH_SECONDS = 0.4
 BENCH_FEEDS = 4
 _WHOLE = 2
 """A model with weights of more than this part of the memory for calibration is compared in slices..."""
@@ -385,8 +385,8 @@ class _Run:
         room = self.context.calibration_memory
         model = qgraph.ir.load(source)
         if qgraph.ir.weight_bytes(model) <= room // _WHOLE:
-            before: Any = open_session(source, threads=self.context.threads)
             self.kernels = self.target.kernels(stage)
+            before: Any = open_session(source, threads=self.context.threads)
             after = self.target.session(stage, threads=self.context.threads)
             return before, after, self._verification_samples(before), False
         whole = SlicedSession(model, (), self.context, room=room // _SLICE)
