@@ -30,6 +30,8 @@ from qgraph.runtime.session import input_signature, open_session
 
 __all__: list[str] = []
 
+METHODS = tuple(method for method in language.OURS if method != language.MIXED)
+
 
 def embeddings(task: data.Task, model: Path) -> np.ndarray:
     """Return the embeddings of all sentences of the evaluation."""
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="minilm_dynamo_sdpa")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=32)
-    parser.add_argument("--methods", default=",".join((*language.PEERS, *language.OURS)))
+    parser.add_argument("--methods", default=",".join((*language.PEERS, *METHODS)))
     parser.add_argument("--pairs", type=int, default=1500)
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args(arguments)
