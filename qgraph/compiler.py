@@ -284,6 +284,7 @@ class _Run:
         self.kernels: Kernels | None = None
         self.weights: dict[str, Any] | None = None
         self.limits: dict[str, int] = {}
+        self.source_weight_bytes = 0
         self.shapes: Mapping[str, Sequence[int]] = {}
 
     def event(self, stage: str, text: str) -> None:
@@ -310,6 +311,7 @@ class _Run:
         self._open_data(model, calibration, verify_data)
         self.limits = index_limits(model)
         self.source_facts = _source_facts(self.source_name, source, model)
+        self.source_weight_bytes = qgraph.ir.weight_bytes(model)
         self.event("load", _loaded(self.source_facts, model))
 
         prepare = _override(plan.prepare if plan.prepare is not None else self.target.prepare_passes(), overrides)
@@ -383,12 +385,12 @@ class _Run:
     def _sessions(self, source: Path, stage: Path) -> tuple[Any, Session, Samples, bool]:
         """Open source and result, whole or, where one has too many weights for that, in slices."""
         room = self.context.calibration_memory
-        model = qgraph.ir.load(source)
-        if qgraph.ir.weight_bytes(model) <= room // _WHOLE:
+        if self.source_weight_bytes <= room // _WHOLE:
             self.kernels = self.target.kernels(stage)
             before: Any = open_session(source, threads=self.context.threads)
             after = self.target.session(stage, threads=self.context.threads)
             return before, after, self._verification_samples(before), False
+        model = qgraph.ir.load(source)
         whole = SlicedSession(model, (), self.context, room=room // _SLICE)
         samples = self._verification_samples(whole)
         before = SlicedSession(model, samples, self.context, room=room // _SLICE)

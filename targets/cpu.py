@@ -21,10 +21,7 @@ values: linear layers as Gemm, average pooling as convolution, channels in multi
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib.resources
 import tempfile
-import tomllib
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -42,7 +39,7 @@ from qgraph.pipeline import Context, Feeds, Pass, Pipeline, Skipped
 from qgraph.runtime.benchmark import compare
 from qgraph.runtime.session import input_signature, open_session, random_feeds
 from qgraph.targets.base import Kernels, Session, Target
-from qgraph.targets.cpu_costs import better_in_float, graph_cost
+from qgraph.targets.cpu_costs import better_in_float, graph_cost, kernel_cost
 
 __all__ = ["CpuFp32", "CpuInt8", "Product"]
 
@@ -72,12 +69,6 @@ Mode = Literal["float", "dynamic", "static"]
 _KERNELS: Mapping[Mode, str] = {"float": "product-float", "dynamic": "product-dynamic", "static": "product-int8"}
 
 
-@functools.cache
-def _costs() -> Mapping[str, Mapping[str, float]]:
-    text = importlib.resources.files("qgraph.targets").joinpath("cpu_costs.toml").read_text(encoding="utf-8")
-    return {kernel: row for kernel, row in tomllib.loads(text).items() if isinstance(row, dict)}
-
-
 @dataclasses.dataclass(frozen=True)
 class Product:
     """A matrix product [rows, width] x [width, columns] with a constant right operand."""
@@ -95,21 +86,18 @@ class Product:
             mode: of its arithmetic.
             comes_in_integers: whether an integer layer makes the left operand.
         """
-        row = _costs()[_KERNELS[mode]]
         weight, elements = self.width * self.columns, self.rows * self.width
-        sizes = {
-            "start": 1,
-            "multiply_add": self.rows * weight,
-            "weight": weight,
-            "input": elements,
-            "output": self.rows * self.columns,
-        }
-        work = sum(cost_of_one * sizes[part] for part, cost_of_one in row.items())
+        work = kernel_cost(
+            _KERNELS[mode],
+            multiply_add=self.rows * weight,
+            weight=weight,
+            input=elements,
+            output=self.rows * self.columns,
+        )
         if comes_in_integers == (mode == "static"):
             return work
-        conversion = _costs()["quantize" if mode == "static" else "dequantize"]
         needed = mode == "static" or comes_in_integers
-        return work + (conversion["start"] + conversion["element"] * elements if needed else 0.0)
+        return work + (kernel_cost("quantize" if mode == "static" else "dequantize", element=elements) if needed else 0)
 
 
 class _OnnxRuntimeCpu(Target):

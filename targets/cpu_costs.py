@@ -23,7 +23,7 @@ import qgraph.ir
 from qgraph.analysis.integer_plan import IntegerPlan, integer_candidates, integer_plan
 from qgraph.analysis.integer_rules import Kind, data_inputs, is_constant
 
-__all__ = ["better_in_float", "graph_cost", "node_cost", "table"]
+__all__ = ["better_in_float", "graph_cost", "kernel_cost", "node_cost", "table"]
 
 FIRST_AXIS = 1
 _CLEAR = 1.05
@@ -171,7 +171,7 @@ def _stuck_layouts(value: ir.Value, plan: IntegerPlan) -> float:
     if not {Kind.CONVOLUTION, Kind.ARITHMETIC} <= kinds:
         return 0.0
     sums = [node.outputs[0] for node, kind in plan.nodes.items() if kind is Kind.ARITHMETIC]
-    return sum(2 * _cost("transpose-int8", element=2 * _elements(one)) for one in sums)
+    return sum(2 * kernel_cost("transpose-int8", element=2 * _elements(one)) for one in sums)
 
 
 def _pulled_through(value: ir.Value) -> float:
@@ -183,14 +183,14 @@ def _pulled_through(value: ir.Value) -> float:
     if node is None or not qgraph.ir.is_op(node, "MaxPool"):
         return 0.0
     taps = _elements(value) * math.prod(node.attributes.get_ints("kernel_shape"))
-    return _cost("max-pool-int8", tap=taps) - _cost("max-pool-float", tap=taps)
+    return kernel_cost("max-pool-int8", tap=taps) - kernel_cost("max-pool-float", tap=taps)
 
 
 def _change(kernel: str, value: ir.Value) -> float:
     """Return what it takes to quantize or dequantize a value, and to lay an image out as the other side wants it."""
     elements = _elements(value)
     image = value.shape is not None and len(value.shape) == 4
-    return _cost(kernel, element=elements) + (_cost("transpose-int8", element=elements) if image else 0.0)
+    return kernel_cost(kernel, element=elements) + (kernel_cost("transpose-int8", element=elements) if image else 0.0)
 
 
 def node_cost(node: ir.Node, how: str) -> float:
@@ -208,9 +208,9 @@ def node_cost(node: ir.Node, how: str) -> float:
         return _product(node, how)
     elements = max((_elements(value) for value in (*node.inputs, *node.outputs) if value is not None), default=0)
     if node.op_type == "Relu" or (node.op_type == "Clip" and how == "int8"):
-        return 0.0 if how == "int8" or _follows_convolution(node) else _cost("arithmetic-float", element=elements)
+        return 0.0 if how == "int8" or _follows_convolution(node) else kernel_cost("arithmetic-float", element=elements)
     kernel = _element_wise_kernel(node.op_type, how)
-    return _cost(kernel, element=elements) if kernel else 0.0
+    return kernel_cost(kernel, element=elements) if kernel else 0.0
 
 
 def _element_wise_kernel(op_type: str, how: str) -> str | None:
@@ -242,9 +242,9 @@ def _convolution(node: ir.Node, how: str) -> float:
         "output": pixels * filters,
     }
     kernel = _float_kernel(channels, group) if how == "float" else _integer_kernel(channels, filters, group)
-    cost = _cost(f"{kernel}-{how}", **parts)
+    cost = kernel_cost(f"{kernel}-{how}", **parts)
     if how == "float" and kernel in ("convolution", "depthwise") and not _stays_blocked(node):
-        cost += _cost("reorder", element=_elements(node.inputs[0]))
+        cost += kernel_cost("reorder", element=_elements(node.inputs[0]))
     return cost
 
 
@@ -282,10 +282,11 @@ def _product(node: ir.Node, how: str) -> float:
         "input": math.prod(left),
         "output": math.prod(result),
     }
-    return _cost(f"product-{how}", **parts)
+    return kernel_cost(f"product-{how}", **parts)
 
 
-def _cost(kernel: str, **parts: float) -> float:
+def kernel_cost(kernel: str, **parts: float) -> float:
+    """Return the nanoseconds of a kernel of the table that does so much of each of its parts."""
     costs = table()[kernel]
     return costs["start"] + sum(costs[part] * amount for part, amount in parts.items())
 

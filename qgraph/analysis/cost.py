@@ -21,6 +21,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common
 
 import qgraph.ir
+from qgraph.analysis.integer_rules import is_constant
 from qgraph.analysis.multiply_adds import UnknownCostError, multiply_adds
 from qgraph.analysis.shapes import Shapes
 from qgraph.errors import UserError
@@ -321,7 +322,7 @@ def _peak(graph: ir.Graph, sizer: _Sizer) -> int | None:
         live = {value: sizer.bytes(value) for value in graph.inputs}
         now = peak = sum(live.values())
         for position, node in enumerate(graph):
-            if all(value is None or value in fixed or _is_initializer(value) for value in node.inputs):
+            if all(value is None or value in fixed or is_constant(value) for value in node.inputs):
                 fixed.update(node.outputs)
             made = [value for value in node.outputs if value.name and value not in fixed]
             live |= {value: sizer.bytes(value) for value in made}
@@ -333,10 +334,6 @@ def _peak(graph: ir.Graph, sizer: _Sizer) -> int | None:
     except UnknownCostError:
         return None
     return peak
-
-
-def _is_initializer(value: ir.Value) -> bool:
-    return value.const_value is not None and not value.is_graph_input()
 
 
 def _last_readers(graph: ir.Graph) -> dict[ir.Value, int]:
