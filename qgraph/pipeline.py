@@ -112,6 +112,7 @@ class Context:
         opset: the default-domain opset that the target executes best, or None to keep the model's.
         work_folder: where long steps keep what they have finished, to go on from there if they are stopped; None keeps
             nothing.
+        reference: the model as it was before the first pass that lost something (see `keep_reference`), or None.
     """
 
     seed: int = 0
@@ -121,6 +122,7 @@ class Context:
     calibration_memory: int = 1 << 30
     opset: int | None = None
     work_folder: Path | None = None
+    reference: ir.Model | None = None
     _analyses: dict[tuple[Callable[..., Any], tuple[Any, ...]], Any] = dataclasses.field(
         default_factory=dict, repr=False
     )
@@ -138,6 +140,15 @@ class Context:
     def forget(self, preserved: frozenset[Callable[..., Any]] = frozenset()) -> None:
         """Drop the cached analyses, except those that the last pass preserves."""
         self._analyses = {key: value for key, value in self._analyses.items() if key[0] in preserved}
+
+    def keep_reference(self, model: ir.Model) -> None:
+        """Keep `model` as the reference, unless there is one: a pass that loses something calls this before it does.
+
+        Passes that mend what was lost compare with it. It shares its weights with the model, but no values: what
+        passes put in the place of a weight does not reach it.
+        """
+        if self.reference is None:
+            self.reference = model.clone()
 
     def samples(self, what: str) -> Samples:
         """Return the calibration data.

@@ -268,6 +268,16 @@ def test_calibration_may_come_from_an_iterator():
         Pipeline([Twice()]).run(model())
 
 
+def test_the_reference_is_the_model_before_the_first_loss():
+    context, changing = Context(), model()
+    context.keep_reference(changing)
+    Pipeline([DropRelu()]).run(changing, context=context)
+    context.keep_reference(changing)
+    assert context.reference is not None
+    assert "Relu" in ops(context.reference)
+    assert "Relu" not in ops(changing)
+
+
 def test_the_public_names():
     assert qgraph.Pipeline is Pipeline
     assert set(qgraph.__all__) <= set(dir(qgraph))
