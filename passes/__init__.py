@@ -33,6 +33,7 @@ _HOMES = {
     "Rotate": "rotate",
     "SmoothQuant": "smooth_quant",
     "ToFp16": "to_fp16",
+    "WidenWeights": "widen_weights",
 }
 
 __all__ = list(_HOMES)

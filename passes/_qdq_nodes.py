@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.integer_plan import IntegerPlan
-from qgraph.analysis.integer_rules import CONSTANT_FORMS, Kind, data_inputs
-from qgraph.numerics.quantize import Parameters, minmax_parameters, quantize, quantize_bias, weight_scale_for_bias
+from qgraph.analysis.integer_rules import CONSTANT_FORMS, Kind, data_inputs, output_axis
+from qgraph.numerics.quantize import (
+    Parameters,
+    minmax_parameters,
+    mse_parameters,
+    quantize,
+    quantize_bias,
+    weight_scale_for_bias,
+)
+from qgraph.numerics.schemes import Scheme
 from qgraph.passes._qdq_values import QuantizedValues, Schemes
+from qgraph.passes._weight_options import chosen_bits
 
 __all__ = ["rewrite"]
 
 _LAZY_ABOVE = 1 << 20
 """Weights of more elements are quantized when the file is written."""
 _HUGE = 1e30
+_FOUR, _EIGHT = 4, 8
 
 
 def rewrite(
@@ -140,37 +150,81 @@ class _Rewriter:
             name = _input(node, 2).name or "bias"
             stored = self._values.constant(name, bias.values, bias, 0 if bias.scale.ndim else None)
             self._values.replace_constant(node, 2, stored)
-        self._values.replace_constant(node, 1, weight)
+        if weight is not node.inputs[1]:
+            self._values.replace_constant(node, 1, weight)
         if node.op_type == "Gemm":
             node.attributes.pop("alpha", None)
             node.attributes.pop("beta", None)
 
     def _weight(self, weight: ir.Value, node: ir.Node) -> tuple[ir.Value, np.ndarray]:
         """Return a dequantized weight and its scales; a weight with several readers is stored once."""
-        axis, factor = _layout(node)
+        axis, factor = output_axis(node), _factor(node)
         key = (weight, axis, factor)
         if key not in self._weights:
-            array = _array(weight) * np.float32(factor)
-            scheme = self._schemes.weight
-            scheme = scheme.per_channel(array.ndim, axis) if self._schemes.per_channel else scheme
-            scale, zero_point = minmax_parameters(array, scheme)
-            for reader in self._readers(weight, axis, factor):
-                input_scale = float(self._values.parameters(data_inputs(reader)[0][1]).scale)
-                scale = weight_scale_for_bias(scale, input_scale, _bias(reader))
-            parameters = Parameters(scale, zero_point)
-
-            def integers(array: np.ndarray) -> np.ndarray:
-                return quantize(array * np.float32(factor), scheme, parameters).values
-
-            stored = _stored(weight, integers, ir.DataType.from_numpy(scheme.dtype))
-            value = self._values.constant(weight.name or "weight", stored, parameters, axis if scale.ndim else None)
-            self._weights[key] = value, scale
+            readers = self._readers(weight, axis, factor)
+            rounded = weight.producer()
+            if rounded is not None and qgraph.ir.is_op(rounded, "DequantizeLinear"):
+                self._weights[key] = self._rounded_weight(weight, rounded, readers)
+            else:
+                self._weights[key] = self._rounded_now(weight, axis, factor, readers)
         return self._weights[key]
+
+    def _rounded_now(
+        self, weight: ir.Value, axis: int, factor: float, readers: Sequence[ir.Node]
+    ) -> tuple[ir.Value, np.ndarray]:
+        array = _array(weight) * np.float32(factor)
+        scheme = self._scheme(weight)
+        scheme = scheme.per_channel(array.ndim, axis) if self._schemes.per_channel else scheme
+        scale, zero_point = (minmax_parameters if self._schemes.clip == "minmax" else mse_parameters)(array, scheme)
+        parameters = Parameters(self._raised(scale, readers), zero_point)
+        dtype = ir.DataType.INT4 if scheme.bits == _FOUR else ir.DataType.from_numpy(scheme.dtype)
+
+        def integers(array: np.ndarray) -> np.ndarray:
+            codes = quantize(array * np.float32(factor), scheme, parameters).values
+            return codes.astype(dtype.numpy(), copy=False)
+
+        name = weight.name or "weight"
+        value = self._values.constant(name, _stored(weight, integers, dtype), parameters, axis if scale.ndim else None)
+        return value, parameters.scale
+
+    def _rounded_weight(
+        self, weight: ir.Value, rounded: ir.Node, readers: Sequence[ir.Node]
+    ) -> tuple[ir.Value, np.ndarray]:
+        """Keep a weight that was rounded before, but for channels so small that their bias would not fit."""
+        scale = _array(_input(rounded, 1))
+        raised = self._raised(scale, readers)
+        if not np.array_equal(raised, scale):
+            stored = _input(rounded, 0)
+            axis = rounded.attributes.get_int("axis", 1) if scale.ndim else 0
+            rank = len(_shape(stored))
+            ratio = (scale / raised).reshape([-1 if one == axis % rank and scale.ndim else 1 for one in range(rank)])
+
+            def integers(codes: np.ndarray) -> np.ndarray:
+                return np.asarray(np.rint(codes.astype(np.float32) * ratio), codes.dtype)
+
+            dtype = stored.dtype or ir.DataType.INT8
+            name = (stored.name or "weight").removesuffix("_quantized")
+            values = self._values.store(f"{name}_raised", _stored(stored, integers, dtype))
+            self._values.replace_constant(rounded, 0, values)
+            self._values.replace_constant(rounded, 1, self._values.store(f"{name}_raised_scale", raised))
+        return weight, raised
+
+    def _raised(self, scale: np.ndarray, readers: Sequence[ir.Node]) -> np.ndarray:
+        """Return weight scales at which the biases of all readers fit into int32."""
+        for reader in readers:
+            input_scale = float(self._values.parameters(data_inputs(reader)[0][1]).scale)
+            scale = weight_scale_for_bias(scale, input_scale, _bias(reader))
+        return scale
+
+    def _scheme(self, weight: ir.Value) -> Scheme:
+        """Return the scheme of a weight: 4 bits where these are wanted, and its readers note nothing else."""
+        width = chosen_bits([use.node for use in weight.uses()], _FOUR if self._schemes.four_bits else _EIGHT)
+        return Scheme(_FOUR) if self._schemes.four_bits and width == _FOUR else self._schemes.weight
 
     def _readers(self, weight: ir.Value, axis: int, factor: float) -> list[ir.Node]:
         """Return the planned layers with a bias that use a weight in this way."""
         nodes = [use.node for use in weight.uses() if use.node in self._plan.nodes and use.idx == 1]
-        return [node for node in nodes if _has_bias(node) and _layout(node) == (axis, factor)]
+        return [node for node in nodes if _has_bias(node) and (output_axis(node), _factor(node)) == (axis, factor)]
 
     # --- operators on activations -------------------------------------------------------------------------------------
 
@@ -233,11 +287,16 @@ def _array(value: ir.Value) -> np.ndarray:
     return array
 
 
-def _layout(node: ir.Node) -> tuple[int, float]:
-    """Return the axis of the weight that counts output channels, and what the weight is multiplied by."""
-    if node.op_type == "Gemm":
-        return 0 if node.attributes.get_int("transB", 0) else 1, node.attributes.get_float("alpha", 1.0)
-    return 0 if node.op_type == "Conv" else 1, 1.0
+def _factor(node: ir.Node) -> float:
+    """Return what the weight is multiplied by."""
+    return node.attributes.get_float("alpha", 1.0) if node.op_type == "Gemm" else 1.0
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    """Return the shape of a constant, or of a weight that was rounded before."""
+    node = value.producer()
+    stored = _input(node, 0) if node is not None and qgraph.ir.is_op(node, "DequantizeLinear") else value
+    return tuple(stored.const_value.shape.numpy()) if stored.const_value is not None else _array(stored).shape
 
 
 def _has_bias(node: ir.Node) -> bool:
@@ -246,7 +305,7 @@ def _has_bias(node: ir.Node) -> bool:
 
 def _bias(node: ir.Node) -> np.ndarray:
     """Return the bias of a layer, one number for each output channel."""
-    channels = _array(_input(node, 1)).shape[_layout(node)[0]]
+    channels = _shape(_input(node, 1))[output_axis(node)]
     factor = node.attributes.get_float("beta", 1.0) if node.op_type == "Gemm" else 1.0
     return np.broadcast_to(_array(_input(node, 2)).reshape(-1) * np.float32(factor), (channels,))
 
@@ -257,7 +316,7 @@ def _stored(
     """Return what `compute` makes of a constant, at once or, if that is large, when it is written."""
     tensor = constant.const_value
     if tensor is None or tensor.size <= _LAZY_ABOVE:
-        return compute(_array(constant))
+        return ir.tensor(compute(_array(constant)), dtype=dtype)
     return qgraph.ir.lazy(lambda: compute(np.asarray(tensor.numpy())), dtype, tensor.shape.numpy())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -26,11 +27,15 @@ class Schemes:
         activation: per tensor.
         weight: per tensor.
         per_channel: whether weights get a scale for each output channel instead.
+        four_bits: whether weights get 4 bits where nothing else is noted at their nodes.
+        clip: how the ranges of weights are chosen.
     """
 
     activation: Scheme
     weight: Scheme
     per_channel: bool
+    four_bits: bool = False
+    clip: Literal["minmax", "mse"] = "minmax"
 
 
 class QuantizedValues:
@@ -151,7 +156,10 @@ class QuantizedValues:
         """Return what stored integers stand for; `axis` is the one of the channels."""
         stored = self.store(f"{name}_q", integers)
         attributes = {} if axis is None else {"axis": axis}
-        inputs = [stored, *self.store_parameters(name, parameters)]
+        if stored.dtype == ir.DataType.INT4:  # symmetric, and no zero point means zero
+            inputs = [stored, self.store(f"{name}_scale", np.asarray(parameters.scale))]
+        else:
+            inputs = [stored, *self.store_parameters(name, parameters)]
         node = self.node("DequantizeLinear", inputs, f"{name}_dq", stored, attributes=attributes)
         self.graph.insert_before(self.graph[0], node)
         return node.outputs[0]

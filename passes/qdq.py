@@ -9,6 +9,9 @@ of what they are added to. A Relu or Clip goes where the saturation of the quant
 clamps the integers elsewhere. Operators that only move elements (MaxPool, Reshape, Slice, Pad ...) move integers. The
 inputs of a Concat get its scale where nobody else reads them.
 
+A weight that was rounded before (gptq, adaround), to int8 or int4 with one scale for each output channel, stays as it
+is. With `weights=int4`, others are rounded to 4 bits, but for those that the metadata of their node give another width.
+
     x - c                =>    D(Q(x)) + D(-c)
     x / c                =>    D(Q(x)) * D(1 / c)
     HardSigmoid(x)       =>    D'(Q(x)) + D(beta) -> Q      D' has alpha times the scale; Q saturates at 0 and 1
@@ -38,6 +41,7 @@ from qgraph.errors import UserError, nearest
 from qgraph.numerics.schemes import INT8_WEIGHT, UINT8_WEIGHT, Scheme
 from qgraph.passes._qdq_nodes import rewrite
 from qgraph.passes._qdq_values import Schemes
+from qgraph.passes._weight_options import chosen_bits, forget_bits
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
 __all__ = ["FLOAT_KEY", "Qdq"]
@@ -46,6 +50,7 @@ FLOAT_KEY = "qgraph.float"
 """Metadata of a node that stays in float: the reason."""
 _FIRST_OPSET = 13
 """The first whose DequantizeLinear knows channels, and whose movers all take integers."""
+_FOUR_BITS_OPSET = 21
 _LARGEST = 1e30
 """What reaches further is a mask rather than a number."""
 
@@ -58,7 +63,11 @@ class Qdq(Pass):
 
     name: ClassVar[str] = "qdq"
     per_channel: bool = field(default=True, metadata={"help": "one weight scale for each output channel"})
-    weights: Literal["int8", "uint8"] = field(default="int8", metadata={"help": "integers of weights"})
+    weights: Literal["int8", "uint8", "int4"] = field(default="int8", metadata={"help": "integers of weights"})
+    clip: Literal["auto", "minmax", "mse"] = field(
+        default="auto",
+        metadata={"help": "ranges of weights: full ones, or those of least squared error; auto: mse for 4 bits"},
+    )
     activations: Literal["uint8", "int8"] = field(default="uint8", metadata={"help": "integers of activations"})
     symmetric: bool = field(default=False, metadata={"help": "activations around zero, without a zero point"})
     reduce_range: bool = field(default=False, metadata={"help": "7-bit weights, for x86 processors without VNNI"})
@@ -76,24 +85,29 @@ class Qdq(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Report:
         """Quantize; `skipped` has every node that might have been expected to run in integers and does not."""
+        needed = _FOUR_BITS_OPSET if self.weights == "int4" else _FIRST_OPSET
         opset = model.graph.opset_imports.get("", 0)
-        if opset < _FIRST_OPSET:
-            raise UserError(f"qdq needs opset {_FIRST_OPSET}, and the model has {opset}: put convert-opset before it")
+        if opset < needed:
+            raise UserError(f"qdq needs opset {needed}, and the model has {opset}: put convert-opset before it")
         plan, ranges = self._plan(model, context)
         reasons = {node: reason for node, reason in plan.reasons.items() if reason != QUANTIZED_ALREADY}
         if plan.nodes:
+            context.keep_reference(model)
             for node, reason in reasons.items():
                 node.metadata_props[FLOAT_KEY] = reason
             rewrite(model.graph, plan, ranges, self._schemes())
+            forget_bits(plan.nodes)
         skipped = [Skipped(qgraph.ir.node_label(node), reason) for node, reason in reasons.items()]
         return Report(len(plan.nodes), [*skipped, *_inside_subgraphs(model)], self._notes(plan, model))
 
     def _schemes(self) -> Schemes:
-        weight = INT8_WEIGHT if self.weights == "int8" else UINT8_WEIGHT
+        weight = UINT8_WEIGHT if self.weights == "uint8" else INT8_WEIGHT
         return Schemes(
             activation=Scheme(signed=self.activations == "int8", symmetric=self.symmetric),
             weight=Scheme(7, signed=weight.signed, narrow=weight.narrow) if self.reduce_range else weight,
             per_channel=self.per_channel,
+            four_bits=self.weights == "int4",
+            clip="mse" if self.clip == "mse" or (self.clip == "auto" and self.weights == "int4") else "minmax",
         )
 
     def _plan(self, model: ir.Model, context: Context) -> tuple[IntegerPlan, Ranges]:
@@ -145,6 +159,8 @@ class Qdq(Pass):
 
     def _excluded(self, node: ir.Node) -> str | None:
         label = qgraph.ir.node_label(node)
+        if chosen_bits([node], 8) is None:
+            return node.metadata_props.get(FLOAT_KEY, "its weight is to stay in float")
         if any(fnmatch.fnmatchcase(label, pattern) for pattern in self.exclude):
             return self.reason
         return f"{node.op_type} is not among 'ops'" if self.ops and node.op_type not in self.ops else None

@@ -215,7 +215,7 @@ class CpuInt8(_OnnxRuntimeCpu):
 
     def lower_passes(self) -> Pipeline:
         """Keep the runtime from quantizing what was left in float, and clean up."""
-        return Pipeline.parse("guard-float,remove-unused")
+        return Pipeline.parse("guard-float,widen-weights,remove-unused")
 
     def tune(self, model: ir.Model, context: Context, default: Pipeline) -> Pipeline:
         """Return the fastest of the default, all static, all dynamic and all float, timed here in turn."""

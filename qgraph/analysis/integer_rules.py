@@ -31,8 +31,10 @@ __all__ = [
     "Kind",
     "data_inputs",
     "is_constant",
+    "is_stored",
     "kind_of",
     "obstacle",
+    "output_axis",
 ]
 
 SMALLEST_TABLE = 1 << 14
@@ -84,6 +86,21 @@ def is_constant(value: ir.Value | None) -> bool:
     return value.const_value is not None or qgraph.ir.is_op(value.producer(), "Constant")
 
 
+def is_stored(value: ir.Value | None) -> bool:
+    """Tell whether a value is constant, or stands for integers that are: a weight that was rounded before."""
+    node = None if value is None else value.producer()
+    if node is None or not qgraph.ir.is_op(node, "DequantizeLinear"):
+        return is_constant(value)
+    return all(is_constant(one) for one in node.inputs if one is not None)
+
+
+def output_axis(node: ir.Node) -> int:
+    """Return the axis of the weight of a Conv, Gemm or MatMul that counts output channels."""
+    if node.op_type == "Gemm":
+        return 0 if node.attributes.get_int("transB", 0) else 1
+    return 0 if node.op_type == "Conv" else 1
+
+
 def kind_of(node: ir.Node) -> Kind | None:
     """Return what the operator of `node` does to scales, or None if it cannot run in integers."""
     if not qgraph.ir.is_op(node, *_RULES):
@@ -95,7 +112,7 @@ def data_inputs(node: ir.Node) -> list[tuple[int, ir.Value]]:
     """Return position and value of the inputs of a node that are data and not constant, weights left out."""
     operands = _RULES[node.op_type].operands
     inputs = node.inputs if operands < 0 else node.inputs[:operands]
-    return [(i, value) for i, value in enumerate(inputs) if value is not None and not is_constant(value)]
+    return [(i, value) for i, value in enumerate(inputs) if value is not None and not is_stored(value)]
 
 
 def obstacle(node: ir.Node) -> str | None:
@@ -117,14 +134,37 @@ def obstacle(node: ir.Node) -> str | None:
 
 def _weight(node: ir.Node, position: int = 1) -> str | None:
     weight = node.inputs[position]
+    rounded = None if weight is None else weight.producer()
+    if rounded is not None and qgraph.ir.is_op(rounded, "DequantizeLinear"):
+        return _rounded_weight(node, rounded)
     array = qgraph.ir.constant(weight)
-    if weight is not None and qgraph.ir.is_op(weight.producer(), "DequantizeLinear"):
-        return QUANTIZED_ALREADY
     if array is None:
         return "its weight is computed at run time, or is an input of the model"
     if array.dtype != np.float32:
         return f"its weight is {array.dtype}, not float32"
     return None if np.isfinite(array).all() else "its weight holds NaN or infinity"
+
+
+def _rounded_weight(node: ir.Node, rounded: ir.Node) -> str | None:
+    """Return why the integers of a weight that was rounded before cannot be multiplied as they are, or None."""
+    integers, scale, *zero_point = rounded.inputs
+    if integers is None or scale is None or not is_stored(rounded.outputs[0]):
+        return QUANTIZED_ALREADY
+    if integers.dtype not in (ir.DataType.INT8, ir.DataType.INT4):
+        return f"its weight is stored as {'?' if integers.dtype is None else integers.dtype.name.lower()}, not as int8"
+    if rounded.attributes.get_int("block_size", 0):
+        return "its weight has a scale for every group of inputs, which the integer kernel cannot follow"
+    if any(one is not None and np.any(qgraph.ir.constant(one)) for one in zero_point):
+        return "its weight has zero points, which the integer kernel cannot follow"
+    axis = rounded.attributes.get_int("axis", 1)
+    rank = len(_dims(rounded.outputs[0]))
+    if len(scale.shape or ()) > 0 and axis % max(rank, 1) != output_axis(node):
+        return "its weight has its scales along the inputs, which the integer kernel cannot follow"
+    if scale.dtype != ir.DataType.FLOAT:
+        return "the scales of its weight are not float32"
+    if node.op_type == "Gemm" and node.attributes.get_float("alpha", 1.0) != 1.0:
+        return "its weight was rounded before, and it has an alpha"
+    return None
 
 
 def _bias(node: ir.Node, channels: int) -> str | None:
@@ -146,14 +186,14 @@ def _conv(node: ir.Node) -> str | None:
 def _gemm(node: ir.Node) -> str | None:
     if node.attributes.get_int("transA", 0):
         return "it transposes its left operand (transA), which the integer kernel cannot"
-    return _weight(node) or _bias(node, _dims(node.inputs[1])[0 if node.attributes.get_int("transB", 0) else 1])
+    return _weight(node) or _bias(node, _dims(node.inputs[1])[output_axis(node)])
 
 
 def _matmul(node: ir.Node) -> str | None:
     left, right = node.inputs
     if is_constant(left):
         return "its left operand is constant, and the integer kernel wants that on the right"
-    if right is None or not (is_constant(right) or qgraph.ir.is_op(right.producer(), "DequantizeLinear")):
+    if right is None or not (is_stored(right) or qgraph.ir.is_op(right.producer(), "DequantizeLinear")):
         return None
     return _weight(node) or (None if len(_dims(right)) == 2 else "its weight is not a matrix")
 
@@ -230,7 +270,14 @@ def _fits_eight_bits(array: np.ndarray) -> bool:
 
 
 def _dims(value: ir.Value | None) -> tuple[int, ...]:
-    array = qgraph.ir.constant(value)
+    """Return the shape of a constant, or of a weight that was rounded before; () for others."""
+    node = None if value is None else value.producer()
+    stored = node.inputs[0] if node is not None and qgraph.ir.is_op(node, "DequantizeLinear") else value
+    if stored is None or not is_constant(stored):
+        return ()
+    if stored.const_value is not None:
+        return tuple(stored.const_value.shape.numpy())
+    array = qgraph.ir.constant(stored)
     return () if array is None else array.shape
 
 

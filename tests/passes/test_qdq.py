@@ -46,6 +46,7 @@ KERNELS: dict[str, dict[str, int]] = {
     "conv-one-dimension": {"QLinearConv": 2},
     "conv-relu": {"QLinearConv": 1},
     "excluded": {"QLinearConv": 2, "Conv": 1},
+    "four-bits": {"QLinearConv": 2, "MatMulIntegerToFloat": 1},
     "gemm": {"QGemm": 2},
     "hard-sigmoid-gate": {"QLinearConv": 2, "QLinearAdd": 1, "QLinearMul": 1},
     "leaky-relu": {"QLinearConv": 2, "QLinearLeakyRelu": 1},
@@ -66,7 +67,7 @@ KERNELS: dict[str, dict[str, int]] = {
 }
 """The kernels of the graph that ONNX Runtime runs; what only moves elements or changes between integers and floats
 is left out. The counts are exact: anything else in the graph fails the test."""
-LEAST_SQNR = {"matmul": 23, "product-of-activations": 17}
+LEAST_SQNR = {"four-bits": 14, "matmul": 23, "product-of-activations": 17}
 FREE = {
     "DepthToSpace",
     "DequantizeLinear",
@@ -260,6 +261,111 @@ def test_shared_weight_is_stored_once_and_fits_both_biases() -> None:
     assert [name for name in model.graph.initializers if name.startswith("w_q")] == ["w_q"]
     assert "w" not in model.graph.initializers
     assert sqnr(exact, outputs(model)) >= 35
+
+
+ROUNDED = """<ir_version: 10, opset_import: ["" : 21]>
+g (float[n,8,8,8] x, float[8] b) => (float[n,8,8,8] y) <int8[8,8,1,1] q, float[8] s, int8[8] z> {
+    w = DequantizeLinear <axis: int = 0> (q, s, z)
+    [one] c = Conv (x, w, b)
+    [two] y = Conv (c, w, b)
+}
+"""
+
+
+def rounded(dtype: ir.DataType = ir.DataType.INT8, zero_point: int = 0) -> ir.Model:
+    """Return a model whose weight was rounded before; both layers read it."""
+    model = filled(ROUNDED)
+    generator = np.random.default_rng(1)
+    largest = 7 if dtype == ir.DataType.INT4 else 127
+    arrays = {
+        "q": generator.integers(-largest, largest + 1, (8, 8, 1, 1)).astype(dtype.numpy()),
+        "s": (generator.uniform(0.5, 1.0, 8) / largest).astype(np.float32),
+        "z": np.full(8, zero_point).astype(dtype.numpy()),
+    }
+    for name, array in arrays.items():
+        value = next(one for node in model.graph for one in node.inputs if one is not None and one.name == name)
+        value.type, value.const_value = ir.TensorType(ir.DataType.from_numpy(array.dtype)), ir.tensor(array, name=name)
+        model.graph.register_initializer(value)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.INT8, ir.DataType.INT4])
+def test_weights_that_were_rounded_before_stay(dtype: ir.DataType, tmp_path: Path) -> None:
+    model = rounded(dtype)
+    exact = outputs(model)
+    codes = model.graph.initializers["q"].const_value.numpy()
+
+    report = quantize(model, "qdq,widen-weights")
+
+    assert report.changed == 2
+    assert model.graph.initializers["q"].const_value.numpy().tobytes() == codes.tobytes()
+    assert sqnr(exact, outputs(model)) >= 33
+    open_session(model, tmp_path / "optimised.onnx")
+    counts = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
+    assert counts["QLinearConv"] == 2, "falls to float"
+    assert quantize(model, "qdq,widen-weights").changed == 0
+
+
+def test_a_rounded_weight_gives_way_to_its_bias() -> None:
+    model = rounded()
+    scale = model.graph.initializers["s"]
+    scale.const_value = ir.tensor(np.where(np.arange(8) == 3, 1e-12, scale.const_value.numpy()).astype(np.float32))
+    model.graph.initializers["b"].const_value = ir.tensor(np.full(8, 10, np.float32), name="b")
+    exact = outputs(model)
+
+    quantize(model)
+
+    assert sqnr(exact, outputs(model)) >= 33
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("axis", "its weight has its scales along the inputs"),
+        ("zero point", "its weight has zero points"),
+        ("uint8", "its weight is stored as uint8, not as int8"),
+    ],
+)
+def test_rounded_weights_without_a_kernel_say_so(change: str, reason: str) -> None:
+    dtype = ir.DataType.UINT8 if change == "uint8" else ir.DataType.INT8
+    model = rounded(dtype, zero_point=3 if change == "zero point" else 0)
+    if change == "axis":
+        node = next(one for one in model.graph if one.op_type == "DequantizeLinear")
+        node.attributes["axis"] = ir.AttrInt64("axis", 1)
+
+    report = quantize(model)
+
+    assert report.changed == 0
+    assert {name for name, _ in report.skipped} == {"one", "two"}
+    assert all(one.reason.startswith(reason) for one in report.skipped)
+
+
+def test_the_width_that_is_noted_counts() -> None:
+    model = filled(
+        CONV.replace("y = Conv (c, w, b)", "y = Conv (c, w2, b)").replace(
+            ", float[8] b", ", float[8,8,1,1] w2, float[8] b"
+        )
+    )
+    model.graph[0].metadata_props["qgraph.bits"] = "8"
+
+    quantize(model, "qdq{weights=int4}")
+
+    stored = {name: one.dtype for name, one in model.graph.initializers.items() if name in ("w_q", "w2_q")}
+    assert stored == {"w_q": ir.DataType.INT8, "w2_q": ir.DataType.INT4}
+
+
+def test_a_node_marked_for_float_stays_there() -> None:
+    model = filled(CONV)
+    model.graph[1].metadata_props.update({"qgraph.bits": "16", "qgraph.float": "it hurts"})
+
+    report = quantize(model)
+
+    assert [tuple(one) for one in report.skipped] == [("two", "it hurts")]
+
+
+def test_four_bits_need_opset_21() -> None:
+    with pytest.raises(UserError, match="needs opset 21, and the model has 20"):
+        quantize(filled(CONV.replace('"" : 21', '"" : 20')), "qdq{weights=int4}")
 
 
 def test_names_and_reasons() -> None:
