@@ -52,7 +52,7 @@ class WidenWeights(Pass):
 
 
 def _is_narrow(node: ir.Node) -> bool:
-    if not qgraph.ir.is_op(node, "DequantizeLinear") or node.attributes.get_int("block_size", 0):
+    if not qgraph.ir.is_op(node, "DequantizeLinear") or node.attributes.get_int("block_size", 0) != 0:
         return False
     integers = node.inputs[0]
     return integers is not None and integers.is_initializer() and integers.dtype in _WIDE and bool(_uses(node))
