@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +31,10 @@ from qgraph.pipeline import Feeds, Progress, Samples
 from qgraph.runtime.metrics import ErrorSums, round_figure
 from qgraph.runtime.session import first_line
 
-__all__ = ["Difference", "TensorError", "Unmatched", "difference"]
+__all__ = ["Difference", "Observe", "TensorError", "Unmatched", "difference"]
 
+Observe = Callable[[str, np.ndarray, np.ndarray], None]
+"""Takes a tensor's name, its value in the source for one feed, and that in the result."""
 SOURCE_KEY = "qgraph.source"
 _FLOATS = frozenset({"bfloat16", "float16", "float32", "float64"})
 
@@ -123,23 +125,25 @@ class _Pair(NamedTuple):
 
 
 def difference(
-    source: Path,
+    source: Path | ir.Model,
     result: Path,
     samples: Samples,
     *,
     memory: int = 1 << 30,
     threads: int = 0,
     progress: Progress | None = None,
+    observe: Observe | None = None,
 ) -> Difference:
     """Compare the inner tensors of two models.
 
     Args:
-        source: the model as it was given.
+        source: the model as it was given, or one in memory, such as `Context.reference`, which is not changed.
         result: the compiled ONNX model; for either, a folder that holds one as model.onnx.
         samples: feeds.
         memory: bound in bytes on the tensors held at once; one tensor alone may be larger.
         threads: of the sessions; 0 lets the runtime choose.
         progress: called as `progress("diff", done, total)`.
+        observe: called with every compared tensor of every feed.
 
     Raises:
         UserError: there are no samples, a model cannot be opened or run, the result is no ONNX model, or the two have
@@ -147,15 +151,17 @@ def difference(
     """
     if not len(samples):
         raise UserError("there are no samples to compare on")
-    before, after = qgraph.ir.load(_model_file(source)), qgraph.ir.load(_model_file(result))
+    before = source.clone() if isinstance(source, ir.Model) else qgraph.ir.load(_model_file(source))
+    after = qgraph.ir.load(_model_file(result))
     _ignore_dropout(before)
     _ignore_dropout(after)
     largest = _largest(before, samples)
     fed = frozenset(largest)
     pairs, unmatched = _match(_float_tensors(before, fed), after)
     if not pairs:
+        name = source.graph.name if isinstance(source, ir.Model) else source
         raise UserError(
-            f"no tensor of {source} has its counterpart in {result}: give a model and what was compiled from it"
+            f"no tensor of {name} has its counterpart in {result}: give a model and what was compiled from it"
         )
     sizes = _sizes(before, [pair.name for pair in pairs], largest, threads)
     slices = list(_slices(pairs, sizes, memory))
@@ -166,7 +172,7 @@ def difference(
             Probe(after, raw_outputs(_results(some)), fed, threads=threads),
         )
         steps = _Steps(progress, number * len(samples), len(slices) * len(samples))
-        sums.update(_compare(some, probes, samples, steps))
+        sums.update(_compare(some, probes, samples, steps, observe))
     unmatched += [
         Unmatched(pair.name, _op(pair.source), "the result's tensor has another shape or type")
         for pair in pairs
@@ -280,7 +286,11 @@ def _results(pairs: Sequence[_Pair]) -> list[str]:
 
 
 def _compare(
-    pairs: Sequence[_Pair], probes: tuple[Probe, Probe], samples: Samples, steps: _Steps
+    pairs: Sequence[_Pair],
+    probes: tuple[Probe, Probe],
+    samples: Samples,
+    steps: _Steps,
+    observe: Observe | None,
 ) -> dict[str, ErrorSums]:
     sums = {pair.name: ErrorSums() for pair in pairs}
     for number, feed in enumerate(samples):
@@ -294,6 +304,8 @@ def _compare(
                 del sums[pair.name]
                 continue
             sums[pair.name].add(one, two)
+            if observe is not None:
+                observe(pair.name, one, two)
         steps(number + 1)
     return sums
 
