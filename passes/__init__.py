@@ -26,6 +26,7 @@ _HOMES = {
     "MatmulNbits": "matmul_nbits",
     "MergeDuplicates": "merge_duplicates",
     "MixedBits": "mixed_bits",
+    "MixedPrecision": "mixed_precision",
     "Qdq": "qdq",
     "RemoveIdentity": "remove_identity",
     "RemoveUnused": "remove_unused",
