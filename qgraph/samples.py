@@ -9,9 +9,7 @@ A sample set is lazy, can be gone through again, and always gives the same feeds
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +19,7 @@ import numpy as np
 from qgraph.errors import UserError
 from qgraph.feeds import LABELS, InputSpec, conform_feed, quoted, signature
 from qgraph.pipeline import Feeds
+from qgraph.user_code import load_function
 
 __all__ = ["InputSpec", "SampleSet", "Source", "open_samples", "signature", "split"]
 
@@ -198,20 +197,7 @@ def _again(feeds: Iterable[Any]) -> Callable[[], Iterable[Any]]:
 
 
 def _called(path: str) -> Callable[[], Iterable[Any]]:
-    module, _, attribute = path.partition(":")
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)  # a console script does not look into the folder it is run in
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, SyntaxError) as error:
-        raise UserError(f"{path} cannot be loaded: {error}") from error
-    finally:
-        if added:
-            sys.path.remove(here)
-    if not callable(found):
-        raise UserError(f"{path} is not callable: it must be a function that yields feeds")
+    found = load_function(path, "a function that yields feeds")
     return lambda: _guarded(path, found)
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,11 +28,12 @@ import numpy as np
 from qgraph.errors import UserError
 from qgraph.pipeline import Feeds, PassError, Progress, Samples
 from qgraph.runtime.metrics import ErrorSums, round_figure
+from qgraph.runtime.recorded import Recorded
 from qgraph.runtime.session import first_line
-from qgraph.runtime.tolerances import known, parse_tolerance
+from qgraph.runtime.tolerances import at_least, known, parse_tolerance
 from qgraph.targets.base import Session
 
-__all__ = ["OutputFigures", "Verification", "parse_tolerance", "verify"]
+__all__ = ["OutputFigures", "Verification", "parse_tolerance", "refuse_unmeasurable", "verify"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,8 @@ class Verification:
         labelled: number of labels that accuracy was measured on.
         accuracy_before: top-1 accuracy of the source, or None without labels.
         accuracy_after: of the result.
+        eval_before: what the user's own measure gives for the source, higher being better; None without one.
+        eval_after: for the result.
     """
 
     samples: int
@@ -105,6 +108,8 @@ class Verification:
     labelled: int = 0
     accuracy_before: float | None = None
     accuracy_after: float | None = None
+    eval_before: float | None = None
+    eval_after: float | None = None
 
     @property
     def worst(self) -> OutputFigures | None:
@@ -127,12 +132,39 @@ class Verification:
             parts.append(f"{min(matches):.2%} of the values equal")
         if self.accuracy_before is not None and self.accuracy_after is not None:
             parts.append(f"accuracy {self.accuracy_before:.2%} -> {self.accuracy_after:.2%}")
+        if self.eval_before is not None and self.eval_after is not None:
+            parts.append(f"eval {self.eval_before:g} -> {self.eval_after:g}")
         if len(self.outputs) > 1 and worst is not None and worst.sqnr_db != math.inf:
             parts.append(f"worst output: {worst.name}")
         broken = sum(output.broken for output in self.outputs)
         if broken:
             parts.append(f"{broken} values became NaN or infinite")
         return "   ".join(parts) if parts else "no output can be compared"
+
+    def agreement_told(self) -> str:
+        """Return, for bounds on top1, that agreement with the source stands for accuracy where there are no labels."""
+        agreements = [one.top1_agreement for one in self.outputs if one.top1_agreement is not None]
+        if self.accuracy_before is not None or not agreements:
+            return ""
+        return f"   top-1 agreement {min(agreements):.2%} (there are no labels for top1: --labels NAME)"
+
+    def figure(self, metric: str) -> float | None:
+        """Return what a bound on `metric` is compared with: of several outputs, the worst; None where undefined."""
+        if metric == "top1" and self.accuracy_before is not None and self.accuracy_after is not None:
+            return self.accuracy_before - self.accuracy_after
+        if metric in ("eval", "eval_share"):
+            return self._eval_loss(metric)
+        figures = [figure for one in self.outputs if (figure := _figure(one, metric)) is not None]
+        worst = min if at_least(metric) else max
+        return worst(figures, default=None)
+
+    def _eval_loss(self, metric: str) -> float | None:
+        if self.eval_before is None or self.eval_after is None:
+            return None
+        loss = self.eval_before - self.eval_after
+        if metric == "eval" or loss <= 0:
+            return loss
+        return loss / abs(self.eval_before) if self.eval_before else math.inf
 
     def meets(self, tolerances: Mapping[str, float]) -> list[str]:
         """Return what lies outside the tolerances, one line each; an empty list means that all are met.
@@ -164,11 +196,13 @@ class Verification:
         if metric == "top1" and self.accuracy_before is not None and self.accuracy_after is not None:
             loss = self.accuracy_before - self.accuracy_after
             return [] if loss <= bound + _EPSILON else [f"top-1 accuracy loses {loss:.2%}, more than {bound:.2%}"]
+        if metric in ("eval", "eval_share"):
+            return self._misses_eval(metric, bound)
         compared = [(output.name, output.remark, _figure(output, metric)) for output in self.outputs]
         if all(figure is None for _, _, figure in compared):
             return [f"{metric} cannot be computed for any output"]
         failures = [f"output '{name}': {remark}, so {metric} proves nothing" for name, remark, _ in compared if remark]
-        if metric in ("sqnr", "cosine"):
+        if at_least(metric):
             failures += [
                 f"{metric} of output '{output.name}' is undefined: the source gives zeros only"
                 for output in self.outputs
@@ -181,6 +215,13 @@ class Verification:
         ]
         return failures
 
+    def _misses_eval(self, metric: str, bound: float) -> list[str]:
+        loss = self._eval_loss(metric)
+        if loss is None:
+            return ["eval was not measured: pass --eval MODULE:FUNCTION"]
+        told = f"eval loses {loss:.2%}, more than {bound:.2%}" if metric == "eval_share" else None
+        return [] if loss <= bound + _EPSILON else [told or f"eval loses {loss:.6g}, more than {bound:g}"]
+
     def to_json(self) -> dict[str, Any]:
         """Return JSON values, all finite."""
         return {**dataclasses.asdict(self), "outputs": [output.to_json() for output in self.outputs]}
@@ -188,7 +229,10 @@ class Verification:
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Verification:
         """Read what `to_json` wrote; other keys are left alone."""
-        values = {field.name: document[field.name] for field in dataclasses.fields(cls)}
+        names = [field.name for field in dataclasses.fields(cls)]
+        values: dict[str, Any] = {
+            name: document.get(name) if name.startswith("eval") else document[name] for name in names
+        }
         return cls(**{**values, "outputs": tuple(OutputFigures.from_json(one) for one in document["outputs"])})
 
 
@@ -217,7 +261,41 @@ def _compared(output: OutputFigures) -> bool:
 
 
 def _inside(metric: str, figure: float, bound: float) -> bool:
-    return figure >= bound if metric in ("sqnr", "cosine") else figure <= bound + _EPSILON
+    return figure >= bound if at_least(metric) else figure <= bound + _EPSILON
+
+
+def refuse_unmeasurable(metrics: Iterable[str], source: Session, feeds: Feeds, *, labelled: bool) -> None:
+    """Raise a UserError for a metric that the outputs of `source`, run on one feed, do not have.
+
+    Args:
+        metrics: as in `tolerances.METRICS`, without those of the user's own measure.
+        source: the model as it was given.
+        feeds: a sample.
+        labelled: whether there are labels; what they are for is then settled by `verify`.
+    """
+    outputs = _run_source(source, feeds, 0)
+    names = _output_names(source, len(outputs))
+    told = ", ".join(f"'{name}' {_described(one)}" for name, one in zip(names, outputs, strict=True))
+    arrays = [(name, one) for name, one in zip(names, outputs, strict=True) if isinstance(one, np.ndarray)]
+    has_floats = any(one.dtype.kind not in "biuOSU" for _, one in arrays)
+    has_scores = any(
+        one.dtype.kind not in "biuOSU" and _class_axis(one.shape, name, None) is not None for name, one in arrays
+    )
+    for metric in metrics:
+        if metric == "top1" and not has_scores and not labelled:
+            raise UserError(
+                f"tolerance top1: no output looks like class scores [N, classes] (there are: {told}), and there are no "
+                "labels: name them with --labels NAME, give --verify-data with labels, or bound sqnr or cosine"
+            )
+        if metric != "top1" and not has_floats:
+            raise UserError(
+                f"tolerance {metric}: the model has no output of floats (there are: {told}). "
+                "Measure what counts with --eval MODULE:FUNCTION and --tolerance eval=VALUE."
+            )
+
+
+def _described(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else _kind(value)
 
 
 def verify(
@@ -247,6 +325,8 @@ def verify(
         raise UserError("there are no samples to verify on: give more calibration samples, or data of its own")
     if labels is not None:
         labels = _checked_labels(labels)
+    if isinstance(source, Recorded):
+        source.restart()
     comparisons: list[_Comparison] = []
     rows = 0
     for number, feeds in enumerate(samples):

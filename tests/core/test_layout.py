@@ -14,6 +14,7 @@ FOLDERS = {"qgraph": "qgraph", "passes": "qgraph.passes", "targets": "qgraph.tar
 
 LAYERS = (
     ("errors", "wire", "lazy_tensors"),
+    ("user_code",),
     ("spec", "registry", "numerics", "onnx_file", "signatures"),
     ("ir", "safetensors", "work_folder"),
     ("pipeline",),
@@ -30,6 +31,8 @@ LAYERS = (
     ("targets",),
     ("report",),
     ("artifact",),
+    ("plan", "building"),
+    ("stages",),
     ("compiler",),
     ("catalog", "evaluation"),
     ("verbs", "doctor"),

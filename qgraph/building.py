@@ -1,0 +1,76 @@
+"""From a prepared model to deployable files: compress, lower, check, write."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+import qgraph
+import qgraph.ir
+from qgraph.analysis.compressed_weights import weight_facts
+from qgraph.errors import UserError
+from qgraph.pipeline import Context, Pipeline, Report
+from qgraph.targets.base import Target
+
+__all__ = ["Built", "write"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What was made of a prepared model.
+
+    Attributes:
+        compress: report of the compress part.
+        lower: report of the lower part.
+        weights: see `weight_facts`.
+        nodes: of the lowered model.
+        files: names of the deployable files.
+    """
+
+    compress: Report
+    lower: Report
+    weights: Mapping[str, Any] | None
+    nodes: int
+    files: tuple[str, ...]
+
+    def told(self) -> str:
+        """Return one line: nodes, files and what lowering did."""
+        facts = f"{self.nodes} nodes, {', '.join(self.files)}"
+        return "   ".join([facts, ", ".join(dict.fromkeys(self.lower.notes))]) if self.lower.notes else facts
+
+
+def write(
+    model: ir.Model,
+    target: Target,
+    context: Context,
+    compress: Report,
+    lower: Pipeline,
+    folder: Path,
+) -> Built:
+    """Lower a compressed model and write its files into `folder`.
+
+    Args:
+        model: is changed.
+        target: for which it is.
+        context: that the compress part ran with.
+        compress: report of that part.
+        lower: the passes of the lower part.
+        folder: exists and is empty.
+
+    Raises:
+        UserError: the target cannot run the model.
+    """
+    lowered = lower.run(model, context=context)
+    weights = weight_facts(model)
+    model.producer_name, model.producer_version = "qgraph", qgraph.__version__
+    refused = target.check(model)
+    if refused:
+        first = "; ".join(f"'{node}': {reason}" for node, reason in refused[:3])
+        more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
+        raise UserError(f"{target.name} cannot run this model: {first}{more}.")
+    files = target.lower(model, folder)
+    return Built(compress, lowered, weights, qgraph.ir.count_nodes(model), tuple(files))

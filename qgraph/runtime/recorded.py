@@ -1,0 +1,62 @@
+"""A session that runs once, however many results are compared with it on the same samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qgraph.targets.base import Session
+
+__all__ = ["Recorded"]
+
+
+class Recorded:
+    """Keeps the outputs of the first round over some samples, and gives them again in every round after it.
+
+    Args:
+        session: what runs.
+        samples: number of feeds in a round; every round runs the same ones, in the same order, to its end or from its
+            beginning again after `restart`.
+        room: bytes of outputs to keep; where they need more, the session runs in every round.
+    """
+
+    def __init__(self, session: Session, samples: int, room: int) -> None:
+        self.session = session
+        self._samples = samples
+        self._room = room
+        self._kept: list[list[Any]] | None = []
+        self._place = 0
+
+    def get_inputs(self) -> list[Any]:
+        """Return the inputs as the session describes them."""
+        return list(self.session.get_inputs())  # type: ignore[attr-defined]
+
+    def get_outputs(self) -> list[Any]:
+        """Return the outputs as the session describes them."""
+        return list(self.session.get_outputs())  # type: ignore[attr-defined]
+
+    def restart(self) -> None:
+        """Begin a round."""
+        self._place = 0
+
+    def run(self, output_names: Sequence[str] | None, feeds: Mapping[str, np.ndarray]) -> list[Any]:
+        """Return all outputs for the next sample of the round."""
+        if output_names is not None:
+            return self.session.run(output_names, feeds)
+        place, self._place = self._place, (self._place + 1) % self._samples
+        if self._kept is None or place > len(self._kept):
+            return self.session.run(None, feeds)
+        if place == len(self._kept):
+            outputs = self.session.run(None, feeds)
+            self._room -= sum(_bytes(one) for one in outputs)
+            self._kept.append(outputs)
+            if self._room < 0:
+                self._kept = None
+            return outputs
+        return self._kept[place]
+
+
+def _bytes(value: Any) -> int:
+    return int(value.nbytes) if isinstance(value, np.ndarray) else 1 << 10

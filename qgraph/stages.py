@@ -1,0 +1,394 @@
+"""The stages of a compilation, and what they find out for the manifest and the report.
+
+load -> prepare -> (compress, lower: qgraph.building) -> verify -> bench -> publish
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+import qgraph
+import qgraph.ir
+from qgraph.analysis.index_limits import index_limits
+from qgraph.analysis.sliced_session import SlicedSession
+from qgraph.artifact import sha256, write_manifest
+from qgraph.building import Built
+from qgraph.pipeline import Context, Feeds, Pipeline, Report, Samples, Skipped
+from qgraph.plan import Plan, recipe_text
+from qgraph.report.data import ReportData
+from qgraph.report.html import render
+from qgraph.report.ladder import Rung
+from qgraph.report.units import bytes_text, count_text
+from qgraph.runtime.benchmark import Benchmark, compare
+from qgraph.runtime.recorded import Recorded
+from qgraph.runtime.session import input_signature, open_session, random_feeds
+from qgraph.runtime.user_metric import UserMetric
+from qgraph.runtime.verification import Verification, refuse_unmeasurable
+from qgraph.runtime.verification import verify as verify_sessions
+from qgraph.samples import open_samples, signature, split
+from qgraph.targets.base import Kernels, Session, Target
+
+__all__ = ["RANDOM_SAMPLES", "Data", "Event", "Run", "source_facts", "told"]
+
+HELD_BACK = 0.2
+RANDOM_SAMPLES = 4
+BENCH_SECONDS = 0.4
+BENCH_FEEDS = 4
+_WHOLE = 2
+"""A model with weights of more than this part of the memory for calibration is compared in slices..."""
+_SLICE = 16
+"""... of this part of it."""
+_RECORDED = 4
+"""The source's outputs are kept up to this part of that memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """A stage of the compilation has ended: its name, what it did in one line, and how long it took."""
+
+    stage: str
+    text: str
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where samples come from, and how to read them.
+
+    Attributes:
+        source: a .npz file, a folder of .npz files or of images, a text file, `module:callable`, or feeds.
+        rename: array name -> input name.
+        preprocess: name of an image preset.
+        tokenizer: a tokenizer.json or `bytes`, for text.
+        window: tokens to a sample of text; without it, a line is a sample unless the model keeps a cache.
+        labels: name of the array that holds class labels.
+    """
+
+    source: str | Path | Iterable[Feeds]
+    rename: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    preprocess: str | None = None
+    tokenizer: str | Path | None = None
+    labels: str | None = None
+    window: int | None = None
+
+    @classmethod
+    def of(cls, data: Data | str | Path | Iterable[Feeds]) -> Data:
+        """Wrap a bare source."""
+        return data if isinstance(data, Data) else cls(data)
+
+    def open(self, inputs: Any) -> Any:
+        """Open the samples for a model whose inputs are `inputs`, and check that they fit.
+
+        Raises:
+            UserError: the source cannot be read, is empty, or does not fit the inputs.
+        """
+        return open_samples(
+            self.source,
+            inputs,
+            preprocess=self.preprocess,
+            tokenizer=Path(self.tokenizer) if self.tokenizer is not None else None,
+            rename=self.rename,
+            window=self.window,
+        )
+
+
+class Run:
+    """One compilation.
+
+    Attributes:
+        context: what the passes share; has the calibration samples once `load` is done.
+        before: the source's session, once it was opened.
+        sliced: whether it runs in slices, for its size.
+        given: samples to verify on, or None for random ones.
+        held_back: samples of the calibration data that the passes do not see, or None.
+    """
+
+    def __init__(
+        self, target: Target, context: Context, observer: Callable[[Event], None], source: Path | None
+    ) -> None:
+        self.target = target
+        self.context = context
+        self.observer = observer
+        self.source_name = source.name if source is not None else "model.onnx"
+        self.given: Samples | None = None
+        self.held_back: Samples | None = None
+        self.labels: np.ndarray | None = None
+        self.data_kind = "random inputs"
+        self.source_facts: dict[str, Any] = {}
+        self.started = self.mark = time.perf_counter()
+        self.bench: Benchmark | None = None
+        self.prepared: Report = Report()
+        self.limits: dict[str, int] = {}
+        self.source_weight_bytes = 0
+        self.shapes: Mapping[str, Sequence[int]] = {}
+        self.before: Any = None
+        self.sliced = False
+        self.samples: Samples = ()
+        self.metric: UserMetric | None = None
+
+    def event(self, stage: str, text: str) -> None:
+        """Tell the observer that a stage has ended."""
+        now = time.perf_counter()
+        self.observer(Event(stage, text, now - self.mark))
+        self.mark = now
+
+    def load(
+        self,
+        source: Path,
+        shapes: Mapping[str, Sequence[int]],
+        calibration: Data | str | Path | Iterable[Feeds] | None,
+        verify_data: Data | str | Path | Iterable[Feeds] | None,
+    ) -> ir.Model:
+        """Load the model and open the data."""
+        model = qgraph.ir.load(source)
+        self.shapes = shapes
+        for name, dims in shapes.items():
+            qgraph.ir.set_input_shape(model, name, dims)
+        self._open_data(model, calibration, verify_data)
+        self.limits = index_limits(model)
+        self.source_facts = source_facts(self.source_name, source, model)
+        self.source_weight_bytes = qgraph.ir.weight_bytes(model)
+        self.event("load", _loaded(self.source_facts, model))
+        return model
+
+    def _open_data(
+        self,
+        model: ir.Model,
+        calibration: Data | str | Path | Iterable[Feeds] | None,
+        verify_data: Data | str | Path | Iterable[Feeds] | None,
+    ) -> None:
+        inputs = signature(model)
+        if calibration is not None:
+            data = Data.of(calibration)
+            opened = data.open(inputs)
+            calibrating, held_back = split(opened, HELD_BACK, self.context.seed)
+            self.context = dataclasses.replace(self.context, calibration=calibrating, _analyses={})
+            self.given, self.held_back = held_back, held_back if len(opened) > 1 else None
+            self.data_kind = "held-back samples" if len(opened) > 1 else "calibration sample, none held back"
+            self.labels = held_back.labels(data.labels)
+        if verify_data is not None:
+            data = Data.of(verify_data)
+            opened = data.open(inputs)
+            self.given, self.data_kind = opened, "samples of the verification data"
+            self.labels = opened.labels(data.labels)
+
+    def prepare(self, model: ir.Model, pipeline: Pipeline) -> None:
+        """Clean up what exporters write."""
+        self.prepared = pipeline.run(model, context=self.context)
+        self.event("prepare", told(self.prepared))
+
+    def open_source(self, source: Path) -> None:
+        """Open the source, whole or, where it has too many weights for that, in slices."""
+        room = self.context.calibration_memory
+        if self.source_weight_bytes <= room // _WHOLE:
+            self.before = open_session(source, threads=self.context.threads)
+            self.samples = self._verification_samples(self.before)
+            return
+        model = qgraph.ir.load(source)
+        self.samples = self._verification_samples(SlicedSession(model, (), self.context, room=room // _SLICE))
+        self.before = SlicedSession(model, self.samples, self.context, room=room // _SLICE)
+        self.sliced = True
+
+    def record_source(self) -> None:
+        """Keep the source's outputs from its next run on, so that it runs once however many results are compared."""
+        self.before = Recorded(self.before, len(self.samples), self.context.calibration_memory // _RECORDED)
+
+    def refuse_unmeasurable(self, tolerance: Mapping[str, float]) -> None:
+        """Raise a UserError for a bound on a metric that the source's outputs do not have."""
+        bounds = {metric: bound for metric, bound in tolerance.items() if not metric.startswith("eval")}
+        if bounds and not self.sliced:
+            feeds = next(iter(self.samples))
+            refuse_unmeasurable(bounds, self.before, feeds, labelled=self.labels is not None)
+
+    def _open_result(self, folder: Path) -> Session:
+        room = self.context.calibration_memory
+        result = folder / "model.onnx"
+        if self.sliced and result.is_file():
+            model = qgraph.ir.load(result)
+            if qgraph.ir.weight_bytes(model) > room // _WHOLE:
+                return SlicedSession(model, self.samples, self.context, room=room // _SLICE)
+        return self.target.session(folder, threads=self.context.threads)
+
+    def _verification_samples(self, session: Any) -> Samples:
+        if self.given is not None:
+            return self.given
+        inputs = input_signature(session)
+        return random_feeds(inputs, self.context.seed, self.shapes, count=RANDOM_SAMPLES, limits=self.limits)
+
+    def verify(self, folder: Path, *, quiet: bool = False) -> tuple[Session, Verification]:
+        """Run source and result on the verification samples."""
+        after = self._open_result(folder)
+        verification = verify_sessions(
+            self.before, after, self.samples, labels=self.labels, progress=None if quiet else self.context.progress
+        )
+        if self.metric is not None:
+            figures = self.metric.source(self.before), self.metric(after)
+            verification = dataclasses.replace(verification, eval_before=figures[0], eval_after=figures[1])
+        return after, verification
+
+    def time(self, sessions: Mapping[str, Session], *, seconds: float = BENCH_SECONDS) -> Benchmark | None:
+        """Time sessions beside the source; None where that says nothing of the target."""
+        if self.sliced or self.target.stand_in():
+            return None
+        feeds = [feeds for _, feeds in zip(range(BENCH_FEEDS), self.samples, strict=False)]
+        source = self.before.session if isinstance(self.before, Recorded) else self.before
+        return compare({"before": source, **sessions}, feeds, seconds=seconds, threads=self.context.threads)
+
+    def finish(
+        self,
+        folder: Path,
+        plan: Plan,
+        built: Built,
+        after: Session,
+        verification: Verification,
+        bounds: Mapping[str, Mapping[str, float]],
+        failures: Sequence[str],
+    ) -> dict[str, Any]:
+        """Time the result beside the source, write recipe and manifest, and return the manifest."""
+        stand_in = self.target.stand_in()
+        where = f"   on {stand_in}" if stand_in else ""
+        where += "   in slices, for its size; not timed" if self.sliced else ""
+        agreement = verification.agreement_told() if "top1" in bounds["tolerance"] else ""
+        self.event("verify", f"{verification.samples} {self.data_kind}   {verification.summary()}{agreement}{where}")
+        sliced_too = isinstance(after, SlicedSession)
+        kernels = None if sliced_too else self.target.kernels(folder)
+        self.bench = self.time({"after": after})
+        (folder / "recipe.toml").write_text(recipe_text(self.target, plan), encoding="utf-8")
+        manifest = write_manifest(folder, self._facts(plan, built, kernels, verification, bounds, failures))
+        if self.bench is not None:
+            self.event("bench", f"{self.bench.ratio('before', 'after'):.2f}x the speed of the source")
+        return manifest
+
+    def _facts(
+        self,
+        plan: Plan,
+        built: Built,
+        kernels: Kernels | None,
+        verification: Verification,
+        bounds: Mapping[str, Mapping[str, float]],
+        failures: Sequence[str],
+    ) -> dict[str, Any]:
+        reports = {"prepare": self.prepared, "compress": built.compress, "lower": built.lower}
+        left = [*built.compress.skipped, *built.lower.skipped]
+        return {
+            "qgraph": qgraph.__version__,
+            "source": self.source_facts,
+            "target": self.target.name,
+            "pipeline": {
+                "prepare": _text(plan.prepare),
+                "compress": _text(plan.compress),
+                "lower": _text(plan.lower),
+            },
+            "seed": self.context.seed,
+            "versions": _versions(),
+            "inputs": [
+                dataclasses.asdict(dataclasses.replace(one, shape=list(self.shapes.get(one.name, one.shape))))
+                for one in input_signature(self.before)
+            ],
+            "outputs": [output.to_json()["name"] for output in verification.outputs],
+            "passes": [
+                {"part": part, "name": one.name, "changed": one.changed, "notes": list(one.notes)}
+                for part, report in reports.items()
+                for one in report.parts
+            ],
+            "skipped": [{"node": node, "reason": reason} for node, reason in _unique(left)],
+            "weights": built.weights,
+            "kernels": None if kernels is None else _kernels_json(kernels),
+            "stand_in": self.target.stand_in(),
+            "verification": {"data": self.data_kind, **verification.to_json()},
+            **{name: dict(values) for name, values in bounds.items() if values or name == "tolerance"},
+            "failures": list(failures),
+            "verified": not failures,
+        }
+
+    def publish(self, stage: Path, manifest: Mapping[str, Any], built: Built, rungs: Sequence[Rung] = ()) -> None:
+        """Write the files that hold timings."""
+        bench = None if self.bench is None else self.bench.to_json()
+        if bench is not None:
+            bench = {**bench, "search": [rung.to_json() for rung in rungs]} if rungs else bench
+            _write_json(stage / "bench.json", bench)
+        reports = {"prepare": self.prepared, "compress": built.compress, "lower": built.lower}
+        data = ReportData.build(
+            manifest, bench, reports, seconds=time.perf_counter() - self.started, recipe=stage / "recipe.toml"
+        )
+        (stage / "report.html").write_text(render(data), encoding="utf-8")
+
+
+def told(report: Report) -> str:
+    """Return what a pass or a part did, in one line."""
+    notes = list(dict.fromkeys(report.notes))
+    if not report.changed and report.skipped:
+        (reason, count), *_ = Counter(one.reason for one in report.skipped).most_common(1)
+        example = next(one.node for one in report.skipped if one.reason == reason)
+        notes.append(f"nothing changed; '{example}'{f' and {count - 1} more' if count > 1 else ''}: {reason}")
+        return ", ".join(notes)
+    nodes = f"{report.nodes_before} -> {report.nodes_after} nodes"
+    return "   ".join([nodes, ", ".join(notes)]) if notes else nodes
+
+
+def source_facts(name: str, source: Path, model: ir.Model) -> dict[str, Any]:
+    """Return name, bytes and hash of a model as loaded from `source`.
+
+    With external data, the bytes are those of all files, and the hash is that of the files' hashes.
+    """
+    files = [source, *qgraph.ir.data_files(model)]
+    hashes = [sha256(path) for path in files]
+    digest = hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    return {"name": name, "bytes": sum(path.stat().st_size for path in files), "sha256": digest}
+
+
+def _text(pipeline: Pipeline | None) -> str:
+    return "" if pipeline is None else pipeline.describe()
+
+
+def _loaded(facts: Mapping[str, Any], model: ir.Model) -> str:
+    parameters = sum(
+        value.const_value.size
+        for graph in qgraph.ir.all_graphs(model)
+        for value in graph.initializers.values()
+        if value.const_value is not None
+    )
+    opset = model.graph.opset_imports.get("", "?")
+    return (
+        f"{facts['name']}   {count_text(parameters)} parameters, {qgraph.ir.count_nodes(model)} nodes, opset {opset}, "
+        f"{bytes_text(facts['bytes'])}"
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("numpy", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "apache-tvm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _unique(skipped: Iterable[Skipped]) -> list[Skipped]:
+    return list(dict.fromkeys(skipped))
+
+
+def _kernels_json(kernels: Kernels) -> dict[str, Any]:
+    return {
+        "integer": dict(sorted(kernels.integer.items())),
+        "float": dict(sorted(kernels.floating.items())),
+        "low_bit": dict(sorted(kernels.low_bit.items())),
+        "other": dict(sorted(kernels.other.items())),
+        "left_in_float": [{"node": node, "reason": reason} for node, reason in kernels.left_in_float],
+    }
+
+
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
