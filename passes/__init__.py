@@ -9,6 +9,7 @@ _HOMES = {
     "AlignChannels": "align_channels",
     "AveragePoolToConv": "average_pool_to_conv",
     "Awq": "awq",
+    "BiasCorrection": "bias_correction",
     "ConvertOpset": "convert_opset",
     "DeduplicateInitializers": "deduplicate_initializers",
     "DynamicInt8": "dynamic_int8",
