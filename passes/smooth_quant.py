@@ -8,20 +8,21 @@
 
 Exact in real numbers; what changes is what 8 bits make of it. Products of the same x share one Mul, and need none
 where the constants that make x take the factors: those of a norm or a layer before (`qgraph.analysis.scale_folding`).
-s is 1 for most channels: see `qgraph.numerics.smoothing`. It is found from calibration samples, and scales are set
-only where the noise of the quantized product is above `tolerated` and falls by `least_gain` at least. All Muls that an
-encoder wants cost about 4 % of its time.
+s = max|x|^alpha / max|w|^(1 - alpha), and alpha is searched for each x; scales that are 1 but for the channels above a
+threshold are tried too (see `qgraph.numerics.smoothing`). They are judged on calibration samples by the noise of the
+quantized products, and set only where that is above `tolerated` and falls by `least_gain` at least, by `mul_gain` where
+it takes a Mul. All Muls that an encoder wants cost about 4 % of its time. A fixed `alpha` is set everywhere.
 
 It does not fire on weights that are computed, of more than two dimensions, of another type than float32, or that
-somebody else reads too. A second run finds nothing to gain.
+somebody else reads too. What is smoothed already is left alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -30,9 +31,9 @@ import qgraph.ir
 from qgraph.analysis.activations import Watch
 from qgraph.analysis.linear_layers import LinearLayer, linear_layers, matches
 from qgraph.analysis.reductions import Request
-from qgraph.analysis.scale_folding import current, find_folding, scale_input
+from qgraph.analysis.scale_folding import Folding, current, find_folding, scale_input
 from qgraph.analysis.shapes import shapes_of
-from qgraph.numerics.smoothing import Sample, product_noise, search_scales
+from qgraph.numerics.smoothing import ALPHAS, Sample, Smoothing, search_scales
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
 __all__ = ["SmoothQuant"]
@@ -40,6 +41,8 @@ __all__ = ["SmoothQuant"]
 _ROWS_PER_FEED = 16
 _MOST_FEEDS = 32
 """Rows are kept of this many feeds; bounds of the others would add little."""
+_SMOOTHED = "qgraph.smoothed"
+"""Metadata of a product whose input is smoothed: the alpha, or "threshold"."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,20 @@ class SmoothQuant(Pass):
     """Scale outlier channels of activations down, and the weights that read them up."""
 
     name: ClassVar[str] = "smooth-quant"
+    alpha: float | Literal["search"] = field(
+        default="search", metadata={"help": "share of the difficulty that moves into the weights, 0 to 1"}
+    )
+    activations: Literal["dynamic", "static"] = field(
+        default="dynamic", metadata={"help": "the ranges to smooth for: those of each run, or one for all samples"}
+    )
     tolerated: float = field(default=28.0, metadata={"help": "products of a better signal-to-noise ratio (dB) stay"})
     least_gain: float = field(default=2.0, metadata={"help": "gain (dB) below which a product stays as it is"})
+    mul_gain: float = field(default=2.0, metadata={"help": "the same where the scales cost a Mul at run time"})
     exclude: tuple[str, ...] = field(default=(), metadata={"help": "patterns (*, ?) of names of nodes to leave alone"})
+
+    def __post_init__(self) -> None:
+        if self.alpha != "search" and not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"alpha is {self.alpha}: give a number from 0 to 1, or 'search'")
 
     def apply(self, model: ir.Model, context: Context) -> Report:
         """Smooth what needs it; `figures` has the signal-to-noise ratio of every input before and after, in dB.
@@ -64,7 +78,9 @@ class SmoothQuant(Pass):
         samples, unavailable = _watch(model, context, groups)
         shapes = context.analyse(shapes_of, model)
         changed, figures = 0, {}
-        for x, stale in groups.items():
+        alphas: dict[str, float | None] = {}
+        for done, (x, stale) in enumerate(groups.items()):
+            context.progress("smooth", done, len(groups))
             readers = [current(layer) for layer in stale]
             seen = samples.get(x.name or "", [])
             if not seen:
@@ -72,16 +88,40 @@ class SmoothQuant(Pass):
                 skipped += [Skipped(layer.name, reason) for layer in readers]
                 continue
             folding = find_folding(x, readers, shapes, layers)
-            weight = np.hstack([layer.matrix().T for layer in readers])
-            scales, before, after = _tied_search(seen, weight, folding.tied)
-            gains = _decibels(before) < self.tolerated and _decibels(after) - _decibels(before) >= self.least_gain
+            found = self._search(seen, [layer.matrix().T for layer in readers], folding)
+            gains = self._gains(found, folding)
             if gains:
-                scale_input(model, folding, scales, suffix="smooth")
+                scale_input(model, folding, found.scales, suffix="smooth")
                 changed += len(readers)
-            figures[x.name or ""] = [round(_decibels(noise), 2) for noise in (before, after if gains else before)]
-        smoothed = sum(before != after for before, after in figures.values())
-        notes = [f"{smoothed} of {len(figures)} inputs smoothed"] if smoothed else []
-        return Report(changed=changed, skipped=skipped, notes=notes, figures={"signal_to_noise": figures})
+                alphas[x.name or ""] = found.alpha
+                for layer in readers:
+                    layer.node.metadata_props[_SMOOTHED] = "threshold" if found.alpha is None else f"{found.alpha:g}"
+            figures[x.name or ""] = [
+                _decibels(noise) for noise in (found.before, found.after if gains else found.before)
+            ]
+        context.progress("smooth", len(groups), len(groups))
+        notes = [f"{len(alphas)} of {len(figures)} inputs smoothed, {_told(alphas.values())}"] if alphas else []
+        return Report(
+            changed=changed, skipped=skipped, notes=notes, figures={"signal_to_noise": figures, "alpha": alphas}
+        )
+
+    def _search(self, seen: Sequence[Sample], weights: Sequence[np.ndarray], folding: Folding) -> Smoothing:
+        return search_scales(
+            seen,
+            weights,
+            per_run=self.activations == "dynamic",
+            alphas=ALPHAS if self.alpha == "search" else (self.alpha,),
+            thresholds=self.alpha == "search",
+            tied=folding.tied,
+        )
+
+    def _gains(self, found: Smoothing, folding: Folding) -> bool:
+        """Tell whether scales are worth setting."""
+        if self.alpha != "search":
+            return True
+        before, after = _decibels(found.before), _decibels(found.after)
+        least = self.least_gain if folding.origin is not None else max(self.least_gain, self.mul_gain)
+        return before < self.tolerated and after - before >= least
 
     def _groups(
         self, model: ir.Model, layers: Sequence[LinearLayer]
@@ -109,6 +149,8 @@ def _why_not(node: ir.Node) -> str | None:
         return "it multiplies activations"
     if x is None or x.const_value is not None:
         return "its left factor is constant"
+    if _SMOOTHED in node.metadata_props:
+        return "its input is smoothed already"
     if weight.const_value.dtype != ir.DataType.FLOAT or len(weight.const_value.shape) != 2:
         return "its weight is not a float32 matrix"
     if len(weight.uses()) > 1 or weight.is_graph_output():
@@ -128,16 +170,17 @@ def _watch(
     return samples, watch.unavailable
 
 
-def _tied_search(seen: Sequence[Sample], weight: np.ndarray, tied: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """Search scales; channels that have to take the same one take the largest that any of them wants."""
-    scales, before, after = search_scales(seen, weight)
-    if np.array_equal(tied, np.arange(len(tied))):
-        return scales, before, after
-    largest = np.zeros_like(scales)
-    np.maximum.at(largest, tied, scales)
-    scales = largest[tied]
-    return scales, before, product_noise(seen, weight, scales)
+def _told(alphas: Collection[float | None]) -> str:
+    """Return the range of the alphas that were chosen, and how many inputs took a threshold instead."""
+    chosen = sorted(alpha for alpha in alphas if alpha is not None)
+    above = len(alphas) - len(chosen)
+    told = (
+        [f"alpha {chosen[0]:g}" if chosen[0] == chosen[-1] else f"alpha {chosen[0]:g} to {chosen[-1]:g}"]
+        if chosen
+        else []
+    )
+    return " and ".join([*told, f"{above} above a threshold"] if above else told)
 
 
 def _decibels(noise: float) -> float:
-    return -10.0 * math.log10(max(noise, 1e-20))
+    return round(-10.0 * math.log10(max(noise, 1e-20)), 2)
