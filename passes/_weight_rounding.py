@@ -1,4 +1,8 @@
-"""What `rtn`, `hqq` and `gptq` share: which weights to take, in which scheme, and how they come into the graph."""
+"""What `rtn`, `hqq`, `gptq` and `adaround` share: which weights to take, in which scheme, and their way into the graph.
+
+Convolutions, where a pass takes them, have one positive scale for each output, whatever the options say of groups and
+zero points: that is what integer convolutions read.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,18 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.compressed_weights import format_scheme, store, total_bits
-from qgraph.analysis.linear_layers import LinearLayer, LinearLayers, linear_layers, matches
+from qgraph.analysis.convolutions import OPERATORS, weighted_layers
+from qgraph.analysis.linear_layers import LinearLayer, LinearLayers, matches
 from qgraph.errors import UserError
+from qgraph.numerics.channel_rounding import channel_scales, nearest, quantized
 from qgraph.numerics.weights import QuantizedWeight, WeightScheme
 from qgraph.passes._weight_options import chosen_bits, chosen_group, forget_bits
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
-__all__ = ["Chosen", "Prepared", "WeightRounding", "some_of"]
+__all__ = ["PRODUCTS", "Chosen", "Prepared", "WeightRounding", "some_of"]
+
+PRODUCTS = ("Gemm", "MatMul")
+"""The operators whose weights are rounded unless a pass has an option that names others."""
 
 Chosen = Mapping[ir.Value, tuple[Sequence[LinearLayer], WeightScheme]]
 """The weights to round: their layers, and what to round them to."""
@@ -65,9 +74,18 @@ class WeightRounding(Pass):
         """Return the scheme of a weight with `bits` bits; ValueError if the options do not go together."""
         return WeightScheme(bits=bits, group=self.group, symmetric=self.symmetric)
 
+    def operators(self) -> tuple[str, ...]:
+        """Return the operators whose weights are rounded, besides embedding tables."""
+        return PRODUCTS
+
     def round(self, weight: np.ndarray, scheme: WeightScheme) -> QuantizedWeight:
         """Round a weight [N, K]."""
         raise NotImplementedError
+
+    def round_convolution(self, weight: np.ndarray, scheme: WeightScheme) -> QuantizedWeight:
+        """Round the weight [N, K] of a convolution, to the nearest at the scales of least squared error."""
+        scale = channel_scales(weight, scheme.bits)
+        return quantized(nearest(weight, scale[:, None], scheme.bits), scale, scheme)
 
     def prepare(self, model: ir.Model, context: Context, chosen: Chosen) -> Prepared:
         """Look at the model before it changes; the default rounds each weight on its own."""
@@ -81,10 +99,14 @@ class WeightRounding(Pass):
             UserError: the options do not go together, or the model's opset is below 21. While the file is written: a
                 weight is NaN or infinite.
         """
+        operators = self.operators()
+        unknown = [one for one in operators if one not in (*PRODUCTS, *OPERATORS)]
+        if unknown:
+            raise UserError(f"{self.name}: ops has '{unknown[0]}'; there are {', '.join((*OPERATORS, *PRODUCTS))}")
         for bits in (self.bits, self.embedding_bits, self.head_bits):
             if bits and bits != _FLOAT:
                 self._checked_scheme(bits)
-        chosen, skipped = self._chosen(context.analyse(linear_layers, model))
+        chosen, skipped = self._chosen(context.analyse(weighted_layers, model, operators))
         if not chosen:
             return Report(skipped=skipped)
         opset = model.graph.opset_imports.get("", 1)
@@ -94,6 +116,7 @@ class WeightRounding(Pass):
                 f"convert-opset{{version={_NEEDED_OPSET}}} before"
             )
         prepared = self.prepare(model, context, chosen)
+        context.keep_reference(model)
         counts: Counter[str] = Counter()
         elements, information = 0, 0.0
         ragged: list[str] = []
@@ -137,7 +160,10 @@ class WeightRounding(Pass):
             reason = self._why_not(layers, bits)
             if reason is None and bits is not None:
                 group = chosen_group((layer.node for layer in layers), self.group)
-                chosen[weight] = layers, dataclasses.replace(self._checked_scheme(bits), group=group)
+                scheme = dataclasses.replace(self._checked_scheme(bits), group=group)
+                if layers[0].kind == "convolution":
+                    scheme = WeightScheme(bits=bits, group=0, symmetric=True)
+                chosen[weight] = layers, scheme
             else:
                 skipped += [Skipped(layer.name, reason or "") for layer in layers]
         return chosen, skipped
@@ -154,6 +180,9 @@ class WeightRounding(Pass):
             return "it is excluded"
         if excluded:
             return f"its weight is shared with '{excluded[0].name}', which is excluded"
+        foreign = [layer.node.op_type for layer in layers if layer.kind == "linear"]
+        if any(one not in self.operators() for one in foreign):
+            return f"{foreign[0]} is not among 'ops'"
         if not self.embeddings and any(layer.kind == "embedding" for layer in layers):
             shared = "; the output layer shares it" if len(layers) > 1 else ""
             return f"it is an embedding table, and embeddings=false{shared}"
@@ -172,6 +201,8 @@ class WeightRounding(Pass):
         def produce() -> QuantizedWeight:
             array = tensor.numpy()
             try:
+                if layer.kind == "convolution":
+                    return self.round_convolution(layer.matrix(), scheme)
                 return self.round(array if transposed else array.T, scheme)
             except ValueError as error:
                 wrong = np.argwhere(~np.isfinite(array.astype(np.float32)))

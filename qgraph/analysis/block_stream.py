@@ -35,7 +35,7 @@ _LARGEST = 1e17
 
 
 class Rows(NamedTuple):
-    """What one sample sends into the layers that read a value: float32 [n, K] each.
+    """What one sample sends into the layers that read a value: float32 [n, K] each; for convolutions, x as it is.
 
     Attributes:
         changed: with the changes made so far.
@@ -62,7 +62,8 @@ class Stage:
         """Run the graph up to here on one sample after the other and yield what goes into the layers.
 
         Args:
-            also: other values, each with one row for every row of the layers, that are known where these run.
+            also: other values, each with one row for every row of the layers, that are known where these run; as they
+                are where the layers are convolutions.
 
         Raises:
             UserError: the graph does not run on a sample, or NaN or infinity goes into a layer.
@@ -107,7 +108,7 @@ class BlockStream:
         self._who = who
         self._originals = originals
         self._chain = segments(model, context).chain
-        wanted = [layer for layer in layers if layer.kind == "linear"]
+        wanted = [layer for layer in layers if layer.kind != "embedding"]
         self._stages = [self._staged(segment, wanted, sequential) for segment in self._chain]
         self._changes: dict[ir.Value, np.ndarray] = {}
         self._last = {value: index for index, segment in enumerate(self._chain) for value in segment.reads}
@@ -122,14 +123,16 @@ class BlockStream:
     def _staged(
         segment: Segment, layers: Sequence[LinearLayer], sequential: str
     ) -> list[dict[ir.Value, list[LinearLayer]]]:
+        """Return the layers of each stage, by what they read: products and convolutions in stages of their own."""
         nodes = set(segment.nodes)
-        groups: dict[ir.Value, list[LinearLayer]] = {}
+        groups: dict[tuple[ir.Value, bool], list[LinearLayer]] = {}
         for layer in layers:
             if layer.node in nodes:
-                groups.setdefault(layer.x, []).append(layer)
+                groups.setdefault((layer.x, _is_convolution(layer)), []).append(layer)
         if sequential == "block":
-            return [groups] if groups else []
-        return [{x: group} for x, group in groups.items()]
+            kinds = [{x: group for (x, one), group in groups.items() if one is kind} for kind in (False, True)]
+            return [some for some in kinds if some]
+        return [{x: group} for (x, _), group in groups.items()]
 
     def stages(self) -> Iterator[Stage]:
         """Yield the stages; go over `rows` of one, as often as needed, before asking for the next.
@@ -176,6 +179,7 @@ class BlockStream:
     ) -> Iterator[dict[ir.Value, Rows]]:
         readers = {x: group[0].name for x, group in layers.items()} | {value: str(value.name) for value in also}
         runs = self._runs(segment, [value for value in readers if value not in segment.reads])
+        whole = any(_is_convolution(layer) for group in layers.values() for layer in group)
         for number in range(self._changed.samples):
             self._step()
             arrays = [run(number) for run in runs]
@@ -185,7 +189,7 @@ class BlockStream:
                     side[value] if value in side else store.get(value, number)
                     for side, store in zip(arrays, self._stores(), strict=True)
                 ]
-                rows = [_as_rows(side, reader, number) for side in sides]
+                rows = [_checked(side if whole else side.reshape(-1, side.shape[-1]), reader, number) for side in sides]
                 found[value] = Rows(rows[0], rows[1] if self._original is not None else None)
             yield found
 
@@ -229,8 +233,7 @@ class BlockStream:
         """
         tensor = layer.weight.const_value
         assert tensor is not None
-        stored = matrix if layer.transposed else matrix.T
-        self._changes[layer.weight] = np.ascontiguousarray(stored.astype(tensor.dtype.numpy()))
+        self._changes[layer.weight] = layer.stored(matrix).astype(tensor.dtype.numpy())
 
     def _step(self) -> None:
         self._context.progress(self._who, min(self._done, self._total), self._total)
@@ -242,8 +245,13 @@ def _is_read(weight: ir.Value, later: set[ir.Value | None]) -> bool:
     return weight in later or any(output in later for use in weight.uses() for output in use.node.outputs)
 
 
-def _as_rows(array: np.ndarray, reader: str, number: int) -> np.ndarray:
-    rows = np.ascontiguousarray(array.reshape(-1, array.shape[-1]), dtype=np.float32)
+def _is_convolution(layer: LinearLayer) -> bool:
+    return layer.kind == "convolution"
+
+
+def _checked(array: np.ndarray, reader: str, number: int) -> np.ndarray:
+    """Return an array in float32, contiguous, if it can be squared."""
+    rows = np.ascontiguousarray(array, dtype=np.float32)
     if not np.isfinite(rows).all():
         raise UserError(
             f"calibration sample {number}: what goes into '{reader}' holds NaN or infinity. "

@@ -3,6 +3,7 @@
     y = MatMul(x, W)        W [K, N]    =>    y = MatMul(x, DequantizeLinear(Wq, scale, zero_point, axis=0))
     y = Gemm(x, W)          W [N, K]    =>    y = Gemm(x, DequantizeLinear(Wq, scale, zero_point, axis=1))
     e = Gather(W, ids)      W [N, K]    =>    e = Gather(DequantizeLinear(Wq, scale, zero_point, axis=1), ids)
+    y = Conv(x, W)          W [N, ...]  =>    y = Conv(x, DequantizeLinear(Wq, scale, axis=0))      symmetric, by rows
 
 Standard ONNX that any runtime of opset 21 executes: K is cut into blocks (`block_size`) that share a scale. All readers
 of a weight read the one DequantizeLinear, so a tied weight stays one. Symmetric integers are stored signed without
@@ -15,12 +16,15 @@ zero point, others unsigned with one. Widths that ONNX has no type for take the 
     nf4                            INT8: its levels on a grid of 1/127
     fp8e4m3, fp8e5m2               FLOAT8E4M3FN, FLOAT8E5M2
 
+A Cast may stand between the integers and their DequantizeLinear, for kernels of another width.
+
 The true scheme stands in the DequantizeLinear's metadata (`SCHEME_KEY`), and so do the fused operators that a target
 puts in its place. The tensors are computed when the file is written.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -98,13 +102,13 @@ class CompressedWeight:
     Attributes:
         name: what the model called it.
         scheme: what its values were quantized to; what they are stored in may be wider.
-        node: its first reader: MatMul, Gemm or Gather, or the fused operator.
+        node: its first reader: MatMul, Gemm, Gather or a convolution, or the fused operator.
         readers: all of them, in topological order.
         dequantize: the DequantizeLinear that the readers share; None where the operators are fused.
         tensors: the initializers that hold it: integers, scale and, for asymmetric schemes, zero point.
-        inputs: K.
+        inputs: K; of a convolution the elements of a patch.
         outputs: N.
-        transposed: the integers are laid out [N, K].
+        transposed: the integers are laid out [N, K], or [N, ...].
     """
 
     name: str
@@ -188,7 +192,7 @@ def store(
     if input_scale is not None:
         _scale_inputs(model, weight, name, np.asarray(input_scale, np.float32))
     values = _initializers(model, layer, scheme, produce, two_bits=opset >= _TWO_BITS_OPSET)
-    axis, block = _axis(layer.inputs, scheme, transposed=layer.transposed)
+    axis, block = _axis(layer, scheme)
     attributes = {"axis": axis, "block_size": block} if block else {"axis": axis}
     node = ir.node("DequantizeLinear", values, attributes, name=qgraph.ir.fresh_name(model.graph, f"{name}_dequantize"))
     node.metadata_props[SCHEME_KEY] = format_scheme(scheme)
@@ -218,11 +222,10 @@ def _initializers(
     float_type = weight.dtype
     assert float_type is not None
     integer_type = _data_type(scheme, two_bits=two_bits)
-    size: tuple[int, ...] = (layer.outputs, layer.inputs)
-    grid: tuple[int, ...] = (layer.outputs, groups)
-    if not layer.transposed:
-        size, grid = size[::-1], grid[::-1]
-    if _axis(layer.inputs, scheme, transposed=layer.transposed)[1] == 0:
+    assert weight.const_value is not None
+    size = tuple(weight.const_value.shape.numpy())
+    grid: tuple[int, ...] = (layer.outputs, groups) if layer.transposed else (groups, layer.outputs)
+    if _axis(layer, scheme)[1] == 0:
         grid = (layer.outputs,)
     specs = [(integer_type, size), (float_type, grid)]
     if _has_zero_points(scheme):
@@ -265,21 +268,25 @@ def _data_type(scheme: WeightScheme, *, two_bits: bool) -> ir.DataType:
     return (_UNSIGNED if _has_zero_points(scheme) else _SIGNED)[bits]
 
 
-def _axis(inputs: int, scheme: WeightScheme, *, transposed: bool) -> tuple[int, int]:
+def _axis(layer: LinearLayer, scheme: WeightScheme) -> tuple[int, int]:
     """Return `axis` and `block_size` of the DequantizeLinear; a whole row as one group needs no blocks.
 
     Two bits have blocks all the same: ONNX Runtime crashes on two bits with a zero point for each channel.
     """
-    along_inputs = 1 if transposed else 0
-    if scheme.groups(inputs) > 1:
+    along_inputs = 1 if layer.transposed else 0
+    if scheme.groups(layer.inputs) > 1:
         return along_inputs, scheme.group
-    return (along_inputs, inputs) if scheme.bits <= 2 else (1 - along_inputs, 0)
+    blocked = scheme.bits <= 2 and layer.kind != "convolution"
+    return (along_inputs, layer.inputs) if blocked else (1 - along_inputs, 0)
 
 
 def _arrays(quantized: QuantizedWeight, layer: LinearLayer, scheme: WeightScheme, bits: int) -> list[np.ndarray]:
     """Return the values to store: integers of `bits`, scale and, where there are some, zero points."""
     if quantized.codes.shape != (layer.outputs, layer.inputs) or quantized.scheme != scheme:
         raise ValueError(f"'{layer.name}' was promised as {scheme} {(layer.outputs, layer.inputs)}")
+    if layer.kind == "convolution":
+        codes, scale, zeros = onnx_int(widen(to_container(quantized), bits), transposed=True)[:3]
+        return [array for array in (layer.stored(codes), scale, zeros) if array is not None]
     if scheme.format in _FLOAT8:
         given = onnx_float8(quantized, transposed=layer.transposed)
     else:
@@ -385,22 +392,31 @@ def _standing(node: ir.Node) -> CompressedWeight:
     scheme = _scheme_of(node)
     assert scheme is not None
     along_inputs = _along_inputs(node)
-    integers = node.inputs[0]
-    assert integers is not None
-    assert integers.const_value is not None
-    dims = integers.const_value.shape.numpy()
+    tensors = _tensors(node)
+    assert tensors[0].const_value is not None
+    dims = tensors[0].const_value.shape.numpy()
+    outputs = dims[1 - along_inputs]
     readers = _readers(node.outputs[0])
     return CompressedWeight(
-        name=node.metadata_props.get(NAME_KEY, integers.name or ""),
+        name=node.metadata_props.get(NAME_KEY, tensors[0].name or ""),
         scheme=scheme,
         node=readers[0] if readers else node,
         readers=tuple(readers),
         dequantize=node,
-        tensors=tuple(value for value in node.inputs if value is not None),
-        inputs=dims[along_inputs],
-        outputs=dims[1 - along_inputs],
+        tensors=tensors,
+        inputs=math.prod(dims) // outputs if outputs else 0,
+        outputs=outputs,
         transposed=along_inputs == 1,
     )
+
+
+def _tensors(node: ir.Node) -> tuple[ir.Value, ...]:
+    """Return the initializers of a DequantizeLinear; the integers may come through a Cast to another width."""
+    found = [value for value in node.inputs if value is not None]
+    producer = found[0].producer()
+    if producer is not None and qgraph.ir.is_op(producer, "Cast") and producer.inputs[0] is not None:
+        found[0] = producer.inputs[0]
+    return tuple(found)
 
 
 def _along_inputs(node: ir.Node) -> int:
@@ -416,7 +432,7 @@ def _scheme_of(node: ir.Node) -> WeightScheme | None:
     """
     if SCHEME_KEY in node.metadata_props:
         return parse_scheme(node.metadata_props[SCHEME_KEY])
-    tensors = [value.const_value for value in node.inputs if value is not None]
+    tensors = [value.const_value for value in _tensors(node)]
     if len(tensors) < 2 or any(tensor is None for tensor in tensors):
         return None
     integers, scale = tensors[0], tensors[1]
@@ -472,7 +488,7 @@ def _read(weight: CompressedWeight) -> QuantizedWeight:
     def canonical(array: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         if array.ndim == 1:
             return array.reshape(shape)
-        return np.ascontiguousarray(array if weight.transposed else array.T).reshape(shape)
+        return np.ascontiguousarray(array if weight.transposed else array.swapaxes(0, 1)).reshape(shape)
 
     scale = canonical(arrays[1], grid).astype(np.float32) * np.float32(_GRIDS.get(scheme.format, 1))
     values = canonical(arrays[0], size)

@@ -47,7 +47,8 @@ class LinearLayer:
         node: MatMul, Gemm or Gather.
         weight: the initializer, float32, float16 or bfloat16; a Transpose may stand between it and the node.
         x: the activation [..., K]; the ids for an embedding.
-        kind: "embedding" for a Gather, whose rows reach the graph without a product.
+        kind: "embedding" for a Gather, whose rows reach the graph without a product; "convolution" for those of
+            `qgraph.analysis.convolutions`, which are found apart.
         transposed: the weight is laid out [N, K], else [K, N].
         bias: the constant that a Gemm, or the only Add behind a MatMul, adds to each row.
         name: of the node, as it is shown.
@@ -58,12 +59,17 @@ class LinearLayer:
     node: ir.Node
     weight: ir.Value
     x: ir.Value
-    kind: Literal["linear", "embedding"]
+    kind: Literal["linear", "embedding", "convolution"]
     transposed: bool
     bias: ir.Value | None
     name: str
     inputs: int
     outputs: int
+
+    @property
+    def groups(self) -> int:
+        """The number of parts that the outputs are cut into, each with inputs of its own: 1 for a product."""
+        return 1
 
     def matrix(self) -> np.ndarray:
         """Read the weight now: float32 [N, K], contiguous.
@@ -74,6 +80,10 @@ class LinearLayer:
         assert tensor is not None
         array = tensor.numpy()
         return np.ascontiguousarray(array if self.transposed else array.T, dtype=np.float32)
+
+    def stored(self, matrix: np.ndarray) -> np.ndarray:
+        """Return a matrix [N, K] in the layout of the weight, contiguous."""
+        return np.ascontiguousarray(matrix if self.transposed else matrix.T)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from qgraph.numerics.gptq import GptqResult, gptq
 from qgraph.numerics.weights import WeightScheme, quantize_weight
 from qgraph.passes._weight_options import set_bits
 from qgraph.passes.gptq import Gptq
+from qgraph.passes.rtn import Rtn
 from qgraph.pipeline import Context, Pipeline, Report
 
 HEAD = '<ir_version: 10, opset_import: ["" : 23]>'
@@ -252,3 +253,86 @@ def test_a_work_folder_that_vanishes_is_told(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="was removed during this run"):
         apply(model_of(LAYERS), gptq_of(), context(work_folder=work, progress=remove))
+
+
+CONVOLUTIONS = """g (float[n, 6, 12, 12] x, float[16, 6, 3, 3] first, float[16, 1, 3, 3] second,
+    float[24, 8, 1, 1] third, float[24, 8, 2, 2] fourth, float[16, 16, 3, 3] fifth, float[8, 10] last)
+    => (float[n, 10] y)
+{
+    a = Conv <pads = [1, 1, 1, 1]> (x, first)
+    b = Relu (a)
+    c = Conv <pads = [1, 1, 1, 1], group = 16, strides = [2, 2]> (b, second)
+    d = Relu (c)
+    [twice] e = Conv <auto_pad = "SAME_UPPER"> (d, fifth)
+    f = Add (e, d)
+    h = Conv <group = 2> (f, third)
+    i = Relu (h)
+    j = ConvTranspose <strides = [2, 2]> (i, fourth)
+    k = GlobalAveragePool (j)
+    l = Flatten (k)
+    y = MatMul (l, last)
+}"""
+ALL = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+def images(seed: int, count: int = 4) -> np.ndarray:
+    basis = normal(20, 6 * 144, seed=99)
+    return (normal(count, 20, seed=seed) @ basis / 4 + 0.5).reshape(count, 6, 12, 12).astype(np.float32)
+
+
+def image_context(**changes: object) -> Context:
+    return context(calibration=[{"x": images(seed)} for seed in range(8)], **changes)
+
+
+def convolution_error(changed: ir.Model) -> float:
+    feed = {"x": images(50, 16)}
+    before = run(model_of(CONVOLUTIONS), feed)
+    return float(np.square(before - run(changed, feed)).sum() / np.square(before).sum())
+
+
+@pytest.mark.parametrize("options", [{}, {"drift": 0.0}, {"sequential": "block"}, {"refine": 0}], ids=str)
+def test_convolutions_are_nearer_than_by_rounding_to_the_nearest(options: dict[str, object]) -> None:
+    model, plain = model_of(CONVOLUTIONS), model_of(CONVOLUTIONS)
+    report = apply(model, gptq_of(group=0, symmetric=True, ops=ALL, **options), image_context())
+    Pipeline([Rtn(group=0, symmetric=True, ops=ALL, min_elements=0)]).run(plain)
+    assert report.changed == 6
+    assert [one.scheme for one in compressed(model)] == [WeightScheme("int", 4, 0, symmetric=True)] * 6
+    assert convolution_error(model) < 0.4 * convolution_error(plain)
+
+
+def test_a_convolution_has_one_positive_scale_for_each_output_and_reads_back() -> None:
+    model = model_of(CONVOLUTIONS)
+    given = image_context()
+    reference = run(model, {"x": images(50)})
+    report = apply(model, gptq_of(ops=("Conv", "ConvTranspose")), given)
+    assert ("MatMul->y", "MatMul is not among 'ops'") in report.skipped
+    assert given.reference is not None
+    np.testing.assert_array_equal(run(given.reference, {"x": images(50)}), reference)
+    loaded = ir.from_proto(ir.to_proto(model))
+    for before, after in zip(compressed(model), compressed(loaded), strict=True):
+        assert before.dequantize is not None
+        scale = before.tensors[1].const_value.numpy()
+        assert scale.shape == (before.outputs,)
+        assert (scale > 0).all()
+        axis = before.dequantize.attributes["axis"].as_int()
+        assert before.tensors[0].const_value.shape[axis] == before.outputs
+        assert before.inputs * before.outputs == before.tensors[0].const_value.size
+        np.testing.assert_array_equal(before.quantized().dequantize(), after.quantized().dequantize())
+
+
+def test_widths_and_names_of_convolutions_count() -> None:
+    model = model_of(CONVOLUTIONS)
+    set_bits(model.graph.node("twice"), 8)
+    report = apply(model, gptq_of(ops=("Conv",), exclude=("*->h",)), image_context())
+    assert [one.scheme.bits for one in compressed(model)] == [4, 4, 8]
+    reasons = dict(report.skipped)
+    assert reasons["Conv->h"] == "it is excluded"
+    assert reasons["ConvTranspose->j"] == "ConvTranspose is not among 'ops'"
+    again = apply(model, gptq_of(ops=("Conv",), exclude=("*->h",)), image_context())
+    assert again.changed == 0
+    assert dict(again.skipped)["twice"] == "its weight is compressed already"
+
+
+def test_an_operator_without_weights_to_round_is_refused() -> None:
+    with pytest.raises(UserError, match="ops has 'Relu'"):
+        apply(model_of(CONVOLUTIONS), gptq_of(ops=("Relu",)), image_context())
