@@ -308,6 +308,17 @@ def _qattention(node: ir.Node, facts: Facts) -> Sequence[Fact]:
     return [Fact(facts.dtype(node.inputs[3]), (*dims_of(node, facts)[:-1], width))]
 
 
+@rule("MultiHeadAttention", "GroupQueryAttention", domain="com.microsoft")
+def _unpacked_attention(node: ir.Node, facts: Facts) -> Sequence[Fact]:
+    """Query, key and value apart, [batch, rows, heads * size], without a cache: as wide as the values of all heads."""
+    query, value = dims_of(node, facts), dims_of(node, facts, 2)
+    if len(query) != 3 or len(value) != 3 or len(node.outputs) > 1:
+        raise UnknownShapeError("its heads are packed, or it keeps a cache")
+    heads, groups = int_of(node, "num_heads", 1), int_of(node, "kv_num_heads", int_of(node, "num_heads", 1))
+    width = symbols.floordiv(symbols.mul(value[-1], heads), groups)
+    return [Fact(facts.dtype(node.inputs[0]), (*query[:-1], width))]
+
+
 @rule("Gemm")
 def _gemm(node: ir.Node, facts: Facts) -> Sequence[Fact]:
     one, other = dims_of(node, facts), dims_of(node, facts, 1)
