@@ -31,6 +31,7 @@ from qgraph.plan import Plan, recipe_text
 from qgraph.report.data import ReportData
 from qgraph.report.html import render
 from qgraph.report.ladder import Rung
+from qgraph.report.layers import LayerFacts, few, look_inside
 from qgraph.report.units import bytes_text, count_text
 from qgraph.runtime.benchmark import Benchmark, compare
 from qgraph.runtime.recorded import Recorded
@@ -135,6 +136,7 @@ class Run:
         self.source_weight_bytes = 0
         self.shapes: Mapping[str, Sequence[int]] = {}
         self.before: Any = None
+        self.source: Path | None = None
         self.sliced = False
         self.samples: Samples = ()
         self.metric: UserMetric | None = None
@@ -192,6 +194,7 @@ class Run:
 
     def open_source(self, source: Path) -> None:
         """Open the source, whole or, where it has too many weights for that, in slices."""
+        self.source = source
         room = self.context.calibration_memory
         if self.source_weight_bytes <= room // _WHOLE:
             self.before = open_session(source, threads=self.context.threads)
@@ -321,10 +324,26 @@ class Run:
             bench = {**bench, "search": [rung.to_json() for rung in rungs]} if rungs else bench
             _write_json(stage / "bench.json", bench)
         reports = {"prepare": self.prepared, "compress": built.compress, "lower": built.lower}
-        data = ReportData.build(
-            manifest, bench, reports, seconds=time.perf_counter() - self.started, recipe=stage / "recipe.toml"
-        )
+        layers = self._look_inside(stage)
+        seconds = time.perf_counter() - self.started
+        recipe = stage / "recipe.toml"
+        data = ReportData.build(manifest, bench, reports, seconds=seconds, recipe=recipe, layers=layers, search=rungs)
         (stage / "report.html").write_text(render(data), encoding="utf-8")
+
+    def _look_inside(self, stage: Path) -> LayerFacts:
+        """Compare the tensors inside on a few samples, for the report."""
+        source = self.context.reference or self.source
+        if self.sliced or source is None or not (stage / "model.onnx").is_file():
+            why = "the model is compared in slices, for its size" if self.sliced else "the target deploys no ONNX model"
+            more = ". `qgraph diff MODEL ARTIFACT --calib DATA` takes it." if self.sliced else "."
+            return LayerFacts(remark=f"Not taken: {why}{more}")
+        seconds = self.bench["before"].seconds if self.bench is not None else None
+        facts = look_inside(
+            source, stage, few(self.samples, seconds), threads=self.context.threads, progress=self.context.progress
+        )
+        if facts.tensors:
+            self.event("layers", facts.told())
+        return facts
 
 
 def told(report: Report) -> str:

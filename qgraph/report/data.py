@@ -10,8 +10,9 @@ from typing import Any
 
 from qgraph.pipeline import Report
 from qgraph.report import units
+from qgraph.report.ladder import Rung
+from qgraph.report.layers import LayerFacts
 from qgraph.runtime.benchmark import Benchmark
-from qgraph.runtime.difference import TensorError
 from qgraph.runtime.verification import OutputFigures, Verification
 
 __all__ = ["Comparison", "PassFacts", "ReportData", "comparisons", "deployable_bytes"]
@@ -67,7 +68,8 @@ class ReportData:
         seconds: that the whole compilation took, or None where it is not known.
         recipe: the text of recipe.toml.
         command: that makes the artifact again.
-        layers: errors layer by layer, in the order of the graph; empty where they were not taken.
+        layers: errors layer by layer, and histograms of the worst.
+        search: the candidates of a search, in the order in which they were tried.
     """
 
     manifest: Mapping[str, Any]
@@ -76,7 +78,8 @@ class ReportData:
     seconds: float | None = None
     recipe: str = ""
     command: str = ""
-    layers: tuple[TensorError, ...] = ()
+    layers: LayerFacts = dataclasses.field(default_factory=LayerFacts)
+    search: tuple[Rung, ...] = ()
 
     @classmethod
     def build(
@@ -88,7 +91,8 @@ class ReportData:
         seconds: float | None = None,
         recipe: Path | None = None,
         command: str = "",
-        layers: Sequence[TensorError] = (),
+        layers: LayerFacts | None = None,
+        search: Sequence[Rung] | None = None,
     ) -> ReportData:
         """Gather the data.
 
@@ -99,7 +103,8 @@ class ReportData:
             seconds: of the whole compilation.
             recipe: the recipe's file.
             command: that makes the artifact again; made up from the manifest when empty.
-            layers: errors layer by layer, in the order of the graph.
+            layers: errors layer by layer; none were taken when None.
+            search: the candidates of a search; when None, those that `bench` tells of.
         """
         passes = tuple(
             PassFacts(
@@ -116,7 +121,10 @@ class ReportData:
             for one in report.parts
         )
         text = recipe.read_text(encoding="utf-8") if recipe is not None else ""
-        return cls(manifest, bench, passes, seconds, text, command or _command(manifest), tuple(layers))
+        if search is None:
+            search = tuple(Rung.from_json(one) for one in (bench or {}).get("search", ()))
+        again = command or _command(manifest)
+        return cls(manifest, bench, passes, seconds, text, again, layers or LayerFacts(), tuple(search))
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -127,8 +135,9 @@ class ReportData:
         """Read what `to_json` wrote."""
         values = {field.name: document[field.name] for field in dataclasses.fields(cls)}
         passes = tuple(PassFacts(**{**one, "notes": tuple(one["notes"])}) for one in document["passes"])
-        layers = tuple(TensorError(**one) for one in document["layers"])
-        return cls(**{**values, "passes": passes, "layers": layers})
+        layers = LayerFacts.from_json(document["layers"])
+        search = tuple(Rung.from_json(one) for one in document["search"])
+        return cls(**{**values, "passes": passes, "layers": layers, "search": search})
 
 
 def _command(manifest: Mapping[str, Any]) -> str:
@@ -150,7 +159,7 @@ def comparisons(manifest: Mapping[str, Any], bench: Mapping[str, Any] | None) ->
     """Return the before/after table: size, latency, output and, where there are labels, accuracy."""
     sizes = int(manifest["source"]["bytes"]), deployable_bytes(manifest)
     lines = [_ratio("size", sizes, units.bytes_text, ("smaller", "larger"))]
-    if bench is not None:
+    if bench is not None and "candidates" in bench:
         timed = Benchmark.from_json(bench)
         names = [one.name for one in timed.candidates]
         if "before" in names and "after" in names:

@@ -6,24 +6,21 @@ to fetch anything. Long lists are cut (the manifest has them whole), so that the
 
 from __future__ import annotations
 
-import importlib.resources
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qgraph.report import units
-from qgraph.report.charts import bar, profile, split_bar
+from qgraph.report.charts import bar, split_bar
 from qgraph.report.data import Comparison, PassFacts, ReportData, comparisons
-from qgraph.report.markup import Child, Markup, clip, element, join
-from qgraph.runtime.difference import TensorError
-from qgraph.runtime.tolerances import METRICS
+from qgraph.report.layers_page import layers_section, pictures_section
+from qgraph.report.markup import Child, Markup, clip, element
+from qgraph.report.parts import bound_text, document, name_cell, number, row, section, table
+from qgraph.report.search_page import search_section
 from qgraph.runtime.verification import OutputFigures, Verification
 
 __all__ = ["render"]
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-_LAYERS = 20
-_PASSED_ON_DB = 0.05
 _OUTPUTS = 60
 _GROUPS = 60
 _NAMES = 500
@@ -31,8 +28,6 @@ _NOTES = 12
 _RECIPE = 40_000
 _FUSED = "Counted after the runtime's own fusions, as it runs on this machine."
 _NOT_HERE = "Counted as the operators are written: the device is not here to run them."
-_NO_BREAK = "\u00a0"
-_METRIC_NAMES = {"sqnr": "SQNR", "max_abs": "max error", "top1": "top-1 loss"}
 _PARTS = {"prepare": "Prepare", "compress": "Compress", "lower": "Lower"}
 
 
@@ -40,56 +35,20 @@ def render(data: ReportData) -> str:
     """Return the page as HTML 5."""
     manifest = data.manifest
     title = f"{clip(str(manifest['source']['name']))} for {manifest['target']}"
-    style = importlib.resources.files("qgraph.report").joinpath("report.css").read_text(encoding="utf-8")
-    head = join(
-        [
-            element("meta", charset="utf-8"),
-            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            element("meta", name="color-scheme", content="light dark"),
-            element("meta", name="referrer", content="no-referrer"),
-            element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-            element("title", f"{title} – qgraph"),
-            element("style", Markup(style)),
-        ]
-    )
     sections = [
         _header(data),
         _figures(comparisons(manifest, data.bench)),
+        search_section(data),
         _passes(data.passes),
         _verification(manifest),
-        _layers(data.layers),
+        layers_section(data.layers),
+        pictures_section(data.layers),
         _weights(manifest.get("weights")),
         _kernels(manifest.get("kernels"), str(manifest.get("stand_in", ""))),
         _left_alone(manifest),
         _again(data),
     ]
-    body = element("body", element("main", *sections, _footer(data)))
-    return f"<!doctype html>\n{element('html', element('head', head), body, lang='en')}\n"
-
-
-def _section(title: str, *children: Child) -> Markup:
-    return element("section", element("h2", title), *children)
-
-
-def _table(columns: Sequence[str], rows: Iterable[Markup], *, kind: str = "") -> Markup:
-    """Return a table; a column that starts with `>` holds numbers. On narrow screens, rows are stacked by the style."""
-    head = [element("th", name.removeprefix(">"), class_="n" if name.startswith(">") else None) for name in columns]
-    return element(
-        "table", element("thead", element("tr", *head)), element("tbody", *rows), class_=f"stack {kind}".strip()
-    )
-
-
-def _row(*cells: Markup) -> Markup:
-    return element("tr", *cells)
-
-
-def _number(text: Child, label: str) -> Markup:
-    """Return a cell that holds a number; `label` stands before it where the table has no head."""
-    return element("td", text, class_="n", data_label=label)
-
-
-def _name(*children: Child) -> Markup:
-    return element("td", *children, class_="name")
+    return document(title, *sections, _footer(data))
 
 
 def _header(data: ReportData) -> Markup:
@@ -98,7 +57,7 @@ def _header(data: ReportData) -> Markup:
         "h1", clip(str(manifest["source"]["name"])), " ", element("small", f"for {manifest['target']}")
     )  # fmt: skip
     failures = [str(one) for one in manifest.get("failures", ())]
-    bounds = ", ".join(_bound(metric, value) for metric, value in manifest.get("tolerance", {}).items())
+    bounds = ", ".join(bound_text(metric, value) for metric, value in manifest.get("tolerance", {}).items())
     checked = f"run beside its source on {_samples(manifest)}"
     tolerance = f" Tolerance: {bounds}." if bounds else ""
     if not failures:
@@ -109,12 +68,6 @@ def _header(data: ReportData) -> Markup:
         element("p", f"Outside the tolerance: {checked}.{tolerance}", class_="status bad"),
         element("ul", *(element("li", clip(one)) for one in failures[:_NOTES]), class_="failures"),
     )
-
-
-def _bound(metric: str, value: float) -> str:
-    bound = units.percent(value) if metric == "top1" else f"{value:g}{' dB' if metric == 'sqnr' else ''}"
-    sign = "≥" if "at least" in METRICS.get(metric, "") else "≤"
-    return f"{_METRIC_NAMES.get(metric, metric)} {sign} {bound}".replace(" ", _NO_BREAK)
 
 
 def _samples(manifest: Mapping[str, Any]) -> str:
@@ -150,8 +103,27 @@ def _passes(passes: Sequence[PassFacts]) -> Markup | None:
     rows: list[Markup] = []
     for part, group in itertools.groupby(passes[:_NAMES], key=lambda one: one.part):
         rows.append(element("tr", element("td", _PARTS.get(part, part), colspan=4), class_="group"))
-        rows += [_pass_row(one) for one in group]
-    return _section("What was done", _table(("pass", ">changed", ">nodes", ">time"), rows))
+        for idle, neighbours in itertools.groupby(group, key=_idle):
+            some = list(neighbours)
+            rows += [_idle_row(some)] if idle else map(_pass_row, some)
+    return section("What was done", table(("pass", ">changed", ">nodes", ">time"), rows))
+
+
+def _idle(one: PassFacts) -> bool:
+    return not one.changed and not one.notes and one.nodes_before == one.nodes_after
+
+
+def _idle_row(passes: Sequence[PassFacts]) -> Markup:
+    """Return one row for passes, one after another, that had nothing to do."""
+    names = [piece for one in passes for piece in (", ", element("code", clip(one.name, 60)))][1:]
+    return element(
+        "tr",
+        name_cell(*names),
+        number("–", "changed"),
+        number(f"{passes[0].nodes_after:,}", "nodes"),
+        number(units.seconds_text(sum(one.seconds for one in passes)), "time"),
+        class_="idle",
+    )
 
 
 def _pass_row(one: PassFacts) -> Markup:
@@ -162,11 +134,11 @@ def _pass_row(one: PassFacts) -> Markup:
         if one.nodes_before == one.nodes_after
         else f"{one.nodes_before:,} → {one.nodes_after:,}"
     )  # fmt: skip
-    return _row(
-        _name(element("code", clip(one.name, 60)), told),
-        _number(f"{one.changed:,}" if one.changed else "–", "changed"),
-        _number(nodes, "nodes"),
-        _number(units.seconds_text(one.seconds), "time"),
+    return row(
+        name_cell(element("code", clip(one.name, 60)), told),
+        number(f"{one.changed:,}" if one.changed else "–", "changed"),
+        number(nodes, "nodes"),
+        number(units.seconds_text(one.seconds), "time"),
     )
 
 
@@ -180,16 +152,16 @@ def _verification(manifest: Mapping[str, Any]) -> Markup | None:
     columns = ("output", ">SQNR", ">cosine", ">max error", *((">same top-1",) if top1 else ()))
     parts: list[Child] = []
     if rated:
-        parts.append(_table(columns, (_output_row(one, top1=top1) for one in rated[:_OUTPUTS])))
+        parts.append(table(columns, (_output_row(one, top1=top1) for one in rated[:_OUTPUTS])))
     if exact:
         rows = (
-            _row(_name(element("code", clip(one.name))), _number(_share(one.match), "equal"))
+            row(name_cell(element("code", clip(one.name))), number(_share(one.match), "equal"))
             for one in exact[:_OUTPUTS]
         )
-        parts.append(_table(("output of integers", ">equal"), rows))
+        parts.append(table(("output of integers", ">equal"), rows))
     if len(rated) > _OUTPUTS or len(exact) > _OUTPUTS:
         parts.append(_cut(len(verification.outputs)))
-    return _section("Does it still behave?", *parts, _definitions())
+    return section("Does it still behave?", *parts, _definitions())
 
 
 def _output_row(one: OutputFigures, *, top1: bool) -> Markup:
@@ -199,15 +171,15 @@ def _output_row(one: OutputFigures, *, top1: bool) -> Markup:
     elif one.excluded:
         troubles.append(f"{one.excluded:,} values are NaN or infinite on both sides and were left out")
     infinite = one.sqnr_db == float("inf")
-    return _row(
-        _name(
+    return row(
+        name_cell(
             element("code", clip(one.name)),
             *(element("span", clip(text), class_="note wrong" if one.broken else "note") for text in troubles),
         ),
-        _number(units.decibels(None if infinite else one.sqnr_db, exact=infinite), "SQNR"),
-        _number("–" if one.cosine is None else f"{one.cosine:.5f}", "cosine"),
-        _number("–" if one.max_abs_error is None else f"{one.max_abs_error:.3g}", "max error"),
-        *((_number(_share(one.top1_agreement), "same top-1"),) if top1 else ()),
+        number(units.decibels(None if infinite else one.sqnr_db, exact=infinite), "SQNR"),
+        number("–" if one.cosine is None else f"{one.cosine:.5f}", "cosine"),
+        number("–" if one.max_abs_error is None else f"{one.max_abs_error:.3g}", "max error"),
+        *((number(_share(one.top1_agreement), "same top-1"),) if top1 else ()),
     )
 
 
@@ -235,71 +207,6 @@ def _definitions() -> Markup:
     )
 
 
-def _layers(layers: Sequence[TensorError]) -> Markup | None:
-    if not layers:
-        return None
-    rated = [one.sqnr_db for one in layers if one.sqnr_db is not None]
-    parts: list[Child] = []
-    if len(layers) > 2 and rated:
-        parts.append(_profile_figure(layers, rated))
-    broken = [one for one in layers if one.broken]
-    if broken:
-        names = ", ".join(clip(one.name, 60) for one in broken[:_NOTES])
-        parts.append(element("p", f"NaN or infinite values arise in {len(broken)} tensors: {names}.", class_="wrong"))
-    worst = sorted((one for one in layers if _own_error(one)), key=lambda one: one.sqnr_db or 0.0)
-    if worst:
-        largest = _relative(worst[0].sqnr_db or 0.0)
-        parts.append(
-            _table(
-                ("tensor", "", ">error", ">SQNR"), [_layer_row(one, largest) for one in worst[:_LAYERS]], kind="layers"
-            )
-        )
-        parts.append(
-            element(
-                "p",
-                f"The worst of {len(layers):,} tensors that source and result both have, without those that only pass "
-                "an error on. The error is the amplitude of the difference over that of the source; the light part of "
-                "a bar was there already in what the node reads.",
-                class_="note",
-            )
-        )
-    return _section("Where the error arises", *parts)
-
-
-def _own_error(one: TensorError) -> bool:
-    if one.sqnr_db is None or one.exact:
-        return False
-    return one.loss_db is None or abs(one.loss_db) >= _PASSED_ON_DB
-
-
-def _profile_figure(layers: Sequence[TensorError], rated: Sequence[float]) -> Markup:
-    low = 10 * (min(rated) // 10)
-    high = max(10 * -(-max(rated) // 10), low + 10)
-    values = [high if one.sqnr_db is None else one.sqnr_db for one in layers]
-    label = f"SQNR by depth: from {layers[0].name} to {layers[-1].name}, least {min(rated):.1f} dB"
-    marks = (high, (high + low) / 2, low)
-    axis = element("div", *(element("span", f"{at:.0f}", class_="unit") for at in marks), class_="axis")
-    ends = element("span", "first layer"), element("span", "SQNR in dB"), element("span", "last layer")
-    return element("figure", axis, profile(values, low, high, clip(label)), element("figcaption", *ends))
-
-
-def _relative(sqnr_db: float) -> float:
-    return float(10 ** (-sqnr_db / 20))
-
-
-def _layer_row(one: TensorError, largest: float) -> Markup:
-    sqnr = one.sqnr_db or 0.0
-    error = _relative(sqnr)
-    inherited = 0.0 if one.loss_db is None else min(_relative(sqnr + one.loss_db), error)
-    drawing = split_bar([("soft", inherited), ("", error - inherited), ("none", largest - error)])
-    return _row(
-        _name(element("code", clip(one.name, 80)), " ", element("span", one.op_type, class_="unit")),
-        element("td", drawing, class_="drawn"),
-        _number(f"{100 * error:.2g} %" if error < 1 else f"{100 * error:.0f} %", "error"),
-        _number(units.decibels(one.sqnr_db), "SQNR"),
-    )
-
-
 def _weights(weights: Mapping[str, Any] | None) -> Markup | None:
     """Return what the compressed weights hold and take, by scheme."""
     if not weights:
@@ -311,18 +218,18 @@ def _weights(weights: Mapping[str, Any] | None) -> Markup | None:
     total = _weight_row(f"all {len(weights['tensors'])}", weights["tensors"])
     columns = ["scheme", ">weights", ">parameters", ">bits each", ">bits stored", ">bytes"]
     text = "Bits each are those of integers, scales and zero points; stored ones may be wider, as kernels want them."
-    return _section("Compressed weights", _table(columns, [*rows, total]), element("p", text, class_="note"))
+    return section("Compressed weights", table(columns, [*rows, total]), element("p", text, class_="note"))
 
 
 def _weight_row(title: str, members: Sequence[Mapping[str, Any]]) -> Markup:
     parameters, bits, stored = (sum(one[key] for one in members) for key in ("parameters", "information_bits", "bytes"))
-    return _row(
-        _name(element("code", clip(title, 60))),
-        _number(f"{len(members):,}", "weights"),
-        _number(units.count_text(parameters), "parameters"),
-        _number(f"{bits / parameters:.2f}", "bits each"),
-        _number(f"{8 * stored / parameters:.2f}", "bits stored"),
-        _number(units.bytes_text(stored), "bytes"),
+    return row(
+        name_cell(element("code", clip(title, 60))),
+        number(f"{len(members):,}", "weights"),
+        number(units.count_text(parameters), "parameters"),
+        number(f"{bits / parameters:.2f}", "bits each"),
+        number(f"{8 * stored / parameters:.2f}", "bits stored"),
+        number(units.bytes_text(stored), "bytes"),
     )
 
 
@@ -344,7 +251,7 @@ def _kernels(kernels: Mapping[str, Any] | None, stand_in: str = "") -> Markup | 
             element("dd", _counted(counts)),
         )
     ]
-    return _section(
+    return section(
         "What really runs",
         split_bar([(kind, float(sum(counts.values()))) for kind, _, counts in groups]),
         element("dl", *facts, class_="facts"),
@@ -368,7 +275,7 @@ def _left_alone(manifest: Mapping[str, Any]) -> Markup | None:
         parts += [element("h3", "Kernels that stay in float"), *_reasons(floating)]
     if skipped:
         parts += [element("h3", "Nodes that passes left alone") if floating else None, *_reasons(skipped)]
-    return _section("What was left alone, and why", *parts)
+    return section("What was left alone, and why", *parts)
 
 
 def _reasons(entries: Sequence[Mapping[str, str]]) -> list[Markup]:
@@ -414,19 +321,19 @@ def _again(data: ReportData) -> Markup:
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items()),
     }
     files = [
-        _row(
-            _name(element("code", clip(name))),
-            _number(units.bytes_text(entry["bytes"]), "size"),
+        row(
+            name_cell(element("code", clip(name))),
+            number(units.bytes_text(entry["bytes"]), "size"),
             element("td", element("code", str(entry["sha256"])), class_="hash"),
         )
         for name, entry in itertools.islice(manifest["files"].items(), _GROUPS)
     ]
-    return _section(
+    return section(
         "How to do it again",
         element("pre", element("code", data.command), class_="command") if data.command else None,
         element("p", "The same input, options and seed give the same files, byte for byte.", class_="note"),
         element("dl", *(one for key, value in facts.items() for one in _fact(key, value)), class_="facts"),
-        _table(("file", ">size", "SHA-256"), files, kind="files"),
+        table(("file", ">size", "SHA-256"), files, kind="files"),
         recipe,
     )
 

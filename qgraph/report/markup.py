@@ -24,7 +24,8 @@ class Markup(str):
 Child = str | int | float | None
 """What an element may hold; None is nothing."""
 
-_VOID = frozenset({"br", "meta", "rect", "line", "path", "polyline", "polygon"})
+_VOID = frozenset({"br", "meta"})
+_CHILDLESS = frozenset({"circle", "line", "path", "polyline", "polygon", "rect"})
 
 
 def printable(text: str) -> str:
@@ -64,7 +65,9 @@ def element(name: str, /, *children: Child, **attributes: str | float | bool | N
         if value is not None and value is not False
     )
     if name in _VOID:
-        return Markup(f"<{name}{written}>" if name in ("br", "meta") else f"<{name}{written}/>")
+        return Markup(f"<{name}{written}>")
+    if name in _CHILDLESS and not children:
+        return Markup(f"<{name}{written}/>")
     return Markup(f"<{name}{written}>{''.join(_escape(child) for child in children)}</{name}>")
 
 

@@ -6,12 +6,17 @@ import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qgraph.pipeline import Report, Skipped
-from qgraph.report import units
+from qgraph.report import charts, units
 from qgraph.report.data import ReportData, comparisons, deployable_bytes
 from qgraph.report.html import render
+from qgraph.report.ladder import Rung
+from qgraph.report.layers import LayerFacts, Picture
 from qgraph.report.markup import Markup, clip, element, printable
 from qgraph.report.terminal import Table, before_after, before_after_rich, step, step_rich, to_rich, to_text
 from qgraph.runtime.benchmark import Benchmark, Machine, Timing
@@ -69,11 +74,23 @@ def manifest(**changes):
     return {**facts, **changes}
 
 
-LAYERS = (
+TENSORS = (
     TensorError("stem", "stem", "Conv", 40.0, cosine=0.99995),
     TensorError("moved", "moved", "Reshape", 40.0, loss_db=0.0),
     TensorError("gelu_3", "gelu_3", "Gelu", 20.0, loss_db=20.0),
     TensorError("same", "same", "Add", None, exact=True),
+)
+PICTURES = (
+    Picture("gelu_3", "gelu_3", "activation", (0, 5, 90, 5, 1), -1.0, 4.0, -0.5, 3.0, "uint8", 0.0137, beyond=0.0123),
+    Picture("gelu_3", "w3", "weight", (1, 8, 8, 1), -128.0, 127.0, -128.0, 127.0, "int8", None, 64, 0.0),
+    Picture("stem", "stem", "activation", (1, 2), 0.0, 1.0, remark="stays in float"),
+)
+LAYERS = LayerFacts(TENSORS, PICTURES, 4)
+RUNGS = (
+    Rung("the default", "qdq", {"sqnr": 28.0}, 4_000_000, 0.002, 2.5),
+    Rung("bias correction", "qdq,bias-correction", {"sqnr": 29.0}, 4_000_000, 0.0021, 2.4, remark="no gain"),
+    Rung("learned rounding", "adaround,qdq", remark="the worker died twice"),
+    Rung("2 layers in float", "mixed-precision,qdq", {"sqnr": 31.2}, 4_500_000, 0.0025, 2.0, met=True, chosen=True),
 )
 REPORTS = {
     "prepare": Report(
@@ -97,14 +114,14 @@ def data(tmp_path=None, **changes):
         recipe = tmp_path / "recipe.toml"
         recipe.write_text('target = "cpu-int8"\n', encoding="utf-8")
     return ReportData.build(
-        manifest(**changes), BENCH.to_json(), REPORTS, seconds=11.2, recipe=recipe, layers=LAYERS
+        manifest(**changes), BENCH.to_json(), REPORTS, seconds=11.2, recipe=recipe, layers=LAYERS, search=RUNGS
     )  # fmt: skip
 
 
 class Page(HTMLParser):
     """Checks that elements nest, and gathers what a test may ask for."""
 
-    VOID = frozenset({"meta", "br", "rect", "line", "path", "polyline", "polygon"})
+    VOID = frozenset({"meta", "br"})
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
@@ -149,7 +166,8 @@ def test_the_page_needs_nothing_from_outside():
     text = render(data())
     page = Page(text)
     names = {name for _, attributes in page.elements for name in attributes}
-    assert not names & {"src", "href", "srcset", "action", "background", "poster", "data", "xlink:href"}
+    assert {attributes["href"][0] for _, attributes in page.elements if "href" in attributes} == {"#"}
+    assert not names & {"src", "srcset", "action", "background", "poster", "data", "xlink:href"}
     assert not {tag for tag, _ in page.elements} & {
         "script",
         "link",
@@ -185,7 +203,12 @@ def test_names_from_models_cannot_break_out():
         {EVIL: Report(parts=(Report(name=EVIL, notes=(EVIL,)),))},
         seconds=1.0,
         command=EVIL,
-        layers=(*LAYERS, TensorError(EVIL, EVIL, EVIL, 1.0), TensorError(EVIL, EVIL, EVIL, 1.0, broken=2)),
+        layers=LayerFacts(
+            (*TENSORS, TensorError(EVIL, EVIL, EVIL, 1.0), TensorError(EVIL, EVIL, EVIL, 1.0, broken=2)),
+            (Picture(EVIL, EVIL, "weight", (1, 2), 0.0, 1.0, 0.0, 1.0, EVIL, 1.0, remark=EVIL),),
+            1,
+        ),
+        search=(Rung(EVIL, EVIL, {EVIL: 1.0}, 1, 1.0, remark=EVIL), Rung(EVIL, EVIL, {EVIL: 2.0}, 2, 2.0)),
     )
     text = render(page_data)
     page = Page(text)
@@ -207,7 +230,8 @@ def test_the_page_stays_small_and_says_what_it_cuts():
                 skipped=[{"node": name, "reason": f"reason {i % 150}"} for i, name in enumerate(names)],
                 verification={"data": "samples", **VERIFICATION.to_json(), "outputs": outputs},
             ),
-            layers=layers,
+            layers=LayerFacts(layers, tuple(Picture(n, n, "activation", (1,), 0.0, 1.0) for n in names[:8]), 1),
+            search=tuple(Rung(n, n, {"sqnr": 1.0}, 1, 1.0, remark=n) for n in names[:500]),
             recipe="<" * 3_000_000,
         )
     )
@@ -243,12 +267,14 @@ def test_what_failed_stands_at_the_top():
 
 def test_only_layers_that_add_to_the_error_are_listed():
     page = Page(render(data()))
-    shown = page.text[page.text.index("Where the error arises") : page.text.index("What really runs")]
-    assert "gelu_3" in shown
-    assert "stem" in shown
+    shown = page.text[page.text.index("Worst first") : page.text.index("In the order of the graph: all 4 tensors")]
+    assert shown.index("gelu_3") < shown.index("stem")
     assert "moved" not in shown
-    assert "10 %" in shown  # 20 dB
-    assert "1 %" in shown  # 40 dB
+    assert "10.0 %" in shown  # 20 dB
+    assert "1.0 %" in shown  # 40 dB
+    ordered = page.text[page.text.index("In the order of the graph") : page.text.index("The worst tensors")]
+    places = [ordered.index(f" {name} ") for name in ("stem", "moved", "gelu_3", "same")]
+    assert places == sorted(places)
 
 
 def test_colours_can_be_read_on_their_ground_in_both_schemes():
@@ -378,3 +404,94 @@ def test_a_table_as_text_and_for_terminals():
 )
 def test_units(function, value, text):
     assert function(value) == text
+
+
+def drawn(text, kind):
+    """Return the attributes of the elements of a class."""
+    return [attributes for _, attributes in Page(text).elements if kind in (attributes.get("class") or "").split()]
+
+
+def test_a_histogram_is_as_high_as_the_logarithm_and_sets_apart_what_is_cut_off():
+    text = charts.histogram((0, 9, 99, 3, 1), -1.0, 4.0, (0.0, 3.0), "label")
+    inside, outside = ([*re.findall(r"M(\d+) 100v-([\d.]+)h1", one["d"])] for one in drawn(text, "bars"))
+    heights = {int(place): float(height) for place, height in inside}
+    assert heights == {
+        1: pytest.approx(50.0, abs=0.06),
+        2: pytest.approx(100.0),
+        3: pytest.approx(100 * np.log(4) / np.log(100), abs=0.06),
+    }
+    assert [(int(place), float(height)) for place, height in outside] == [(4, pytest.approx(15.1, abs=0.06))]
+    (reach,) = drawn(text, "reach")
+    assert (float(reach["x"]), float(reach["width"])) == (1.0, 3.0)
+
+
+def test_a_histogram_of_nothing():
+    assert "label" in charts.histogram((0, 0), 0.0, 1.0, None, "label")
+
+
+def test_the_profile_tells_every_layer_and_leads_to_it():
+    text = charts.profile([10.0, 40.0, 25.0], 10.0, 40.0, "label", told=["a<b", "b", "c"], links=["t0", "", "t2"])
+    (line,) = drawn(text, "line")
+    assert line["points"] == "0.00,100.0 50.00,0.0 100.00,50.0"
+    assert [one.get("href") for tag, one in Page(text).elements if tag == "a"] == ["#t0", "#t2"]
+    assert "a&lt;b" in text
+
+
+def test_a_long_profile_keeps_the_worst_of_neighbours():
+    values = [40.0] * 3000
+    values[1234] = 3.0
+    text = charts.profile(values, 0.0, 40.0, "label", told=[str(i) for i in range(3000)])
+    assert len(drawn(text, "hit")) == 300
+    assert "<title>1234</title>" in text
+
+
+def test_the_front_is_what_nothing_beats():
+    points = ((3.0, 5.0), (1.0, 1.0), (2.0, 4.0), (2.0, 3.0), (4.0, 5.0), (2.5, 0.0))
+    dots = [charts.Dot(str(i), x, y, "") for i, (x, y) in enumerate(points)]
+    assert [one.text for one in charts.step_front(dots, rising=True)] == ["1", "2", "0"]
+    assert [one.text for one in charts.step_front(dots, rising=False)] == ["1", "5"]
+
+
+def test_dots_lie_where_the_axes_say_with_the_better_end_up():
+    axis = charts.Scale(0.0, 10.0, (0.0, 5.0))
+    dots = [charts.Dot("1", 2.5, 8.0, "told", "chosen", "rung1")]
+    marks = ["0", "5"]
+    for falling, height in ((False, "20.00%"), (True, "80.00%")):
+        text = charts.scatter(dots, (axis, marks), (axis, marks), "label", bound=5.0, falling=falling)
+        (circle,) = (one for tag, one in Page(text).elements if tag == "circle")
+        assert (circle["cx"], circle["cy"]) == ("25.00%", height)
+        assert drawn(text, "bound")[0]["y1"] == "50.00%"
+
+
+@given(st.lists(st.floats(-1e12, 1e12), min_size=1, max_size=6))
+def test_all_values_lie_on_their_axis(values):
+    axis = charts.scale(values)
+    assert axis.low < axis.high
+    assert all(-1e-6 <= axis.place(value) <= 100 + 1e-6 for value in (*values, *axis.marks))
+    assert len(axis.marks) <= 12
+
+
+def test_the_ladder_is_told_as_it_was_climbed():
+    text = render(data())
+    page = Page(text)
+    shown = page.text[page.text.index("How it was found") : page.text.index("What was done")]
+    assert [shown.index(one.name) for one in RUNGS] == sorted(shown.index(one.name) for one in RUNGS)
+    for told in ("28.0 dB", "4.00 MB", "2.00 ms (2.5x)", "the worker died twice", "failed", "not met", "chosen"):
+        assert told in shown, told
+    spots = [attributes.get("class") for attributes in drawn(text, "spot")]
+    assert spots.count("spot chosen") == 2  # against size and against latency
+    assert len(spots) == 6  # what failed has no place
+    ids = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
+    assert {one["href"][1:] for _, one in page.elements if "href" in one} <= ids
+
+
+def test_pictures_tell_range_steps_and_what_is_cut_off():
+    text = Page(render(data())).text
+    assert "uint8, −0.5 to 3 in steps of 0.0137 , 1.2 % cut off" in text
+    assert "int8, −128 to 127 steps, 64 scales, nothing cut off" in text
+    assert "stays in float" in text
+
+
+def test_layers_that_were_not_taken_say_why():
+    page_data = dataclasses.replace(data(), layers=LayerFacts(remark="Not taken: for its size."))
+    assert "Not taken: for its size." in Page(render(page_data)).text
