@@ -55,7 +55,7 @@ def _reduction(factor: Callable[[Call, ir.Value], ir.Value] | None) -> Rule:
 
 def _mean(of: Call) -> dict[int, ir.Value]:
     tape = of.tape
-    share = tape.div(tape.count(of.y, of.g), tape.count(of.x(), of.g))
+    share = tape.share(of.y, of.x(), of.g)
     return {0: tape.expand(tape.mul(_kept(of, of.g), share), of.x())}
 
 
@@ -70,7 +70,7 @@ def _winner(of: Call, y: ir.Value) -> ir.Value:
 
 def _global_average(of: Call) -> dict[int, ir.Value]:
     tape = of.tape
-    share = tape.div(tape.count(of.y, of.g), tape.count(of.x(), of.g))
+    share = tape.share(of.y, of.x(), of.g)
     return {0: tape.expand(tape.mul(of.g, share), of.x())}
 
 

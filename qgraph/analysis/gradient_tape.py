@@ -7,6 +7,7 @@ the model runs are computed by the graph itself.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
@@ -190,13 +191,15 @@ class Tape:
         """Return the size of one axis as a vector of one int64."""
         return self.op("Gather", self.shape(value), self.ints([axis]))
 
-    def count(self, value: ir.Value, like: ir.Value) -> ir.Value:
-        """Return the number of elements of `value`, a scalar of the type of `like`."""
-        sizes = self.sizes(value)
-        if sizes is not None:
-            return self.number(float(np.prod(sizes, dtype=np.float64)), like)
-        total = self.op("Size", value, dtype=ir.DataType.INT64)
-        return self.op("Cast", total, dtype=self.dtype(like), to=int(self.dtype(like)))
+    def share(self, part: ir.Value, whole: ir.Value, like: ir.Value) -> ir.Value:
+        """Return how many elements `part` has for each of `whole`, a scalar of the type of `like`."""
+        sizes = self.sizes(part), self.sizes(whole)
+        if sizes[0] is not None and sizes[1] is not None:
+            return self.number(math.prod(sizes[0]) / max(1, math.prod(sizes[1])), like)
+        counts = [self.op("Size", value, dtype=ir.DataType.INT64) for value in (part, whole)]
+        single = ir.DataType.FLOAT
+        reals = [self.op("Cast", count, dtype=single, to=int(single)) for count in counts]
+        return self.op("Cast", self.div(*reals), dtype=self.dtype(like), to=int(self.dtype(like)))
 
     def joined(self, *parts: ir.Value) -> ir.Value:
         """Return vectors one after the other."""

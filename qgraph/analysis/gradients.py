@@ -40,6 +40,8 @@ FIRST_OPSET = 16
 RULES: Mapping[str, Rule] = {**CONVOLUTIONS, **ELEMENTWISE, **LAYERS, **MOVES, **REDUCTIONS}
 """Operator -> what its cotangents make of those of its inputs."""
 
+_SETTINGS: Mapping[str, Sequence[int]] = {"Dropout": (1, 2), "Resize": (1, 2)}
+"""Operator -> inputs that are real numbers and say what to do, rather than what to do it with."""
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
 
@@ -204,7 +206,8 @@ class _Backward:
         cotangents = [self._total(value) if value in self._active else None for value in node.outputs]
         if all(one is None for one in cotangents):
             return
-        wanted = frozenset(index for index, value in enumerate(node.inputs) if value in self._active)
+        settings = _SETTINGS.get(node.op_type, ())
+        wanted = frozenset(i for i, value in enumerate(node.inputs) if value in self._active and i not in settings)
         reason = self._reason(node)
         if reason is None:
             try:
@@ -232,7 +235,8 @@ class _Backward:
 
 def _read(node: ir.Node) -> list[ir.Value]:
     """Return what a node reads, what its subgraphs take from outside included."""
-    found = [value for value in node.inputs if value is not None]
+    settings = _SETTINGS.get(node.op_type, ())
+    found = [value for index, value in enumerate(node.inputs) if value is not None and index not in settings]
     for graph in qgraph.ir.inner_graphs(node):
         inside = [*graph.all_nodes()]
         found += [value for inner in inside for value in inner.inputs if value is not None]
