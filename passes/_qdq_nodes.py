@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
+from qgraph.analysis.compressed_weights import NAME_KEY, SCHEME_KEY, format_scheme
 from qgraph.analysis.integer_plan import IntegerPlan
 from qgraph.analysis.integer_rules import CONSTANT_FORMS, Kind, data_inputs, output_axis
 from qgraph.numerics.quantize import (
@@ -20,6 +21,7 @@ from qgraph.numerics.quantize import (
     weight_scale_for_bias,
 )
 from qgraph.numerics.schemes import Scheme
+from qgraph.numerics.weights import WeightScheme
 from qgraph.passes._qdq_values import QuantizedValues, Schemes
 from qgraph.passes._weight_options import chosen_bits
 
@@ -29,6 +31,7 @@ _LAZY_ABOVE = 1 << 20
 """Weights of more elements are quantized when the file is written."""
 _HUGE = 1e30
 _FOUR, _EIGHT = 4, 8
+_FOUR_BITS = WeightScheme("int", _FOUR, 0, symmetric=True)
 
 
 def rewrite(
@@ -185,6 +188,9 @@ class _Rewriter:
 
         name = weight.name or "weight"
         value = self._values.constant(name, _stored(weight, integers, dtype), parameters, axis if scale.ndim else None)
+        node = value.producer()
+        if scheme.bits == _FOUR and scale.ndim and node is not None:
+            node.metadata_props.update({SCHEME_KEY: format_scheme(_FOUR_BITS), NAME_KEY: name})
         return value, parameters.scale
 
     def _rounded_weight(

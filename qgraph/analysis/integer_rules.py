@@ -162,6 +162,8 @@ def _rounded_weight(node: ir.Node, rounded: ir.Node) -> str | None:
         return "its weight has its scales along the inputs, which the integer kernel cannot follow"
     if scale.dtype != ir.DataType.FLOAT:
         return "the scales of its weight are not float32"
+    if np.any(np.asarray(qgraph.ir.constant(scale)) <= 0):
+        return "its weight has scales that are not positive, which its bias cannot follow"
     if node.op_type == "Gemm" and node.attributes.get_float("alpha", 1.0) != 1.0:
         return "its weight was rounded before, and it has an alpha"
     return None
