@@ -37,8 +37,8 @@ _DRIFT_DAMPING = 0.001
 _DRIFT_DAMPING_BY_INPUTS = 0.1
 """Shares of the mean diagonal that keep the making up for drift to what the samples show: the least, and one that grows
 with the inputs for each row that was seen, since few rows can be fitted by many weights."""
-_PATCHES = 32768
-_PATCHES_PER_INPUT = 32
+_PATCHES = 8192
+_PATCHES_PER_INPUT = 64
 """Patches that a convolution's moments are taken from: the least of all samples together, and for each input."""
 
 Produce = Callable[[], QuantizedWeight]

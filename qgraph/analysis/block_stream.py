@@ -23,6 +23,7 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.blocks import Segment, segments
 from qgraph.analysis.linear_layers import LinearLayer
+from qgraph.analysis.segment_cuts import divided
 from qgraph.analysis.segment_runs import CarriedValues, SegmentRun
 from qgraph.errors import UserError
 from qgraph.pipeline import Context
@@ -109,6 +110,9 @@ class BlockStream:
         self._originals = originals
         self._chain = segments(model, context).chain
         wanted = [layer for layer in layers if layer.kind != "embedding"]
+        if sequential == "layer" and any(_is_convolution(layer) for layer in wanted):
+            nodes = {layer.node for layer in wanted}
+            self._chain = [piece for segment in self._chain for piece in divided(segment, nodes)]
         self._stages = [self._staged(segment, wanted, sequential) for segment in self._chain]
         self._changes: dict[ir.Value, np.ndarray] = {}
         self._last = {value: index for index, segment in enumerate(self._chain) for value in segment.reads}

@@ -10,7 +10,6 @@ turned around; here the patch is turned around instead, so that the weight keeps
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,18 +60,25 @@ class Window:
             x: float [n, C, ...].
             positions: as from `positions`, of the same shape.
         """
-        axes = tuple(range(2, x.ndim))
-        extents = [(size - 1) * step + 1 for size, step in zip(self.kernel, self.dilations, strict=True)]
-        windows = np.lib.stride_tricks.sliding_window_view(self._padded(x), extents, axis=axes)
-        # The steps between outputs come with the positions.
-        windows = windows[_every(self.dilations)]
+        padded = self._padded(x)
+        channels, sizes = padded.shape[1], padded.shape[2:]
+        # With the channels last, an element of the kernel takes whole rows of them.
+        rows = np.ascontiguousarray(np.moveaxis(padded, 1, -1), np.float32).reshape(-1, channels)
         strides = (1,) * len(self.kernel) if self.transposed else self.strides
-        places = [place * step for place, step in zip(positions[1:], strides, strict=True)]
-        patches = np.asarray(windows[_of_samples(positions[0], places)])
-        if self.transposed:
-            patches = np.flip(patches, tuple(range(2, patches.ndim)))
-        parts = patches.reshape(len(patches), self.groups, -1).astype(np.float32, copy=False)
-        return np.ascontiguousarray(parts.transpose(1, 0, 2))
+        steps = [int(np.prod(sizes[axis + 1 :])) for axis in range(len(sizes))]
+        start = positions[0] * int(np.prod(sizes))
+        for place, stride, step in zip(positions[1:], strides, steps, strict=True):
+            start = start + place * (stride * step)
+        elements = math.prod(self.kernel)
+        patches = np.empty((self.groups, len(start), channels // self.groups, elements), np.float32)
+        for number, element in enumerate(np.ndindex(self.kernel)):
+            offset = sum(
+                one * dilation * step for one, dilation, step in zip(element, self.dilations, steps, strict=True)
+            )
+            taken = rows[start + offset].reshape(len(start), self.groups, -1)
+            # The kernel of a transposed one is turned around.
+            patches[..., elements - 1 - number if self.transposed else number] = taken.transpose(1, 0, 2)
+        return patches.reshape(self.groups, len(start), -1)
 
     def outputs(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
         """Return the size of the output along each axis."""
@@ -116,8 +122,3 @@ class Window:
 def _every(steps: tuple[int, ...]) -> Any:
     """Return an index that takes every `steps`-th element along the last axes."""
     return (..., *(slice(None, None, step) for step in steps))
-
-
-def _of_samples(samples: np.ndarray, places: Sequence[np.ndarray]) -> Any:
-    """Return an index that takes all channels at the places of samples."""
-    return (samples, slice(None), *places)
