@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 import qgraph
+from qgraph.cli_compare import compare
 from qgraph.cli_options import PATH, Common, data_options, memory, output_options, pass_common, run_options
 from qgraph.cli_options import shapes as read_shapes
 from qgraph.errors import ToleranceError, nearest
@@ -248,6 +249,9 @@ def inspect(common: Common, model: Path) -> int:
             display.line()
     common.print_json(result.to_json())
     return 0
+
+
+commands.add_command(compare)
 
 
 @commands.command()

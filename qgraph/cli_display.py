@@ -7,20 +7,35 @@ import sys
 import time
 from typing import TYPE_CHECKING, Self
 
-from qgraph.report.terminal import STEP_WIDTH, before_after_rich, step, step_rich, to_rich, to_text
+from qgraph.report.terminal import (
+    STEP_WIDTH,
+    before_after_rich,
+    left_text,
+    progress_text,
+    rung_text,
+    seconds_left,
+    step,
+    step_rich,
+    to_rich,
+    to_text,
+)
 from qgraph.report.units import seconds_text
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress, ProgressColumn, Task, TaskID
+    from rich.text import Text
 
     from qgraph.artifact import Artifact
     from qgraph.compiler import Event
+    from qgraph.report.ladder import Rung
     from qgraph.report.terminal import Table
 
 __all__ = ["Display", "Live", "open_display"]
 
 _BAR = 20
+_EVERY = 10.0
+"""Seconds between two lines on a step that goes on."""
 
 
 def open_display(*, quiet: bool) -> Display:
@@ -39,7 +54,9 @@ class Display:
         self._opened = time.perf_counter()
         self._running = ""
         self._count = ""
-        self._since = 0.0
+        self._done = 0
+        self._since = self._told = 0.0
+        self._rungs = 0
 
     def __enter__(self) -> Self:
         return self
@@ -62,6 +79,11 @@ class Display:
         if event.stage != "write":  # the closing line says where
             self.step(event.stage, event.text)
 
+    def rung(self, rung: Rung) -> None:
+        """Show a candidate of a search, as soon as it is known what became of it."""
+        self._rungs += 1
+        self.step(f"search {self._rungs}", rung_text(rung))
+
     def table(self, table: Table) -> None:
         """Show a table, which takes the place of the step that led to it."""
         self.close()
@@ -81,10 +103,18 @@ class Display:
 
     def progress(self, step: str, done: int, total: int) -> None:
         """Show how far a step is; when another begins, one line stays."""
-        if step != self._running:
-            self._end_progress()
-            self._running, self._since = step, time.perf_counter()
-        self._count = f"{done}/{total}"
+        now = time.perf_counter()
+        if step != self._running or done < self._done:
+            self._end_progress(superseded_by=step)
+            self._running, self._since, self._told = step, now, now
+        self._count, self._done = f"{done}/{total}", done
+        if now - self._told >= _EVERY and done < total:
+            self._told = now
+            self._go_on(step, progress_text(now - self._since, done, total))
+
+    def _go_on(self, name: str, text: str) -> None:
+        """Tell that a long step goes on."""
+        self._write(step(name, text))
 
     def close(self) -> None:
         """End what still runs."""
@@ -156,6 +186,9 @@ class Live(Display):
         self._stop_bars()
         super()._end_progress(superseded_by)
 
+    def _go_on(self, name: str, text: str) -> None:
+        del name, text  # the bar tells
+
     def _stop_bars(self) -> None:
         if self._bars is not None:
             self._bars.stop()
@@ -180,7 +213,6 @@ def _bars(console: Console) -> Progress:
         Progress,
         TextColumn,
         TimeElapsedColumn,
-        TimeRemainingColumn,
     )
 
     return Progress(
@@ -188,8 +220,35 @@ def _bars(console: Console) -> Progress:
         BarColumn(_BAR),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("left"),
+        _time_left(),
         console=console,
         transient=True,
     )
+
+
+def _time_left() -> ProgressColumn:
+    """Return a column with the time left: that of all done so far, for units may take longer than anybody waits."""
+    from rich.progress import ProgressColumn
+    from rich.text import Text
+
+    class TimeLeft(ProgressColumn):
+        """The time left, counted down between two units."""
+
+        max_refresh = 0.5
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._ends: dict[tuple[TaskID, float], float] = {}
+
+        def render(self, task: Task) -> Text:
+            elapsed = task.elapsed or 0.0
+            key = (task.id, task.completed)
+            if key not in self._ends:
+                left = seconds_left(elapsed, int(task.completed), int(task.total or 0))
+                if left is None:
+                    return Text("")
+                self._ends = {key: elapsed + left}
+            left = max(self._ends[key] - elapsed, 0.0)
+            return Text(left_text(left) if left else "", style="dim")
+
+    return TimeLeft()

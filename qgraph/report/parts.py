@@ -5,15 +5,13 @@ from __future__ import annotations
 import importlib.resources
 from collections.abc import Iterable, Sequence
 
-from qgraph.report import units
 from qgraph.report.markup import Child, Markup, element, join
+from qgraph.report.units import METRIC_NAMES, metric_text
 from qgraph.runtime.tolerances import at_least
 
 __all__ = [
-    "METRIC_NAMES",
     "bound_text",
     "document",
-    "metric_text",
     "name_cell",
     "number",
     "row",
@@ -21,13 +19,6 @@ __all__ = [
     "table",
 ]
 
-METRIC_NAMES = {
-    "sqnr": "SQNR",
-    "max_abs": "max error",
-    "top1": "top-1 loss",
-    "eval": "loss of --eval",
-    "eval_share": "loss of --eval",
-}
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _NO_BREAK = "\u00a0"
 
@@ -83,10 +74,3 @@ def bound_text(metric: str, value: float) -> str:
     sign = "≥" if at_least(metric) else "≤"
     shown = f"{value:g} dB" if metric == "sqnr" else metric_text(metric, value)
     return f"{METRIC_NAMES.get(metric, metric)} {sign} {shown}".replace(" ", _NO_BREAK)
-
-
-def metric_text(metric: str, value: float) -> str:
-    """Return a metric's value with its unit."""
-    if metric in ("top1", "eval_share"):
-        return units.percent(value)
-    return units.decibels(value) if metric == "sqnr" else f"{value:.5g}"

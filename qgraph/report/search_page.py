@@ -10,7 +10,8 @@ from qgraph.report.charts import Dot, Scale, scale, scatter, step_front
 from qgraph.report.data import ReportData
 from qgraph.report.ladder import Rung
 from qgraph.report.markup import Markup, clip, element
-from qgraph.report.parts import METRIC_NAMES, metric_text, name_cell, number, section, table
+from qgraph.report.parts import name_cell, number, section, table
+from qgraph.report.units import METRIC_NAMES, metric_text
 from qgraph.runtime.tolerances import at_least
 
 __all__ = ["front_figure", "leading_metric", "rung_state", "search_section"]

@@ -11,14 +11,30 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qgraph.report.data import Comparison, comparisons
+from qgraph.report.ladder import Rung
+from qgraph.report.units import METRIC_NAMES, bytes_text, metric_text, ratio_text, seconds_text
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-__all__ = ["Table", "before_after", "before_after_rich", "safe", "step", "step_rich", "to_rich", "to_text"]
+__all__ = [
+    "Table",
+    "before_after",
+    "before_after_rich",
+    "left_text",
+    "progress_text",
+    "rung_text",
+    "safe",
+    "seconds_left",
+    "step",
+    "step_rich",
+    "to_rich",
+    "to_text",
+]
 
 STEP_WIDTH = 17
+_RUNG_WIDTH = 28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +75,48 @@ def step_rich(name: str, text: str) -> Text:
     line = Text(step(name, text))
     line.stylize("bold", 0, len(safe(name)))
     return line
+
+
+def seconds_left(elapsed: float, done: int, total: int) -> float | None:
+    """Return how long a step will still take if it goes on as it went so far, or None where nothing tells.
+
+    Args:
+        elapsed: seconds since it began.
+        done: units that are done.
+        total: units in all.
+    """
+    return elapsed / done * (total - done) if 0 < done <= total else None
+
+
+def left_text(seconds: float) -> str:
+    """Return 53 s left, or 2 min 5 s left."""
+    whole = max(round(seconds), 1)
+    return f"{whole} s left" if whole < 100 else f"{seconds_text(whole)} left"
+
+
+def progress_text(elapsed: float, done: int, total: int) -> str:
+    """Return how far a step is, such as "12/38   32 %   1 min 20 s, about 2 min 53 s left"."""
+    left = seconds_left(elapsed, done, total)
+    share = f"   {100 * done / total:.0f} %" if total > 0 else ""
+    rest = f", about {left_text(left)}" if left else ""
+    return f"{done}/{total}{share}   {seconds_text(elapsed)}{rest}"
+
+
+def rung_text(rung: Rung) -> str:
+    """Return a candidate of a search in one line: name, what was measured, size, speed, and what became of it.
+
+    The columns of candidates with the same metrics stand below one another.
+    """
+    measured = "   ".join(
+        f"{METRIC_NAMES.get(metric, metric)} {metric_text(metric, value):>7}" for metric, value in rung.figures.items()
+    )
+    size = "" if rung.bytes is None else bytes_text(rung.bytes)
+    speed = "" if rung.speedup is None else ratio_text(rung.speedup)
+    state = "met" if rung.met else "not met" if rung.figures else "failed"
+    parts = [f"{rung.name:<{_RUNG_WIDTH}}", *([measured] if measured else []), f"{size:>8}", f"{speed:>5}", state]
+    kept = "   chosen" if rung.chosen else ""
+    told = f"   {rung.remark}" if rung.remark else ""
+    return f"{'   '.join(parts)}{kept}{told}".rstrip()
 
 
 def to_text(table: Table) -> str:

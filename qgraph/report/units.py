@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
-__all__ = ["bytes_text", "count_text", "decibels", "percent", "ratio_text", "seconds_text"]
+__all__ = [
+    "METRIC_NAMES",
+    "bytes_text",
+    "count_text",
+    "decibels",
+    "metric_text",
+    "percent",
+    "ratio_text",
+    "seconds_text",
+]
+
+METRIC_NAMES = {
+    "sqnr": "SQNR",
+    "max_abs": "max error",
+    "top1": "top-1 loss",
+    "eval": "loss of --eval",
+    "eval_share": "loss of --eval",
+}
 
 
 def bytes_text(count: float) -> str:
@@ -54,3 +71,10 @@ def decibels(value: float | None, *, exact: bool = False) -> str:
     if exact:
         return "exact"
     return "–" if value is None else f"{value:.1f} dB"
+
+
+def metric_text(metric: str, value: float) -> str:
+    """Return a metric's value with its unit."""
+    if metric in ("top1", "eval_share"):
+        return percent(value)
+    return decibels(value) if metric == "sqnr" else f"{value:.5g}"

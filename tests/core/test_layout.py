@@ -35,8 +35,8 @@ LAYERS = (
     ("stages",),
     ("compiler",),
     ("catalog", "evaluation"),
-    ("verbs", "doctor"),
-    ("cli", "cli_commands", "cli_display", "cli_options", "cli_pages", "__main__"),
+    ("verbs", "doctor", "comparison"),
+    ("cli", "cli_commands", "cli_compare", "cli_display", "cli_options", "cli_pages", "__main__"),
 )
 """From the bottom up: a module imports from layers below its own, and from its own component."""
 HEAVY = {"onnxruntime", "torch", "tvm", "coremltools", "tokenizers", "PIL", "sklearn"}
