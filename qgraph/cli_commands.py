@@ -14,7 +14,7 @@ import qgraph
 from qgraph.cli_compare import compare
 from qgraph.cli_options import PATH, Common, data_options, memory, output_options, pass_common, run_options
 from qgraph.cli_options import shapes as read_shapes
-from qgraph.errors import ToleranceError, nearest
+from qgraph.errors import SearchInterrupted, ToleranceError, nearest
 
 if TYPE_CHECKING:
     from qgraph.registry import Kind
@@ -61,7 +61,21 @@ def commands() -> None:
 @click.option("--passes", metavar="TEXT", help="Replace the compress part: 'pass{option=value},pass'.")
 @click.option("--recipe", metavar="FILE.toml", type=PATH, help="Replace the parts of the pipeline that a recipe names.")
 @click.option("--set", "settings", metavar="PASS.OPTION=VALUE", multiple=True, help="Set one option; repeatable.")
-@click.option("--tolerance", metavar="METRIC=VALUE", multiple=True, help="Bound on sqnr, cosine, max_abs or top1.")
+@click.option(
+    "--tolerance",
+    metavar="METRIC=VALUE",
+    multiple=True,
+    help="Bound on sqnr, cosine, max_abs, top1 or eval, searched for if need be.",
+)
+@click.option(
+    "--eval", "evaluation", metavar="MODULE:FUNCTION", help="Your measure: session -> number, higher is better."
+)
+@click.option(
+    "--budget", metavar="size=8MB|latency=0.5x", multiple=True, help="Search for the most accurate within it."
+)
+@click.option(
+    "--executor", metavar="NAME", default="", help="Where a search runs: processes [default] or ray://HOST:PORT."
+)
 @click.option("--tune", is_flag=True, help="Time candidates on this machine, and keep the choice as the recipe.")
 @click.option("--resume", is_flag=True, help="Go on from the layers that a run which was stopped has finished.")
 @run_options
@@ -82,14 +96,17 @@ def compile_command(
     recipe: Path | None,
     settings: tuple[str, ...],
     tolerance: tuple[str, ...],
+    evaluation: str | None,
+    budget: tuple[str, ...],
+    executor: str,
     tune: bool,
     resume: bool,
 ) -> int:
     """Compile MODEL.onnx for a target into a verified artifact."""
     from qgraph.compiler import compile as compile_model
-    from qgraph.runtime.verification import parse_tolerance
+    from qgraph.runtime.tolerances import parse_budget, parse_tolerance
 
-    failure: ToleranceError | None = None
+    failure: ToleranceError | SearchInterrupted | None = None
     with common.display() as display:
         try:
             artifact = compile_model(
@@ -102,14 +119,18 @@ def compile_command(
                 recipe=recipe,
                 settings=settings,
                 tolerance=dict(map(parse_tolerance, tolerance)),
+                evaluation=evaluation,
+                budget=dict(map(parse_budget, budget)),
+                executor=executor,
                 shapes=shapes,
                 context=common.context(display, calib_memory),
                 force=force,
                 tune=tune,
                 resume=resume,
                 observer=display.event,
+                on_rung=display.rung,
             )
-        except ToleranceError as error:
+        except (ToleranceError, SearchInterrupted) as error:
             artifact, failure = error.result, error
         display.artifact(artifact)
     common.print_json(artifact.to_json())
@@ -157,6 +178,9 @@ def run(
 @click.option("--data", "source", metavar="X.npz", help="Samples, as for --calib [default: random].")
 @click.option("--source", "model", metavar="MODEL.onnx", type=PATH, help="The source [default: beside the artifact].")
 @click.option("--tolerance", metavar="METRIC=VALUE", multiple=True, help="Replace the bounds it was compiled with.")
+@click.option(
+    "--eval", "evaluation", metavar="MODULE:FUNCTION", help="Your measure: session -> number, higher is better."
+)
 @data_options
 @run_options
 @output_options
@@ -168,6 +192,7 @@ def verify(
     source: str | None,
     model: Path | None,
     tolerance: tuple[str, ...],
+    evaluation: str | None,
 ) -> int:
     """Prove again that an artifact matches its source."""
     from qgraph import compiler
@@ -182,6 +207,7 @@ def verify(
                 source=model,
                 data=common.optional_data(source),
                 tolerance=dict(map(parse_tolerance, tolerance)) if tolerance else None,
+                evaluation=evaluation,
                 context=common.context(display),
             )
         except ToleranceError as error:
@@ -249,9 +275,6 @@ def inspect(common: Common, model: Path) -> int:
             display.line()
     common.print_json(result.to_json())
     return 0
-
-
-commands.add_command(compare)
 
 
 @commands.command()
@@ -431,3 +454,6 @@ def doctor(common: Common) -> int:
             display.line()
     common.print_json(result.to_json())
     return 0
+
+
+commands.add_command(compare)

@@ -165,7 +165,7 @@ def run_options(function: F) -> F:
             metavar="N",
             type=click.IntRange(min=0),
             default=0,
-            help="Threads [default: the runtime's choice].",
+            help="Cores to use: threads, or candidates of a search at once [default: all].",
         ),
     )
 

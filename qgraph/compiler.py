@@ -22,15 +22,18 @@ import qgraph.ir
 from qgraph import building, registry
 from qgraph.analysis.index_limits import index_limits
 from qgraph.artifact import Artifact, open_artifact, refuse_existing, staging
-from qgraph.errors import ToleranceError, UserError
+from qgraph.errors import SearchInterrupted, ToleranceError, UserError
 from qgraph.pipeline import Context, Feeds, Pipeline
-from qgraph.plan import Plan, override, parse_settings, refuse_unused
+from qgraph.plan import Override, Plan, override, parse_settings, refuse_unused
+from qgraph.report.ladder import Rung
 from qgraph.runtime.session import input_signature, open_session, random_feeds
 from qgraph.runtime.user_metric import UserMetric
 from qgraph.runtime.verification import Verification
 from qgraph.runtime.verification import verify as verify_sessions
 from qgraph.samples import signature
-from qgraph.stages import RANDOM_SAMPLES, Data, Event, Run, source_facts, told
+from qgraph.search import Search, Searched, can_climb
+from qgraph.search_executors import parse_executor
+from qgraph.stages import RANDOM_SAMPLES, Bounds, Data, Event, Run, source_facts, told
 from qgraph.targets.base import Session, Target
 from qgraph.work_folder import work_folder
 
@@ -54,12 +57,15 @@ def compile(  # noqa: A001 - the name that users look for
     settings: Sequence[str] = (),
     tolerance: Mapping[str, float] | None = None,
     evaluation: str | Callable[[Session], float] | None = None,
+    budget: Mapping[str, float] | None = None,
+    executor: str = "",
     shapes: Mapping[str, Sequence[int]] | None = None,
     context: Context | None = None,
     force: bool = False,
     tune: bool = False,
     resume: bool = False,
     observer: Callable[[Event], None] | None = None,
+    on_rung: Callable[[Rung], None] | None = None,
 ) -> Artifact:
     """Compile a model for a target, verify the result against the source and write the artifact.
 
@@ -72,19 +78,26 @@ def compile(  # noqa: A001 - the name that users look for
         passes: replaces the target's compress part.
         recipe: a recipe file that replaces the parts it names.
         settings: "pass.option=value" texts that override single options, in any part.
-        tolerance: metric -> bound, such as {"sqnr": 30.0, "top1": 0.005}.
+        tolerance: metric -> bound, such as {"sqnr": 30.0, "top1": 0.005}. Where the target's first pipeline does not
+            meet them, better ones are searched for (see `qgraph.search`); a recipe is taken as it is.
         evaluation: a measure of one's own, for the tolerance `eval`: a function of a session that returns a number,
             higher being better, or its name as module:function (see `qgraph.runtime.user_metric`).
+        budget: "size" -> bytes of the deployable files, "latency" -> share of the source's: the most accurate result
+            within them is searched for.
+        executor: where the search makes candidates: "" for processes of this machine, as many at once as
+            `context.threads` says, or the address of a Ray cluster, `ray://HOST:PORT` or `ray://local`.
         shapes: input -> dimensions, to fix dynamic axes.
         context: seed, threads, memory bound and progress; calibration is filled in here.
         force: replace an artifact that stands at `output`.
         tune: let the target time candidates on this machine; the choice is in the artifact's recipe.
         resume: go on from the layers that a run which was stopped has finished, in `output` + '.work'.
         observer: called when each stage ends.
+        on_rung: called with each candidate of a search when it is decided on.
 
     Raises:
         UserError: the input, the data or an option is at fault; nothing is left behind.
-        ToleranceError: compiled, but outside `tolerance`; the artifact is kept, marked unverified.
+        ToleranceError: compiled, but outside `tolerance` or `budget`; the artifact is kept, marked unverified.
+        SearchInterrupted: Ctrl-C came after the first candidate was complete; the best one is kept.
     """
     source_path = None if isinstance(model, ir.Model) else Path(model)
     chosen = registry.find("target", target)() if isinstance(target, str) else target
@@ -92,9 +105,10 @@ def compile(  # noqa: A001 - the name that users look for
     refuse_existing(folder, force=force, source=source_path)
     plan = Plan.of(passes, recipe)
     overrides = parse_settings(settings)
-    tolerance = dict(tolerance or {})
+    bounds = Bounds(dict(tolerance or {}), dict(budget or {}))
+    address = parse_executor(executor)
     run = Run(chosen, context or Context(), observer or _ignore, source_path)
-    run.metric = _metric(evaluation, tolerance)
+    run.metric = _metric(evaluation, bounds.tolerance)
     with (
         staging(folder, force=force) as stage,
         _scratch_source(model, run) as source,
@@ -102,40 +116,58 @@ def compile(  # noqa: A001 - the name that users look for
     ):
         run.context = dataclasses.replace(run.context, work_folder=run.context.work_folder or work, _analyses={})
         prepared = run.load(source, shapes or {}, calibration, verify_data)
-        if tolerance:
+        if bounds:
             run.open_source(source)
-            run.refuse_unmeasurable(tolerance)
-        prepare = override(plan.prepare if plan.prepare is not None else chosen.prepare_passes(), overrides)
-        run.prepare(prepared, prepare)
-        compress = plan.compress
-        if compress is None:
-            compress = chosen.compress_passes(prepared, run.context)
-            compress = chosen.tune(prepared, run.context, compress) if tune else compress
-        compress = override(compress, overrides)
-        lower = override(plan.lower if plan.lower is not None else chosen.lower_passes(), overrides)
-        refuse_unused(overrides, (prepare, compress, lower))
-
-        report = compress.run(prepared, context=run.context, after_pass=lambda one: run.event(one.name, told(one)))
-        built = building.write(prepared, chosen, run.context, report, lower, stage)
-        run.event("lower", built.told())
-        if run.before is None:
-            run.open_source(source)
-        after, verification = run.verify(stage)
-        failures = verification.meets(tolerance)
-        plan = Plan(prepare, compress, lower)
-        manifest = run.finish(stage, plan, built, after, verification, {"tolerance": tolerance}, failures)
-        run.publish(stage, manifest, built)
+            run.refuse_unmeasurable(bounds.tolerance)
+        plan = _filled(plan, run, prepared, overrides, tune=tune)
+        if bounds and recipe is None and not run.sliced and can_climb(chosen, plan):
+            run.record_source()
+            search = Search(run, prepared, plan, bounds, overrides, executor=address, observer=on_rung or _ignore)
+            result = search.into(stage, work)
+        else:
+            result = _straight(run, prepared, plan, stage)
+            if run.before is None:
+                run.open_source(source)
+        manifest = run.finish(stage, result.plan, result.built, bounds, result.tested)
+        run.publish(stage, manifest, result.built, result.rungs)
     run.event("write", f"{folder}")
     artifact = Artifact(folder, manifest)
-    if failures:
+    if result.interrupted:
+        raise SearchInterrupted(artifact)
+    if manifest["failures"]:
         raise ToleranceError(
-            f"{folder} is outside the tolerance: {'; '.join(failures)}. It is kept, marked unverified.",
+            f"{folder} is outside the tolerance: {'; '.join(manifest['failures'])}. {result.tried}"
+            "It is kept, marked unverified.",
             artifact,
         )
     return artifact
 
 
-def _ignore(event: Event) -> None:
+def _filled(plan: Plan, run: Run, model: ir.Model, overrides: Sequence[Override], *, tune: bool) -> Plan:
+    """Prepare the model, and return the plan with all three parts."""
+    target = run.target
+    prepare = override(plan.prepare if plan.prepare is not None else target.prepare_passes(), overrides)
+    run.prepare(model, prepare)
+    compress = plan.compress
+    if compress is None:
+        compress = target.compress_passes(model, run.context)
+        compress = target.tune(model, run.context, compress) if tune else compress
+    compress = override(compress, overrides)
+    lower = override(plan.lower if plan.lower is not None else target.lower_passes(), overrides)
+    refuse_unused(overrides, (prepare, compress, lower))
+    return Plan(prepare, compress, lower)
+
+
+def _straight(run: Run, model: ir.Model, plan: Plan, stage: Path) -> Searched:
+    """Build what the plan says, and nothing else."""
+    compress, lower = plan.compress or Pipeline(), plan.lower or Pipeline()
+    report = compress.run(model, context=run.context, after_pass=lambda one: run.event(one.name, told(one)))
+    built = building.write(model, run.target, run.context, report, lower, stage)
+    run.event("lower", built.told())
+    return Searched(plan, built)
+
+
+def _ignore(event: object) -> None:
     del event
 
 

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["ToleranceError", "UserError", "nearest"]
+__all__ = ["SearchInterrupted", "ToleranceError", "UserError", "nearest"]
 
 
 class UserError(Exception):
@@ -23,6 +23,18 @@ class ToleranceError(UserError):
 
     def __init__(self, message: str, result: Any = None) -> None:
         super().__init__(message)
+        self.result = result
+
+
+class SearchInterrupted(KeyboardInterrupt):
+    """Ctrl-C ended a search that had complete candidates: the best of them was kept.
+
+    Attributes:
+        result: its artifact.
+    """
+
+    def __init__(self, result: Any) -> None:
+        super().__init__("interrupted")
         self.result = result
 
 

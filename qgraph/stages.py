@@ -42,7 +42,7 @@ from qgraph.runtime.verification import verify as verify_sessions
 from qgraph.samples import open_samples, signature, split
 from qgraph.targets.base import Kernels, Session, Target
 
-__all__ = ["RANDOM_SAMPLES", "Data", "Event", "Run", "source_facts", "told"]
+__all__ = ["RANDOM_SAMPLES", "Bounds", "Data", "Event", "Run", "bytes_of", "source_facts", "told"]
 
 HELD_BACK = 0.2
 RANDOM_SAMPLES = 4
@@ -54,6 +54,8 @@ _SLICE = 16
 """... of this part of it."""
 _RECORDED = 4
 """The source's outputs are kept up to this part of that memory."""
+_NOISE = 1.05
+"""How many times longer than its budget a result may take: timings repeat within a few per cent."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +106,44 @@ class Data:
             rename=self.rename,
             window=self.window,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What the user wants.
+
+    Attributes:
+        tolerance: metric -> bound, as in `qgraph.runtime.tolerances.METRICS`.
+        budget: `size` -> bytes, `latency` -> share of the source's.
+    """
+
+    tolerance: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    budget: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.tolerance or self.budget)
+
+    def over_budget(self, size: int, speedup: float | None, *, noise: float = 1.0) -> list[str]:
+        """Return which budgets a result breaks, one line each.
+
+        Args:
+            size: bytes of its files.
+            speedup: of the source's latency over its own; None where it cannot be timed.
+            noise: how many times longer than the budget says it may take, since timings do not repeat.
+        """
+        failures = []
+        if "size" in self.budget and size > self.budget["size"]:
+            failures.append(f"{bytes_text(size)} are more than the budget of {bytes_text(int(self.budget['size']))}")
+        if "latency" in self.budget and speedup is None:
+            failures.append("latency cannot be measured here, so its budget proves nothing")
+        elif "latency" in self.budget and speedup is not None and 1 / speedup > noise * self.budget["latency"]:
+            failures.append(f"it takes {1 / speedup:.2f} of the source's time, more than {self.budget['latency']:g}x")
+        return failures
+
+
+def bytes_of(folder: Path) -> int:
+    """Return the bytes of the deployable files in a folder that holds nothing else."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 class Run:
@@ -216,7 +256,8 @@ class Run:
             feeds = next(iter(self.samples))
             refuse_unmeasurable(bounds, self.before, feeds, labelled=self.labels is not None)
 
-    def _open_result(self, folder: Path) -> Session:
+    def open_result(self, folder: Path) -> Session:
+        """Open a result's files, in slices where both it and the source have too many weights."""
         room = self.context.calibration_memory
         result = folder / "model.onnx"
         if self.sliced and result.is_file():
@@ -233,7 +274,7 @@ class Run:
 
     def verify(self, folder: Path, *, quiet: bool = False) -> tuple[Session, Verification]:
         """Run source and result on the verification samples."""
-        after = self._open_result(folder)
+        after = self.open_result(folder)
         verification = verify_sessions(
             self.before, after, self.samples, labels=self.labels, progress=None if quiet else self.context.progress
         )
@@ -251,28 +292,32 @@ class Run:
         return compare({"before": source, **sessions}, feeds, seconds=seconds, threads=self.context.threads)
 
     def finish(
-        self,
-        folder: Path,
-        plan: Plan,
-        built: Built,
-        after: Session,
-        verification: Verification,
-        bounds: Mapping[str, Mapping[str, float]],
-        failures: Sequence[str],
+        self, folder: Path, plan: Plan, built: Built, bounds: Bounds, tested: tuple[Session, Verification] | None = None
     ) -> dict[str, Any]:
-        """Time the result beside the source, write recipe and manifest, and return the manifest."""
+        """Verify the result, time it beside the source, write recipe and manifest, and return the manifest.
+
+        Args:
+            folder: holds the deployable files, and nothing else.
+            plan: all three parts.
+            built: what was done.
+            bounds: what the user wants.
+            tested: what `verify` gave, where that was done.
+        """
+        after, verification = tested if tested is not None else self.verify(folder)
         stand_in = self.target.stand_in()
         where = f"   on {stand_in}" if stand_in else ""
         where += "   in slices, for its size; not timed" if self.sliced else ""
-        agreement = verification.agreement_told() if "top1" in bounds["tolerance"] else ""
+        agreement = verification.agreement_told() if "top1" in bounds.tolerance else ""
         self.event("verify", f"{verification.samples} {self.data_kind}   {verification.summary()}{agreement}{where}")
-        sliced_too = isinstance(after, SlicedSession)
-        kernels = None if sliced_too else self.target.kernels(folder)
+        kernels = None if isinstance(after, SlicedSession) else self.target.kernels(folder)
         self.bench = self.time({"after": after})
+        speedup = None if self.bench is None else self.bench.ratio("before", "after")
+        failures = verification.meets(bounds.tolerance)
+        failures += bounds.over_budget(bytes_of(folder), speedup, noise=_NOISE)
         (folder / "recipe.toml").write_text(recipe_text(self.target, plan), encoding="utf-8")
         manifest = write_manifest(folder, self._facts(plan, built, kernels, verification, bounds, failures))
-        if self.bench is not None:
-            self.event("bench", f"{self.bench.ratio('before', 'after'):.2f}x the speed of the source")
+        if speedup is not None:
+            self.event("bench", f"{speedup:.2f}x the speed of the source")
         return manifest
 
     def _facts(
@@ -281,7 +326,7 @@ class Run:
         built: Built,
         kernels: Kernels | None,
         verification: Verification,
-        bounds: Mapping[str, Mapping[str, float]],
+        bounds: Bounds,
         failures: Sequence[str],
     ) -> dict[str, Any]:
         reports = {"prepare": self.prepared, "compress": built.compress, "lower": built.lower}
@@ -312,7 +357,8 @@ class Run:
             "kernels": None if kernels is None else _kernels_json(kernels),
             "stand_in": self.target.stand_in(),
             "verification": {"data": self.data_kind, **verification.to_json()},
-            **{name: dict(values) for name, values in bounds.items() if values or name == "tolerance"},
+            "tolerance": dict(bounds.tolerance),
+            **({"budget": dict(bounds.budget)} if bounds.budget else {}),
             "failures": list(failures),
             "verified": not failures,
         }

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.pipeline import Context, Pipeline, Skipped
 
-__all__ = ["Kernels", "Session", "Target"]
+__all__ = ["Kernels", "Session", "Step", "Target"]
 
 
 class Session(Protocol):
@@ -55,6 +55,25 @@ def _counted(kernels: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {op}" for op, count in sorted(kernels.items())) or "nothing"
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Something that may bring a compressed model nearer to its source: a rung of the ladder that a search climbs.
+
+    Attributes:
+        name: in few words, such as "bias correction".
+        ways: changes of the compress part, of which the best is kept if it helps. Each is written in one of the forms
+
+                qdq.method=mse                     an option of a pass that is there
+                equalize < qdq                     a pass before the first one of that name
+                bias-correction{method=full} > qdq the same behind it
+
+            A pass that is there already is put anew where it stands. A change that finds no such pass is left out.
+    """
+
+    name: str
+    ways: tuple[str, ...]
+
+
 class Target(abc.ABC):
     """A device, a runtime and a precision. Derive a frozen dataclass without required fields."""
 
@@ -91,6 +110,15 @@ class Target(abc.ABC):
         """
         del model, context
         return default
+
+    def ladder(self, compress: Pipeline) -> Sequence[Step]:
+        """Return what a search may try on the compress part to meet a tolerance, the cheapest first.
+
+        What comes last, higher precision for the worst nodes, every search tries where there is a `qdq`; the default
+        is nothing else. Must depend on nothing but `compress`.
+        """
+        del compress
+        return ()
 
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return the nodes of a lowered model that will not run on this target, each with its reason."""

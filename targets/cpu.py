@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -38,7 +38,7 @@ from qgraph.passes.qdq import FLOAT_KEY
 from qgraph.pipeline import Context, Feeds, Pass, Pipeline, Skipped
 from qgraph.runtime.benchmark import compare
 from qgraph.runtime.session import input_signature, open_session, random_feeds
-from qgraph.targets.base import Kernels, Session, Target
+from qgraph.targets.base import Kernels, Session, Step, Target
 from qgraph.targets.cpu_costs import better_in_float, graph_cost, kernel_cost
 
 __all__ = ["CpuFp32", "CpuInt8", "Product"]
@@ -47,6 +47,17 @@ _PREPARE = (
     "inline-functions,lift-constants,convert-opset{version=21},fold-constants,remove-identity,fold-batch-norm,"
     "deduplicate-initializers,merge-duplicates,remove-unused"
 )
+_LADDER: Mapping[str, tuple[str, ...]] = {
+    "activation ranges": ("qdq.method=percentile", "qdq.method=mse", "qdq.method=entropy"),
+    "equalization": ("equalize < qdq",),
+    "smoothing": ("smooth-quant < qdq",),
+    "bias correction": ("bias-correction{{method=fast}} > qdq", "bias-correction{{method=full}} > qdq"),
+    "learned rounding": (
+        "gptq{{bits={bits},group=0,symmetric=true,min_elements=0,ops=[Conv,Gemm,MatMul]}} < qdq",
+        "adaround{{bits={bits}}} < qdq",
+    ),
+}
+"""What a search tries, the cheapest first; none of it costs time when the model runs."""
 _STATIC_FORM = "matmul-add-to-gemm,average-pool-to-conv,align-channels"
 _PADDED_FORM = "matmul-add-to-gemm,average-pool-to-conv,align-channels{inputs=true}"
 _FASTER = "float is faster here, by the target's table of kernel costs"
@@ -216,6 +227,14 @@ class CpuInt8(_OnnxRuntimeCpu):
     def lower_passes(self) -> Pipeline:
         """Keep the runtime from quantizing what was left in float, and clean up."""
         return Pipeline.parse("guard-float,widen-weights,remove-unused")
+
+    def ladder(self, compress: Pipeline) -> Sequence[Step]:
+        """Return what brings static integers nearer to float at the same speed, and smoothing for dynamic ones."""
+        static = next((one for one in compress if one.name == "qdq"), None)
+        if static is None:
+            return [Step("smoothing", ("smooth-quant < dynamic-int8",))] if len(compress) else []
+        bits = 4 if getattr(static, "weights", "int8") == "int4" else 8
+        return [Step(name, tuple(way.format(bits=bits) for way in ways)) for name, ways in _LADDER.items()]
 
     def tune(self, model: ir.Model, context: Context, default: Pipeline) -> Pipeline:
         """Return the fastest of the default, all static, all dynamic and all float, timed here in turn."""

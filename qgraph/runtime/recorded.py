@@ -9,7 +9,7 @@ import numpy as np
 
 from qgraph.targets.base import Session
 
-__all__ = ["Recorded"]
+__all__ = ["Recorded", "replay"]
 
 
 class Recorded:
@@ -37,6 +37,10 @@ class Recorded:
         """Return the outputs as the session describes them."""
         return list(self.session.get_outputs())  # type: ignore[attr-defined]
 
+    def keep(self, outputs: list[list[Any]]) -> None:
+        """Take outputs as recorded, whatever room they need."""
+        self._kept = outputs
+
     def restart(self) -> None:
         """Begin a round."""
         self._place = 0
@@ -60,3 +64,18 @@ class Recorded:
 
 def _bytes(value: Any) -> int:
     return int(value.nbytes) if isinstance(value, np.ndarray) else 1 << 10
+
+
+def replay(outputs: list[list[Any]]) -> Recorded:
+    """Return a session that gives these outputs, one list a sample, in every round."""
+    recorded = Recorded(_Nothing(), len(outputs), 0)
+    recorded.keep(outputs)
+    return recorded
+
+
+class _Nothing:
+    """A session of which everything has been recorded."""
+
+    def run(self, output_names: Sequence[str] | None, feeds: Mapping[str, np.ndarray]) -> list[Any]:
+        del output_names, feeds
+        raise AssertionError("every output is recorded")

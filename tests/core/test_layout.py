@@ -33,13 +33,16 @@ LAYERS = (
     ("artifact",),
     ("plan", "building"),
     ("stages",),
+    ("search_edits", "search_ranking", "search_workshop"),
+    ("search_executors",),
+    ("search",),
     ("compiler",),
     ("catalog", "evaluation"),
     ("verbs", "doctor", "comparison"),
     ("cli", "cli_commands", "cli_compare", "cli_display", "cli_options", "cli_pages", "__main__"),
 )
 """From the bottom up: a module imports from layers below its own, and from its own component."""
-HEAVY = {"onnxruntime", "torch", "tvm", "coremltools", "tokenizers", "PIL", "sklearn"}
+HEAVY = {"onnxruntime", "torch", "tvm", "coremltools", "tokenizers", "PIL", "sklearn", "ray"}
 ARRAYS_ONLY = {"numpy", "scipy", "ml_dtypes"}
 
 

@@ -1,0 +1,537 @@
+"""The search: from the cheapest pipeline up a ladder of better ones, until the user's bounds are met.
+
+    as the target does it -> ranges -> equalization -> bias correction -> learned rounding -> worst nodes precise
+
+Each step of the target's ladder (`Target.ladder`) has one way or several; the best stays if it helps. Then the nodes
+that hurt most keep a higher precision: 1, 2, 4, 8 ... of them, and as few as hold in the end. The first candidate that
+meets all bounds ends the climb; if that is the very first, nothing else was tried.
+
+What is decided on which data:
+
+    whether a step helps           the tuning samples: by at least `_LEAST_GAIN` dB of the worst output's SQNR. These
+                                   are the held-back part of the calibration data where the user gave verification data
+                                   of its own, and calibration samples otherwise
+    whether the bounds are met     the verification data, which decide nothing else: so what is proven in the end was
+                                   not chosen on the data that prove it, but for when to stop
+    which of several is taken      time, measured at the end with all of them and the source in turn; within 5 % the
+                                   smaller one, then the earlier one
+
+With `--budget`, the ladder runs the other way: every step that helps is taken, then as many nodes as fit are kept in
+float, or, where 8 bits are too many, as many as fit keep 8 bits among weights of 4.
+
+The result is a pipeline, made once more on its own: its recipe repeats the choice without the search, to the byte.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qgraph import registry
+from qgraph.building import Built
+from qgraph.errors import UserError
+from qgraph.pipeline import Pipeline, Report, Samples
+from qgraph.plan import Override, Plan, override
+from qgraph.report.ladder import Rung
+from qgraph.runtime.recorded import Recorded
+from qgraph.runtime.tolerances import at_least
+from qgraph.runtime.verification import Verification
+from qgraph.samples import SampleSet
+from qgraph.search_edits import changed, keep_precise, way_name
+from qgraph.search_executors import Executor, Here, Processes, Ray, in_order, portable
+from qgraph.search_ranking import worst_nodes
+from qgraph.search_workshop import Job, Made, Workplace, Workshop
+from qgraph.stages import Bounds, Run, bytes_of, told
+from qgraph.targets.base import Session, Step, Target
+from qgraph.work_folder import SCRATCH
+
+__all__ = ["Candidate", "Search", "Searched", "can_climb"]
+
+_LEAST_GAIN = 0.1
+_TUNING = 64
+"""Tuning samples, at most."""
+_SAME_SPEED = 1.05
+_TIMED = 8
+"""Candidates that are timed beside one another at the end, at most."""
+_SECONDS = 0.15
+"""For timing one of them."""
+_WORTH_PROCESSES = 2.0
+"""Seconds that a candidate must take for processes to be started without being asked for."""
+_MOST_PROCESSES = 8
+_RECORDED = 4
+_NAMED = 3
+
+
+@dataclasses.dataclass
+class Candidate:
+    """A pipeline that was tried.
+
+    Attributes:
+        name: what it adds.
+        compress: the compress part.
+        made: what came out.
+        bytes: of its files.
+        verification: on the verification data; None for candidates that are no nearer to the source than others.
+        failures: what it lies outside of.
+        speedup: of the source, where it was timed.
+        seconds: median latency, where it was timed.
+        remark: why it was left out.
+    """
+
+    name: str
+    compress: Pipeline
+    made: Made
+    bytes: int = 0
+    verification: Verification | None = None
+    failures: Sequence[str] = ()
+    speedup: float | None = None
+    seconds: float | None = None
+    remark: str = ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether it was verified."""
+        return self.verification is not None
+
+    @property
+    def met(self) -> bool:
+        """Whether it is complete and within all bounds."""
+        return self.complete and not self.failures
+
+    def rung(self, bounds: Bounds, *, chosen: bool = False) -> Rung:
+        """Return its row of the ladder."""
+        figures = {}
+        if self.verification is not None:
+            for metric in dict.fromkeys(("sqnr", *bounds.tolerance)):
+                figure = self.verification.figure(metric)
+                if figure is not None and math.isfinite(figure):
+                    figures[metric] = figure
+        return Rung(
+            name=self.name,
+            pipeline=self.compress.describe(),
+            figures=figures,
+            bytes=self.bytes or None,
+            seconds=self.seconds,
+            speedup=self.speedup,
+            met=self.met,
+            chosen=chosen,
+            remark=self.remark,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Searched:
+    """What a compilation has built, with a search or without.
+
+    Attributes:
+        plan: all three parts, as they were chosen.
+        built: what was done.
+        tested: session and figures, where it was verified already.
+        rungs: the ladder; empty without a search.
+        tried: what was tried, for a search that did not meet the bounds; ends in a space, or is ''.
+        interrupted: whether Ctrl-C ended the search.
+    """
+
+    plan: Plan
+    built: Built
+    tested: tuple[Session, Verification] | None = None
+    rungs: Sequence[Rung] = ()
+    tried: str = ""
+    interrupted: bool = False
+
+
+def can_climb(target: Target, plan: Plan) -> bool:
+    """Tell whether there is anything to try beyond the plan."""
+    compress = plan.compress or Pipeline()
+    return bool(target.ladder(compress)) or any(one.name == "qdq" for one in compress)
+
+
+class Search:
+    """One search.
+
+    Args:
+        run: the compilation; its source is open and recorded.
+        model: the prepared model.
+        plan: all three parts, to begin with.
+        bounds: what the user wants.
+        overrides: the user's settings, which no step changes.
+        executor: address of a Ray cluster, or None.
+        observer: called with each rung as it is decided.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        model: ir.Model,
+        plan: Plan,
+        bounds: Bounds,
+        overrides: Sequence[Override],
+        *,
+        executor: str | None,
+        observer: Callable[[Rung], None],
+    ) -> None:
+        self._run = run
+        self._bounds = bounds
+        self._overrides = overrides
+        self._plan = plan
+        self._scratch = Path()
+        self._address = executor
+        self._observer = observer
+        tuning = _tuning(run)
+        source = run.before.session if isinstance(run.before, Recorded) else run.before
+        recorded = Recorded(source, len(tuning), run.context.calibration_memory // _RECORDED)
+        self._place = Workplace(model, run.target, plan.lower or Pipeline(), run.context, tuning, recorded)
+        self._shop = Workshop(self._place)
+        self._executor: Executor | None = None
+        self._known: set[Pipeline] = set()
+        self._folders = 0
+        self.candidates: list[Candidate] = []
+        self.worst: list[str] = []
+        self.interrupted = False
+
+    # --- the climb ----------------------------------------------------------------------------------------------------
+
+    def into(self, stage: Path, work: Path) -> Searched:
+        """Search, and put the files of what was chosen into `stage`.
+
+        Args:
+            stage: an empty folder.
+            work: folder in which the candidates' files can be while it lasts.
+        """
+        work.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=work) as scratch:
+            self._scratch = Path(scratch)
+            chosen = self._climb(self._plan.compress or Pipeline())
+            assert chosen.made.built is not None
+            plan, built = dataclasses.replace(self._plan, compress=chosen.compress), chosen.made.built
+            if chosen is self.candidates[0] or self.interrupted:
+                for path in chosen.made.folder.iterdir():
+                    shutil.move(path, stage / path.name)
+            else:
+                built = self._once_more(chosen, stage)
+        if chosen is self.candidates[0] and chosen.verification is not None:
+            tested = self._run.open_result(stage), chosen.verification
+        else:
+            tested = self._run.verify(stage, quiet=True)
+        rungs = [one.rung(self._bounds, chosen=one is chosen) for one in self.candidates]
+        return Searched(plan, built, tested, rungs, self._tried(), self.interrupted)
+
+    def _once_more(self, chosen: Candidate, stage: Path) -> Built:
+        """Build what was chosen as its recipe would, with nothing that other candidates have found out."""
+        built, context = Workshop(self._place).build(chosen.compress, stage)
+        self._run.context.reference = context.reference
+        self._run.event("build", f"{chosen.name}   {built.told()}")
+        return built
+
+    def _climb(self, compress: Pipeline) -> Candidate:
+        """Return the candidate to take: the fastest that meets all bounds, or the nearest to them."""
+        first = self._first(compress)
+        try:
+            if self._bounds.budget:
+                self._fill_budget(first)
+            elif not first.met:
+                self._meet_tolerance(first)
+            return self._choose()
+        except KeyboardInterrupt:
+            self.interrupted = True
+            return self._best(self.candidates)
+        finally:
+            if self._executor is not None:
+                self._executor.close()
+
+    def _tried(self) -> str:
+        """Return in one line what was tried and how far it got."""
+        steps = [f"{one.name}{f' ({one.remark})' if one.remark else ''}" for one in self.candidates[1:]]
+        parts = [f"Tried: {', '.join(steps)}. "] if steps else []
+        if self.worst:
+            parts.append(f"Worst: {', '.join(repr(name) for name in self.worst[:_NAMED])}. ")
+        return "".join(parts)
+
+    def _first(self, compress: Pipeline) -> Candidate:
+        """Make the first candidate as a compilation without a search would."""
+        run = self._run
+
+        def after(report: Report) -> None:
+            run.event(report.name, told(report))
+
+        folder = self._scratch / "first"
+        built, context = self._shop.build(compress, folder, told=after)
+        self._shop.quiet()
+        run.event("lower", built.told())
+        run.context.reference = context.reference
+        first = Candidate("as the target does it", compress, Made(folder, built), bytes_of(folder))
+        self._known.add(compress)
+        self.candidates.append(first)
+        self._complete(first, quiet=False)
+        self._tell(first)
+        return first
+
+    def _meet_tolerance(self, first: Candidate) -> None:
+        base = self._steps(first, self._run.target.ladder(first.compress), until_met=True)
+        if base.met:
+            return
+        for to in ("int8", "float") if _four_bits(base.compress) else ("float",):
+            nodes = self._rank(base)
+            base = self._precise(base, nodes, to)
+            if base.met:
+                return
+
+    def _steps(self, base: Candidate, ladder: Sequence[Step], *, until_met: bool) -> Candidate:
+        """Take every step that helps, and return where that leads."""
+        for step in ladder:
+            best = base
+            tried = []
+            for one in self._made(self._ways(base, step)):
+                tried.append(one)
+                if one.made.closeness > max(best.made.closeness, self._closeness(base) + _LEAST_GAIN):
+                    best = one
+            if best is not base:
+                self._complete(best)
+            for one in tried:
+                if one is not best and not one.made.error:
+                    self._leave(one, base)
+                self._tell(one)
+            base = best
+            if until_met and base.met:
+                break
+        return base
+
+    def _leave(self, one: Candidate, base: Candidate) -> None:
+        """Drop a candidate that is not nearer to the source than another."""
+        gain = one.made.closeness - self._closeness(base)
+        helps = gain > _LEAST_GAIN
+        one.remark = f"{gain:+.1f} dB{', less than its alternative' if helps else ''}" if math.isfinite(gain) else ""
+        shutil.rmtree(one.made.folder, ignore_errors=True)
+
+    def _ways(self, base: Candidate, step: Step) -> Iterator[tuple[str, Pipeline]]:
+        for way in step.ways:
+            if " " in way and way.partition(" ")[0].partition("{")[0] not in registry.names("pass"):
+                continue
+            pipeline = changed(base.compress, way)
+            pipeline = None if pipeline is None else override(pipeline, self._overrides)
+            if pipeline is not None and pipeline not in self._known:
+                yield way_name(step.name, way, step.ways), pipeline
+
+    def _precise(self, base: Candidate, nodes: Sequence[str], to: str) -> Candidate:
+        """Give the worst nodes a higher precision: ever more of them until the bounds are met, then as few as hold."""
+
+        def of(count: int) -> tuple[str, Pipeline]:
+            what = "8 bits" if to == "int8" else "float"
+            name = f"{count} layer{'s' if count > 1 else ''} in {what}"
+            return name, keep_precise(base.compress, nodes[:count], to)
+
+        counts = [*(1 << power for power in range(len(nodes).bit_length()) if 1 << power < len(nodes)), len(nodes)]
+        failing, best, holding = 0, base, 0
+        for count, one in zip(counts, self._made(map(of, counts if nodes else [])), strict=False):
+            self._complete(one)
+            self._tell(one)
+            best = one if one.complete else best
+            if one.met:
+                holding = count
+                break
+            failing = count
+        while holding - failing > 1:
+            middle = (holding + failing) // 2
+            (one,) = self._made([of(middle)])
+            self._complete(one)
+            self._tell(one)
+            if one.met:
+                holding, best = middle, one
+            else:
+                failing = middle
+        return best
+
+    # --- with a budget ------------------------------------------------------------------------------------------------
+
+    def _fill_budget(self, first: Candidate) -> None:
+        base = self._steps(first, self._run.target.ladder(first.compress), until_met=False)
+        if "qdq" not in [one.name for one in base.compress]:
+            return
+        if not self._broken(base):
+            self._most(base, "float")
+            return
+        four = changed(base.compress, "qdq.weights=int4")
+        if four is None:
+            return
+        (small,) = self._made([("weights of 4 bits", override(four, self._overrides))])
+        self._complete(small)
+        self._tell(small)
+        if small.made.error or self._broken(small):
+            return
+        small = self._steps(small, self._run.target.ladder(small.compress), until_met=False)
+        self._most(small, "int8")
+
+    def _most(self, base: Candidate, to: str) -> None:
+        """Give as many nodes a higher precision as the budget allows, the worst first."""
+        nodes = self._rank(base)
+        holding, breaking = 0, len(nodes) + 1
+        while breaking - holding > 1:
+            count = (holding + breaking) // 2 if breaking <= len(nodes) else len(nodes)
+            what = "8 bits" if to == "int8" else "float"
+            name = f"{count} layer{'s' if count > 1 else ''} in {what}"
+            (one,) = self._made([(name, keep_precise(base.compress, nodes[:count], to))])
+            self._complete(one)
+            self._tell(one)
+            if one.made.error or self._broken(one):
+                breaking = count
+            else:
+                holding = count
+
+    def _broken(self, one: Candidate) -> list[str]:
+        return self._bounds.over_budget(one.bytes, one.speedup)
+
+    # --- candidates ---------------------------------------------------------------------------------------------------
+
+    def _made(self, wanted: Sequence[tuple[str, Pipeline]] | Iterator[tuple[str, Pipeline]]) -> Iterator[Candidate]:
+        """Make candidates, several at once where there are workers, and yield them in order."""
+        executor = self._started()
+        names: dict[Path, tuple[str, Pipeline]] = {}
+
+        def jobs() -> Iterator[Job]:
+            for name, pipeline in wanted:
+                self._folders += 1
+                folder = self._scratch / str(self._folders)
+                names[folder] = name, pipeline
+                yield Job(name, pipeline, folder, dict(self._shop.ranges.known))
+
+        for job, made in in_order(executor, jobs()):
+            self._shop.ranges.update(made.ranges)
+            name, pipeline = names[job.folder]
+            self._known.add(pipeline)
+            candidate = Candidate(name, pipeline, made, bytes_of(made.folder) if made.built else 0, remark=made.error)
+            self.candidates.append(candidate)
+            yield candidate
+
+    def _started(self) -> Executor:
+        if self._executor is not None:
+            return self._executor
+        threads = self._run.context.threads
+        folder = self._scratch / "shared"
+        workers = threads or min(_MOST_PROCESSES, _cores())
+        movable = portable(self._place, self.candidates[0].compress)
+        if self._address is not None:
+            if not movable:
+                raise UserError(f"--executor {self._address}: passes or a target given as objects cannot travel")
+            self._executor = Ray(self._place, self._address, workers=threads, folder=folder)
+        elif workers < 2 or not movable or (not threads and self._seconds() < _WORTH_PROCESSES):
+            self._executor = Here(self._shop)
+        else:
+            self._executor = Processes(self._place, workers, threads=1, folder=folder)
+        return self._executor
+
+    def _seconds(self) -> float:
+        built = self.candidates[0].made.built
+        return built.compress.seconds + built.lower.seconds if built is not None else 0.0
+
+    def _closeness(self, one: Candidate) -> float:
+        """Return how near a candidate is on the tuning samples; of the first one this is not known beforehand."""
+        if one.made.closeness == -math.inf and one.made.built is not None and one is self.candidates[0]:
+            one.made = dataclasses.replace(one.made, closeness=self._shop.compare(one.made.folder))
+        return one.made.closeness
+
+    def _complete(self, one: Candidate, *, quiet: bool = True) -> None:
+        """Verify a candidate, and time it where a budget wants it."""
+        if one.made.error:
+            return
+        session, verification = self._run.verify(one.made.folder, quiet=quiet)
+        if "latency" in self._bounds.budget:
+            timed = self._run.time({"after": session})
+            if timed is not None:
+                one.speedup, one.seconds = timed.ratio("before", "after"), timed["after"].seconds
+        failures = [*verification.meets(self._bounds.tolerance), *self._bounds.over_budget(one.bytes, one.speedup)]
+        one.failures, one.verification = failures, verification
+
+    def _tell(self, one: Candidate) -> None:
+        self._observer(one.rung(self._bounds))
+
+    def _rank(self, base: Candidate) -> list[str]:
+        _, context, _ = self._shop.compress(base.compress)
+        self.worst = worst_nodes(context, base.made.folder, self._place.tuning)
+        return self.worst
+
+    # --- the choice ---------------------------------------------------------------------------------------------------
+
+    def _choose(self) -> Candidate:
+        complete = [one for one in self.candidates if one.complete]
+        if self._executor is not None:
+            self._executor.close()  # nothing else may run while candidates are timed
+            self._executor = None
+        if len(complete) == 1:
+            return complete[0]
+        self._time(complete)
+        met = [one for one in complete if one.met]
+        if self._bounds.budget:
+            return max(met, key=lambda one: self._closeness(one)) if met else self._best(complete)
+        if not met:
+            return self._best(complete)
+        fastest = min(one.seconds or math.inf for one in met)
+        ties = [one for one in met if (one.seconds or math.inf) <= _SAME_SPEED * fastest]
+        return min(ties or met, key=lambda one: (one.bytes, self.candidates.index(one)))
+
+    def _time(self, complete: Sequence[Candidate]) -> None:
+        """Time the candidates beside one another: those within the bounds, then the others, the last first."""
+        ordered = sorted(complete, key=lambda one: (not one.met, -self.candidates.index(one)))[:_TIMED]
+        sessions = {str(number): self._run.open_result(one.made.folder) for number, one in enumerate(ordered)}
+        timed = self._run.time(sessions, seconds=_SECONDS * (len(sessions) + 1))
+        if timed is None:
+            return
+        for number, one in enumerate(ordered):
+            one.seconds, one.speedup = timed[str(number)].seconds, timed.ratio("before", str(number))
+
+    def _best(self, candidates: Sequence[Candidate]) -> Candidate:
+        """Return the complete candidate that is nearest to the bounds; of equals the earlier one."""
+        return min((one for one in candidates if one.complete), key=self._distance)
+
+    def _distance(self, one: Candidate) -> float:
+        assert one.verification is not None
+        size = self._bounds.budget.get("size", math.inf)
+        latency = self._bounds.budget.get("latency", math.inf)
+        distance = max(0.0, one.bytes / size - 1) + max(0.0, 1 / (one.speedup or 1.0) / latency - 1)
+        if any(output.broken for output in one.verification.outputs):
+            return math.inf
+        for metric, bound in self._bounds.tolerance.items():
+            figure = one.verification.figure(metric)
+            if figure is None:
+                distance += 1.0
+            else:
+                distance += _miss(metric, figure, bound)
+        return distance
+
+
+def _miss(metric: str, figure: float, bound: float) -> float:
+    """Return by how much a figure lies outside its bound, in units of the bound."""
+    if metric == "cosine":
+        return max(0.0, (bound - figure) / max(1 - bound, 1e-6))
+    if at_least(metric):
+        return max(0.0, (bound - figure) / max(abs(bound), 1.0))
+    return max(0.0, (figure - bound) / max(bound, 1e-3))
+
+
+def _four_bits(pipeline: Pipeline) -> bool:
+    return any(getattr(one, "weights", None) == "int4" or getattr(one, "bits", 8) <= 4 for one in pipeline)
+
+
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+def _tuning(run: Run) -> Samples:
+    """Return the samples that candidates are compared on."""
+    apart = run.held_back is not None and run.given is not run.held_back
+    samples = run.held_back if apart else run.context.calibration
+    if samples is None:
+        return run.samples
+    if len(samples) <= _TUNING:
+        return samples
+    places = [(2 * number + 1) * len(samples) // (2 * _TUNING) for number in range(_TUNING)]
+    if isinstance(samples, SampleSet):
+        return SampleSet(samples.source, tuple(samples.indices[place] for place in places))
+    return [feeds for number, feeds in enumerate(samples) if number in set(places)]

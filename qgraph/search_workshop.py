@@ -1,0 +1,303 @@
+"""Where the candidates of a search are made: what they share is made once.
+
+    prepared model --> [pass, pass, ...] --> lower --> files --> runs on the tuning samples
+                   shared by candidates that begin alike      compared with the source's outputs
+
+Candidates are pipelines over the same prepared model. States of the model behind common beginnings are kept, and so are
+the ranges of activations, by the passes that have changed a value before they were taken: a mark on a node, or another
+set of nodes to quantize, does not make them wrong. A workshop pickles as its `Workplace`, so that workers have their
+own; ranges travel between them with jobs and results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from qgraph import building
+from qgraph.analysis.calibration import Calibration, Range, calibrate
+from qgraph.building import Built
+from qgraph.errors import UserError
+from qgraph.numerics.schemes import UINT8, Scheme
+from qgraph.pipeline import Context, Pass, PassError, Pipeline, Report, Samples
+from qgraph.runtime.verification import Verification, verify
+from qgraph.targets.base import Session, Target
+
+__all__ = ["Job", "Made", "Ranges", "Workplace", "Workshop", "closeness"]
+
+_STATES = 6
+"""States of the model that are kept; they share their weights."""
+_MARKS_ONLY = frozenset({"mixed-precision"})
+"""Passes that change no value."""
+
+RangeKey = tuple[Any, ...]
+
+
+class Ranges:
+    """Ranges of activations by what they depend on: the passes before, the method, the scheme, the tensor."""
+
+    def __init__(self) -> None:
+        self.known: dict[RangeKey, Range | str] = {}
+        self.fresh: dict[RangeKey, Range | str] = {}
+
+    def update(self, others: Mapping[RangeKey, Range | str]) -> None:
+        """Take over what another workshop has found."""
+        self.known.update(others)
+
+    def take_fresh(self) -> dict[RangeKey, Range | str]:
+        """Return what was found since the last call."""
+        fresh, self.fresh = self.fresh, {}
+        return fresh
+
+    def calibrate(
+        self,
+        state: tuple[str, ...],
+        model: ir.Model,
+        context: Context,
+        tensors: tuple[str, ...],
+        method: str = "minmax",
+        scheme: Scheme = UINT8,
+        per_channel: tuple[tuple[str, int], ...] = (),
+    ) -> Calibration:
+        """Return what `qgraph.analysis.calibration.calibrate` does, running the model for unknown tensors only."""
+        axes = dict(per_channel)
+        keys = {name: (state, method, scheme, name, axes.get(name)) for name in dict.fromkeys((*tensors, *axes))}
+        missing = tuple(name for name, key in keys.items() if key not in self.known)
+        if missing:
+            wanted = tuple((name, axis) for name, axis in per_channel if name in missing)
+            found = calibrate(model, context, missing, method, scheme, wanted)
+            fresh = {keys[name]: found[name] if name in found else found.unavailable[name] for name in missing}
+            self.known.update(fresh)
+            self.fresh.update(fresh)
+        all_of_them = {name: self.known[key] for name, key in keys.items()}
+        return Calibration(
+            {name: one for name, one in all_of_them.items() if isinstance(one, Range)},
+            {name: one for name, one in all_of_them.items() if isinstance(one, str)},
+        )
+
+
+@dataclasses.dataclass
+class _SharingContext(Context):
+    """A context whose ranges are those of all candidates."""
+
+    ranges: Ranges = dataclasses.field(default_factory=Ranges)
+    state: tuple[str, ...] = ()
+
+    def analyse(self, analysis: Callable[..., Any], model: ir.Model, *arguments: Any) -> Any:
+        if analysis is calibrate:
+            return self.ranges.calibrate(self.state, model, self, *arguments)
+        return super().analyse(analysis, model, *arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A candidate to make.
+
+    Attributes:
+        name: what it is, for people.
+        compress: its compress part; as text where it goes to another process.
+        folder: where its files go; is made.
+        ranges: what other workshops have found since the last job.
+    """
+
+    name: str
+    compress: Pipeline | str
+    folder: Path
+    ranges: Mapping[RangeKey, Range | str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The compress part."""
+        return Pipeline.parse(self.compress) if isinstance(self.compress, str) else self.compress
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A candidate that was made, or why it could not be.
+
+    Attributes:
+        folder: of its files.
+        built: what was done to it.
+        closeness: to the source, on the tuning samples, in dB (see `closeness`).
+        seconds: that making and running it took.
+        error: why there is no such candidate; '' where there is one.
+        ranges: found on the way.
+        files: name -> bytes, where the folder is on another machine.
+    """
+
+    folder: Path
+    built: Built | None = None
+    closeness: float = -math.inf
+    seconds: float = 0.0
+    error: str = ""
+    ranges: Mapping[RangeKey, Range | str] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, bytes] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Workplace:
+    """What candidates are made of.
+
+    Attributes:
+        model: the prepared model.
+        target: for which they are.
+        lower: the lower part.
+        context: seed, threads, memory bound, and the calibration samples.
+        tuning: samples that candidates are compared on.
+        source: gives the source's outputs for `tuning`.
+    """
+
+    model: ir.Model
+    target: Target
+    lower: Pipeline
+    context: Context
+    tuning: Samples
+    source: Session
+
+
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """The model behind the first passes of a pipeline."""
+
+    model: ir.Model
+    reports: tuple[Report, ...]
+    reference: ir.Model | None
+    before_ranges: tuple[str, ...]
+
+
+class Workshop:
+    """Makes candidates one after the other."""
+
+    def __init__(self, place: Workplace) -> None:
+        self.place = place
+        self.ranges = Ranges()
+        self._progress = place.context.progress
+        self._states: OrderedDict[tuple[Pass, ...], _State] = OrderedDict()
+
+    def quiet(self) -> None:
+        """Tell nobody how far a pass is, from now on."""
+        self._progress = Context().progress
+
+    def make(self, job: Job) -> Made:
+        """Make a candidate and compare it with the source."""
+        started = time.perf_counter()
+        self.ranges.update(job.ranges)
+        try:
+            built, _ = self.build(job.pipeline, job.folder)
+            close = self.compare(job.folder)
+        except (UserError, PassError) as error:
+            return Made(job.folder, error=" ".join(str(error).split()), ranges=self.ranges.take_fresh())
+        return Made(job.folder, built, close, time.perf_counter() - started, ranges=self.ranges.take_fresh())
+
+    def build(
+        self, pipeline: Pipeline, folder: Path, *, told: Callable[[Report], None] | None = None
+    ) -> tuple[Built, Context]:
+        """Make a candidate, and return what was done and the context after its passes.
+
+        Args:
+            pipeline: its compress part.
+            folder: where its files go; is made if need be.
+            told: called with the report of every pass of the compress part.
+
+        Raises:
+            UserError: the model, an option or the target refuses it.
+            PassError: a pass is at fault.
+        """
+        model, context, report = self.compress(pipeline, told=told)
+        folder.mkdir(parents=True, exist_ok=True)
+        return building.write(model, self.place.target, context, report, self.place.lower, folder), context
+
+    def compare(self, folder: Path) -> float:
+        """Run a candidate on the tuning samples, and return its closeness to the source."""
+        session = self.place.target.session(folder, threads=self.place.context.threads)
+        return closeness(verify(self.place.source, session, self.place.tuning))
+
+    def compress(
+        self, pipeline: Pipeline, *, told: Callable[[Report], None] | None = None
+    ) -> tuple[ir.Model, Context, Report]:
+        """Return the compressed model, the context after its passes, and the report of the compress part."""
+        known, state = self._longest(pipeline)
+        model = state.model.clone()
+        context = _SharingContext(
+            **{
+                field.name: getattr(self.place.context, field.name)
+                for field in dataclasses.fields(Context)
+                if field.init and not field.name.startswith("_")
+            },
+            ranges=self.ranges,
+        )
+        context.progress = self._progress
+        context.reference, context.state = state.reference, state.before_ranges
+        reports = list(state.reports)
+        rest = pipeline.passes[known:]
+
+        def after(report: Report) -> None:
+            one = rest[len(reports) - known]
+            reports.append(report)
+            if report.changed and one.name not in _MARKS_ONLY and calibrate not in one.preserves:
+                context.state = (*context.state, repr(one))
+            if len(reports) < len(pipeline):
+                kept = _State(model.clone(), tuple(reports), context.reference, context.state)
+                self._keep(pipeline.passes[: len(reports)], kept)
+            if told is not None:
+                told(report)
+
+        for report in reports:
+            if told is not None:
+                told(report)
+        if not rest:
+            summed = Pipeline().run(model, context=context)
+        else:
+            summed = Pipeline(rest).run(model, context=context, after_pass=after)
+        return model, context, _joined(summed, reports)
+
+    def _longest(self, pipeline: Pipeline) -> tuple[int, _State]:
+        """Return how many passes of the pipeline have run already, and the model behind them."""
+        for count in range(len(pipeline) - 1, 0, -1):
+            state = self._states.get(pipeline.passes[:count])
+            if state is not None:
+                self._states.move_to_end(pipeline.passes[:count])
+                return count, state
+        return 0, _State(self.place.model, (), self.place.context.reference, ())
+
+    def _keep(self, passes: tuple[Pass, ...], state: _State) -> None:
+        self._states[passes] = state
+        while len(self._states) > _STATES:
+            self._states.popitem(last=False)
+
+
+def _joined(summed: Report, parts: Sequence[Report]) -> Report:
+    """Return the report of a whole pipeline of which the last passes ran now."""
+    return dataclasses.replace(
+        summed,
+        changed=sum(one.changed for one in parts),
+        skipped=tuple(skipped for one in parts for skipped in one.skipped),
+        notes=tuple(note for one in parts for note in one.notes),
+        nodes_before=parts[0].nodes_before if parts else summed.nodes_before,
+        seconds=sum(one.seconds for one in parts),
+        parts=tuple(parts),
+    )
+
+
+def closeness(verification: Verification) -> float:
+    """Return how near a result is to its source, in dB: the SQNR of its worst output.
+
+    Where no output holds floats, the share of equal values stands for the signal. Infinite where all is equal, negative
+    infinity where values have become NaN or infinite.
+    """
+    if any(one.broken for one in verification.outputs):
+        return -math.inf
+    worst = verification.worst
+    if worst is not None and worst.sqnr_db is not None:
+        return worst.sqnr_db
+    matches = [one.match for one in verification.outputs if one.match is not None]
+    if not matches:
+        return -math.inf
+    return math.inf if min(matches) >= 1 else -10 * math.log10(1 - min(matches))
