@@ -7,12 +7,14 @@ from typing import Any
 
 _HOMES = {
     "AlignChannels": "align_channels",
+    "Autocast": "autocast",
     "AveragePoolToConv": "average_pool_to_conv",
     "Awq": "awq",
     "BiasCorrection": "bias_correction",
     "ConvertOpset": "convert_opset",
     "DeduplicateInitializers": "deduplicate_initializers",
     "DynamicInt8": "dynamic_int8",
+    "Equalize": "equalize",
     "FoldBatchNorm": "fold_batch_norm",
     "FoldConstants": "fold_constants",
     "FuseAttention": "fuse_attention",
@@ -34,6 +36,7 @@ _HOMES = {
     "Rtn": "rtn",
     "Rotate": "rotate",
     "SmoothQuant": "smooth_quant",
+    "ToBf16": "to_bf16",
     "ToFp16": "to_fp16",
     "WidenWeights": "widen_weights",
 }

@@ -49,6 +49,7 @@ from qgraph.analysis.compressed_weights import (
 from qgraph.lazy_tensors import joint_tensors
 from qgraph.numerics.packing import container, gather_block_quantized, matmul_bnb4, matmul_nbits, to_container, widen
 from qgraph.numerics.weights import QuantizedWeight, WeightScheme
+from qgraph.passes._half_types import FLOAT16, rounded_scales
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
 __all__ = ["MatmulNbits"]
@@ -287,10 +288,14 @@ class _Rewriter:
         specs: Sequence[tuple[ir.DataType, Sequence[int]]],
         form: str,
     ) -> list[ir.Value]:
+        nodes = [qgraph.ir.node_label(node) for node in (self._dequantize, *self._weight.readers)]
+
         def compute() -> Sequence[ir.TensorProtocol]:
             given = [array for array in arrays() if array is not None]
             return [
-                ir.Tensor(np.ascontiguousarray(array, dtype.numpy()).reshape(shape), dtype=dtype)
+                ir.Tensor(
+                    np.ascontiguousarray(_narrowed(array, dtype, nodes), dtype.numpy()).reshape(shape), dtype=dtype
+                )
                 for array, (dtype, shape) in zip(given, specs, strict=True)
             ]
 
@@ -379,3 +384,8 @@ class _Rewriter:
         for value in self._weight.tensors:
             if not value.uses() and value.graph is not None:
                 value.graph.initializers.pop(value.name or "")
+
+
+def _narrowed(array: np.ndarray, dtype: ir.DataType, nodes: Sequence[str]) -> np.ndarray:
+    """Round scales to float16, if that can hold them; integers stay."""
+    return rounded_scales(array, FLOAT16, nodes) if dtype == FLOAT16.dtype and array.dtype == np.float32 else array
