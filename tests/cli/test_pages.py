@@ -42,8 +42,10 @@ addEventListener("load", () => {
   const told = [...document.querySelectorAll("iframe")].map((frame) => {
     const page = frame.contentDocument, root = page.documentElement;
     for (const one of page.querySelectorAll("details")) one.open = true;
+    const main = page.querySelector("main"), padding = parseFloat(getComputedStyle(main).paddingRight);
+    const edge = main.getBoundingClientRect().right - padding;
     const over = [...page.querySelectorAll("body *")].filter((one) =>
-      one.getBoundingClientRect().right > root.clientWidth + 0.5 && !one.closest("pre"));
+      one.getBoundingClientRect().right > edge + 0.5 && one !== main && !one.closest("pre, svg"));
     const style = frame.contentWindow.getComputedStyle(page.body);
     const texts = [...page.querySelectorAll("svg.scatter text")].map((one) => one.getBoundingClientRect().height);
     return {
@@ -67,7 +69,8 @@ def measure(browser: str, page: str, folder: Path, *, dark: bool) -> list[dict]:
     path = folder / "measure.html"
     path.write_text(MEASURE.replace("{frames}", frames), encoding="utf-8")
     command = [
-        browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", "--virtual-time-budget=5000", "--hide-scrollbars",
+        browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom",
+        "--virtual-time-budget=5000",
         f"--user-data-dir={folder / 'profile'}", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
         "--window-size=1400,2000", path.as_uri(),
     ]  # fmt: skip
