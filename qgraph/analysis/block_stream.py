@@ -80,6 +80,10 @@ class Stage:
         layer = next(one for some in self.layers.values() for one in some if one.weight is weight)
         self._stream.change(layer, matrix)
 
+    def replace(self, constant: ir.Value, array: np.ndarray) -> None:
+        """Let all that read a constant (a bias) see another array, of its shape, from here on."""
+        self._stream.replace(constant, array)
+
 
 class BlockStream:
     """Goes over the layers of a model in the order in which they run.
@@ -238,6 +242,12 @@ class BlockStream:
         tensor = layer.weight.const_value
         assert tensor is not None
         self._changes[layer.weight] = layer.stored(matrix).astype(tensor.dtype.numpy())
+
+    def replace(self, constant: ir.Value, array: np.ndarray) -> None:
+        """Let all that read a constant see another array, of its shape, from where the stream is now."""
+        tensor = constant.const_value
+        assert tensor is not None
+        self._changes[constant] = np.asarray(array, tensor.dtype.numpy()).reshape(tensor.shape.numpy())
 
     def _step(self) -> None:
         self._context.progress(self._who, min(self._done, self._total), self._total)

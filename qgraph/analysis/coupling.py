@@ -73,6 +73,8 @@ class Coupling:
         dimensions: knows the atoms.
         axes: value -> its axes; None for one whose size is known only when the model runs.
         edits: what has to change beside the constants.
+        heads: axes that count attention heads: those over which products of two activations run side by side.
+        inner: axes within a head: those that such products sum over, or give.
         shapes: of the model.
     """
 
@@ -80,6 +82,8 @@ class Coupling:
         self.dimensions = Dimensions()
         self.axes: dict[ir.Value, tuple[Axis | None, ...]] = {}
         self.edits: list[Edit] = []
+        self.heads: list[Axis] = []
+        self.inner: list[Axis] = []
         self.shapes = shapes
         self._sites: dict[Atom, list[Site]] | None = None
 
@@ -132,6 +136,11 @@ class Coupling:
         """Say that an axis cannot be cut."""
         if axis is not None:
             self.dimensions.freeze(axis, reason)
+
+    def note_heads(self, heads: Sequence[Axis | None], inner: Sequence[Axis | None]) -> None:
+        """Keep which axes count heads, and which lie within one."""
+        self.heads += [axis for axis in heads if axis is not None]
+        self.inner += [axis for axis in inner if axis is not None]
 
     def freeze_value(self, value: ir.Value | None, reason: str) -> None:
         """Say that no axis of a value can be cut."""

@@ -146,6 +146,16 @@ def _matmul(node: ir.Node, found: Coupling) -> None:
         for one, other in zip(reversed(axes), reversed(result[:-2]), strict=False):
             if one is None or one.size > 1:
                 found.join(one, other, node)
+    if len(result) > 2 and not any(_is_stored(value) for value in node.inputs):
+        found.note_heads(result[:-2], (left[-1], right[-1]))
+
+
+def _is_stored(value: ir.Value | None) -> bool:
+    """Tell whether a value is a constant, or made of constants alone."""
+    if value is None or value.const_value is not None:
+        return True
+    node = value.producer()
+    return node is not None and bool(node.inputs) and all(map(_is_stored, node.inputs))
 
 
 def _gemm(node: ir.Node, found: Coupling) -> None:
@@ -633,6 +643,7 @@ def _multi_head_attention(node: ir.Node, found: Coupling) -> None:
         found.join(Axis(tuple(term for one in widths if one is not None for term in one.terms)), bias[-1], node)
     for other in (*others[1:], *node.outputs[1:]):
         found.freeze_value(other, f"{at(node)} reads or gives it beside its heads")
+    found.note_heads([query[0]], [query[1], value[1]])
     _edit_attribute(node, found, "num_heads", query[0])
 
 
@@ -666,6 +677,7 @@ def _attention_merged(node: ir.Node, found: Coupling) -> None:
     found.join(value[1], result[1], node)
     found.freeze(query[1], f"{at(node)} scales by its size")
     _join_grouped(node, found, query[0], key[0])
+    found.note_heads([key[0]], [query[1], value[1]])
     _edit_attribute(node, found, "q_num_heads", query[0])
     _edit_attribute(node, found, "kv_num_heads", key[0])
 
@@ -697,6 +709,7 @@ def _attention_by_heads(node: ir.Node, found: Coupling) -> None:
     found.freeze(query[3], f"{at(node)} scales by its size")
     if query[1] is not None and key[1] is not None:
         _join_grouped(node, found, query[1], key[1])
+    found.note_heads([key[1]], [query[3], value[3]])
     for axis in (*(part[2] for part in (query, key, value, result)), *(part[0] for part in (query, key, value))):
         found.freeze(axis, f"{at(node)} works along it")
 

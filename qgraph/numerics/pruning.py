@@ -1,0 +1,190 @@
+"""Which units of layers to cut, and what the layers that read them do without them.
+
+A layer y = x W^T reads units: sets S of its inputs. Without the inputs outside of a set `kept`, its output changes by
+
+    nothing else changed    W_S x_S                      energy tr(W_S H_SS W_S^T) with H = E[x^T x]
+    the others make up      least squares over x_kept    W' = W C[:, kept] (G[kept, kept])^-1
+
+with G = E[z^T z] of the inputs z that the pruned network gives, and C = E[x^T z] of those x it gave before: what the
+layer gave before is regressed on what it gets now. The least error, tr(W_S ((H^-1)_SS)^-1 W_S^T), is the block form of
+the saliency of Optimal Brain Surgeon (Hassibi and Stork 1993; Frantar and Alistarh 2022, "Optimal Brain Compression").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from qgraph.numerics.products import product, steady
+
+__all__ = ["Moments", "compensate", "energies", "keep_each", "keep_together", "saliencies"]
+
+_DAMPING = 1e-3
+
+
+class Moments:
+    """Second moments of what a layer reads, summed while samples stream by.
+
+    Attributes:
+        inputs: of the layer, K.
+        rows: samples seen.
+    """
+
+    def __init__(self, inputs: int) -> None:
+        self.inputs = inputs
+        self.rows = 0
+        self._gram = np.zeros((inputs + 1, inputs + 1))
+        self._cross = np.zeros((inputs + 1, inputs + 1))
+
+    def add(self, now: np.ndarray, before: np.ndarray) -> None:
+        """Count rows in: float [n, K] that the layer gets now, and those that it got in the whole network."""
+        one, other = (np.column_stack([rows, np.ones(len(rows))]).astype(np.float32) for rows in (now, before))
+        with steady():
+            self._gram += product(one.T, one)
+            self._cross += product(other.T, one)
+        self.rows += len(one)
+
+    @property
+    def gram(self) -> np.ndarray:
+        """E[z^T z], float64 [K + 1, K + 1]; the last input is a constant 1."""
+        return np.asarray(self._gram / max(self.rows, 1))
+
+    @property
+    def cross(self) -> np.ndarray:
+        """E[x^T z], float64 [K + 1, K + 1]."""
+        return np.asarray(self._cross / max(self.rows, 1))
+
+
+def compensate(
+    weight: np.ndarray, bias: np.ndarray | None, kept: np.ndarray, moments: Moments
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the weight, and the bias, with which a layer makes the least error from the inputs that are kept.
+
+    A share of the mean diagonal of G pulls towards the weight that there was, so that inputs that hardly vary keep
+    theirs.
+
+    Args:
+        weight: float [N, K].
+        bias: float [N]; None where the layer has none, and then it gets none.
+        kept: bool [K].
+        moments: of the layer's inputs.
+
+    Returns:
+        float32 [N, K], zero where inputs are not kept, and float32 [N] or None.
+    """
+    columns = np.flatnonzero(np.append(kept, bias is not None))
+    whole = np.column_stack([weight, np.zeros(len(weight)) if bias is None else bias]).astype(np.float64)
+    gram = moments.gram[np.ix_(columns, columns)]
+    ridge = _DAMPING * float(np.mean(gram.diagonal())) if len(columns) else 0.0
+    with steady():
+        target = whole @ moments.cross[:, columns] + ridge * whole[:, columns]
+        gram[np.diag_indices(len(columns))] += max(ridge, np.finfo(np.float64).tiny)
+        found = np.linalg.solve(gram, target.T).T
+    result = np.zeros_like(whole)
+    result[:, columns] = found
+    changed = result[:, :-1].astype(np.float32)
+    return changed, None if bias is None else result[:, -1].astype(np.float32)
+
+
+def energies(weight: np.ndarray, unit: np.ndarray, count: int, hessian: np.ndarray) -> np.ndarray:
+    """Return what each unit contributes to a layer's output: tr(W_S H_SS W_S^T), float64 [count].
+
+    Args:
+        weight: float [N, K].
+        unit: int [K], the unit of each input; -1 for none.
+        count: the number of units.
+        hessian: E[x^T x], [K, K].
+    """
+    found = np.zeros(count)
+    for index in range(count):
+        inputs = np.flatnonzero(unit == index)
+        part = weight[:, inputs].astype(np.float64)
+        found[index] = float(np.einsum("ni,ij,nj->", part, hessian[np.ix_(inputs, inputs)], part, optimize=True))
+    return found
+
+
+def saliencies(weight: np.ndarray, unit: np.ndarray, count: int, hessian: np.ndarray) -> np.ndarray:
+    """Return the error that each unit leaves when the other inputs make up for it as well as they can, float64 [count].
+
+    Args: as for `energies`.
+    """
+    damped = hessian.astype(np.float64)
+    damped[np.diag_indices(len(damped))] += _DAMPING * max(float(np.mean(damped.diagonal())), 1e-30)
+    with steady():
+        inverse = np.linalg.inv(damped)
+    found = np.zeros(count)
+    for index in range(count):
+        inputs = np.flatnonzero(unit == index)
+        if not len(inputs):
+            continue
+        part = weight[:, inputs].astype(np.float64)
+        block = np.linalg.inv(inverse[np.ix_(inputs, inputs)])
+        found[index] = float(np.einsum("ni,ij,nj->", part, block, part, optimize=True))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How few units may stay.
+
+    Attributes:
+        least: units.
+        multiple: the number that stays is a multiple of it, where there are as many.
+    """
+
+    least: int = 1
+    multiple: int = 1
+
+    def rounded(self, wish: float, count: int) -> int:
+        """Return the number of units that stay of `count` when `wish` are wanted: the nearest that is allowed."""
+        step = self.multiple if self.multiple <= count else 1
+        nearest = int(np.floor(wish / step + 0.5)) * step
+        return min(max(nearest, self.least, step), count)
+
+
+def keep_each(scores: Sequence[np.ndarray], share: float, limits: Sequence[Limits]) -> list[np.ndarray]:
+    """Return which units stay, the best of each group: the same share is cut from every group.
+
+    Args:
+        scores: of the units of each group; the larger, the rather it stays. Of equal ones the first stays.
+        share: that is cut, 0 to 1.
+        limits: of each group.
+    """
+    return [
+        _best(score, limit.rounded(len(score) * (1.0 - share), len(score)))
+        for score, limit in zip(scores, limits, strict=True)
+    ]
+
+
+def keep_together(
+    scores: Sequence[np.ndarray], costs: Sequence[float], share: float, limits: Sequence[Limits]
+) -> list[np.ndarray]:
+    """Return which units stay where all groups are ranked together, until `share` of the cost is cut.
+
+    Args:
+        scores: of the units of each group, comparable between groups.
+        costs: of one unit of each group.
+        share: of the total cost that is cut, 0 to 1; what the limits keep is not made up for elsewhere for ever.
+        limits: of each group.
+    """
+    ranked = sorted(
+        (float(score) / max(cost, 1e-30), group, unit)
+        for group, (some, cost) in enumerate(zip(scores, costs, strict=True))
+        for unit, score in enumerate(some)
+    )
+    left = [len(some) for some in scores]
+    total = float(sum(cost * len(some) for some, cost in zip(scores, costs, strict=True)))
+    cut = 0.0
+    for _, group, _ in ranked:
+        if cut >= share * total:
+            break
+        if left[group] > max(limits[group].least, 1):
+            left[group] -= 1
+            cut += costs[group]
+    return [_best(some, limit.rounded(stay, len(some))) for some, stay, limit in zip(scores, left, limits, strict=True)]
+
+
+def _best(score: np.ndarray, count: int) -> np.ndarray:
+    return np.sort(np.argsort(-np.asarray(score, np.float64), kind="stable")[:count])
