@@ -101,9 +101,9 @@ def prunable(model: ir.Model, context: Context) -> Prunable:
     frozen: list[tuple[Kind, Skipped]] = []
     for layer in layers:
         axes = _axes(layer)
-        for axis, slots in zip(axes, (makers, readers), strict=False):
+        for axis, side in zip(axes, (makers, readers), strict=False):
             for atom in found.atoms(layer.weight, axis):
-                slots.setdefault(atom, []).append(Slot(layer, _units(found, layer, axis, atom)))
+                side.setdefault(atom, []).append(Slot(layer, _units(found, layer, axis, atom)))
     units = []
     for atom, slots in makers.items():
         if atom in inner or atom.size < 2:
