@@ -165,10 +165,10 @@ def look_inside(
             progress("layers", done, total)
 
     try:
-        found = difference(
-            source, result, samples, memory=_MEMORY, threads=threads, progress=report, observe=kept.observe
-        )
         after = qgraph.ir.load(result / "model.onnx")
+        found = difference(
+            source, after, samples, memory=_MEMORY, threads=threads, progress=report, observe=kept.observe
+        )
         before = source if isinstance(source, ir.Model) else None
         pictures = tuple(_pictures(before, after, worst_first(found.tensors), kept))
     except UserError as error:

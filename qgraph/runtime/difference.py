@@ -126,7 +126,7 @@ class _Pair(NamedTuple):
 
 def difference(
     source: Path | ir.Model,
-    result: Path,
+    result: Path | ir.Model,
     samples: Samples,
     *,
     memory: int = 1 << 30,
@@ -137,8 +137,9 @@ def difference(
     """Compare the inner tensors of two models.
 
     Args:
-        source: the model as it was given, or one in memory, such as `Context.reference`, which is not changed.
-        result: the compiled ONNX model; for either, a folder that holds one as model.onnx.
+        source: the model as it was given, or as it was before the first loss (`Context.reference`).
+        result: the compiled ONNX model. Either is a file, a folder that holds one as model.onnx, or a model in memory,
+            which is not changed.
         samples: feeds.
         memory: bound in bytes on the tensors held at once; one tensor alone may be larger.
         threads: of the sessions; 0 lets the runtime choose.
@@ -151,19 +152,20 @@ def difference(
     """
     if not len(samples):
         raise UserError("there are no samples to compare on")
-    before = source.clone() if isinstance(source, ir.Model) else qgraph.ir.load(_model_file(source))
-    after = qgraph.ir.load(_model_file(result))
+    before, after = (
+        one.clone() if isinstance(one, ir.Model) else qgraph.ir.load(_model_file(one)) for one in (source, result)
+    )
     _ignore_dropout(before)
     _ignore_dropout(after)
     largest = _largest(before, samples)
     fed = frozenset(largest)
     pairs, unmatched = _match(_float_tensors(before, fed), after)
     if not pairs:
-        name = source.graph.name if isinstance(source, ir.Model) else source
+        names = [one.graph.name if isinstance(one, ir.Model) else one for one in (source, result)]
         raise UserError(
-            f"no tensor of {name} has its counterpart in {result}: give a model and what was compiled from it"
+            f"no tensor of {names[0]} has its counterpart in {names[1]}: give a model and what was compiled from it"
         )
-    sizes = _sizes(before, [pair.name for pair in pairs], largest, threads)
+    sizes = _sizes(before, [pair.source for pair in pairs], largest, threads)
     slices = list(_slices(pairs, sizes, memory))
     sums: dict[str, ErrorSums] = {}
     for number, some in enumerate(slices):
@@ -226,12 +228,33 @@ def _float_tensors(model: ir.Model, fed: frozenset[str]) -> list[ir.Value]:
     return [value for value in values if value.name and known[value.name].dtype is not None]
 
 
-def _sizes(model: ir.Model, names: Sequence[str], feed: Feeds, threads: int) -> list[int]:
-    """Return the number of elements of each tensor for one feed; the tensors themselves are not kept."""
-    if not names:
-        return []
-    counts = _run(Probe(model, size_outputs(names), frozenset(feed), threads=threads), feed, "the source")
-    return [int(count) for count in counts]
+def _sizes(model: ir.Model, values: Sequence[ir.Value], feed: Feeds, threads: int) -> list[int]:
+    """Return the number of elements of each tensor for one feed; the tensors themselves are not kept.
+
+    What the shapes that the model states do not tell is counted by running it.
+    """
+    axes = {
+        dim.value: size
+        for value in model.graph.inputs
+        if value.shape is not None and value.name in feed and len(value.shape) == feed[value.name].ndim
+        for dim, size in zip(value.shape, feed[value.name].shape, strict=True)
+        if isinstance(dim, ir.SymbolicDim) and dim.value is not None
+    }
+    stated = {value: _stated_size(value, axes) for value in values}
+    names = [value.name or "" for value in values if stated[value] is None]
+    counted: dict[str, int] = {}
+    if names:
+        counts = _run(Probe(model, size_outputs(names), frozenset(feed), threads=threads), feed, "the source")
+        counted = dict(zip(names, map(int, counts), strict=True))
+    return [counted[value.name or ""] if (size := stated[value]) is None else size for value in values]
+
+
+def _stated_size(value: ir.Value, axes: Mapping[str, int]) -> int | None:
+    if value.shape is None:
+        return None
+    sizes = [dim if isinstance(dim, int) else axes.get(dim.value or "") for dim in value.shape]
+    known = [size for size in sizes if size is not None]
+    return math.prod(known) if len(known) == len(sizes) else None
 
 
 def _match(floats: Sequence[ir.Value], after: ir.Model) -> tuple[list[_Pair], list[Unmatched]]:

@@ -271,3 +271,26 @@ def test_models_with_nothing_in_common_are_told(tmp_path):
 g (float[n, 2] x) => (float[n, 2] unrelated) { unrelated = Abs(x) }"""
     with pytest.raises(UserError, match=r"no tensor of .* has its counterpart"):
         difference(path, write(tmp_path, "other", other), samples(), threads=1)
+
+
+def test_models_in_memory_and_a_look_at_every_tensor(tmp_path):
+    path, quantized = write(tmp_path, "m", SOURCE), write(tmp_path, "q", QUANTIZED)
+    seen = {}
+    models = qgraph.ir.load(path), qgraph.ir.load(quantized)
+    texts = [str(model) for model in models]
+    found = difference(*models, samples(2), observe=lambda *one: seen.setdefault(one[0], []).append(one[1:]))
+    assert found == difference(path, quantized, samples(2))
+    assert [str(model) for model in models] == texts
+    assert list(seen) == [one.name for one in found.tensors]
+    for (before, after), feed in zip(seen["b"], samples(2), strict=True):
+        np.testing.assert_allclose(before, np.tanh(feed["x"] * 0.5), rtol=1e-5)
+        assert 0 < np.abs(after - before).max() <= 0.0251
+
+
+@pytest.mark.parametrize(("shape", "stated"), [(["n", 4], True), (["m", 4], False), ([5, 4], True), (None, False)])
+def test_sizes_are_read_off_the_shapes_where_they_are_stated(tmp_path, shape, stated):
+    model = qgraph.ir.load(write(tmp_path, "m", SOURCE))
+    (value,) = (node.outputs[0] for node in model.graph if node.outputs[0].name == "a")
+    value.shape = None if shape is None else ir.Shape(shape)
+    assert module._stated_size(value, {"n": 5}) == (20 if stated else None)
+    assert module._sizes(model, [value], samples(1)[0], 1) == [20]
