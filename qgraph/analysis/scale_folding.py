@@ -34,6 +34,7 @@ __all__ = [
     "foldings",
     "input_source",
     "is_shared",
+    "multiply",
     "replace_constant",
     "rescale",
     "scale_input",
@@ -180,13 +181,17 @@ def rescale(model: ir.Model, source: Source, factors: np.ndarray, suffix: str) -
         factors: float, (channels,).
         suffix: appended to its name.
     """
+    multiply(model, source, np.append(factors, 1.0)[source.channels].astype(np.float32), suffix)
+
+
+def multiply(model: ir.Model, source: Source, spread: np.ndarray, suffix: str) -> None:
+    """Put a constant times `spread`, float32 or float64, which broadcasts against it, in its place; see `rescale`."""
     tensor = source.value.const_value or ir.convenience.get_const_tensor(source.value)
     assert tensor is not None
-    spread = np.append(factors, 1.0)[source.channels].astype(np.float32)
 
     def compute() -> np.ndarray:
         array = tensor.numpy()
-        return np.asarray(array.astype(np.float32) * spread).astype(array.dtype)
+        return np.asarray(array.astype(spread.dtype) * spread).astype(array.dtype)
 
     shape = np.broadcast_shapes(tuple(tensor.shape.numpy()), spread.shape)
     replace_constant(model, [source], qgraph.ir.lazy(compute, tensor.dtype, shape), suffix)
