@@ -265,6 +265,7 @@ class _Rewriter:
         if layer.residual is not None:
             product = new.outputs[0]
             other = next(value for value in layer.residual.inputs if value is not product)
+            product.name = qgraph.ir.fresh_name(self._graph, f"{product.name}_negated")  # it is not what it was
             qgraph.ir.replace_node(layer.residual, ir.node("Sub", [other, product], name=layer.residual.name))
 
     def _drop(self, displaced: Sequence[ir.Value | None]) -> None:

@@ -258,4 +258,6 @@ def test_the_runtime_does_not_fuse_what_gets_slower(tmp_path: Path, other: str):
     kinds = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
     assert (kinds["LayerNormalization"], kinds["SkipLayerNormalization"]) == (2, 0)
     assert kinds["Sub"] == 2
+    # What is negated is another tensor than the one of that name was: comparisons go by names.
+    assert {node.inputs[1].name for node in model.graph if node.op_type == "Sub"} == {"d_negated", "g_negated"}
     assert np.abs(session(model).run(None, ids)[0] - before).max() < 0.05
