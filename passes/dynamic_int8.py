@@ -79,7 +79,6 @@ class DynamicInt8(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Report:
         """Quantize; `skipped` has every node with a weight or a product that stays in float."""
-        del context
         layers: list[Layer] = []
         skipped: list[Skipped] = []
         for node in filter(is_candidate, qgraph.ir.walk(model)):
@@ -102,6 +101,7 @@ class DynamicInt8(Pass):
         skipped += shared
         if not layers:
             return Report(skipped=skipped)
+        context.keep_reference(model)
         rewriter = _Rewriter(self, model)
         counts = Counter(layer.node.op_type for layer in layers)
         rewriter.run(layers)
