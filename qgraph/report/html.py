@@ -240,7 +240,7 @@ def _kernels(kernels: Mapping[str, Any] | None, stand_in: str = "") -> Markup | 
         ("", "in integers", kernels["integer"]),
         ("", "reading weights of few bits", kernels.get("low_bit", {})),
         ("soft", "in float", kernels["float"]),
-        ("rest", "moving and converting data", kernels["other"]),
+        ("rest", "other operators", kernels["other"]),
     ]
     facts = [
         child

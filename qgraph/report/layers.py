@@ -28,9 +28,9 @@ __all__ = ["BINS", "LayerFacts", "Picture", "adds_error", "few", "look_inside", 
 BINS = 80
 PICTURED = 8
 """Tensors whose histograms are shown."""
-_KEPT = 64 << 20
+_KEPT = 96 << 20
 """Bytes of tensors that are kept while the samples run..."""
-_WHOLE = 1 << 22
+_WHOLE = 1 << 20
 """... whole up to this many bytes..."""
 _SAMPLED = 1 << 15
 """... and otherwise this many values."""

@@ -258,11 +258,11 @@ def _kernels(found: SideBySide) -> Markup | None:
                 element("td", split_bar(parts), class_="drawn"),
                 number(f"{integer:,}", "in integers"),
                 number(f"{one.kernels.get('float', 0):,}", "in float"),
-                number(f"{one.kernels.get('other', 0):,}", "moving data"),
+                number(f"{one.kernels.get('other', 0):,}", "others"),
             )
             rows.append(element("tr", *cells))
     if not rows:
         return None
     return section(
-        "What really runs", table(("artifact", "", ">in integers", ">in float", ">moving data"), rows, kind="layers")
+        "What really runs", table(("artifact", "", ">in integers", ">in float", ">others"), rows, kind="layers")
     )
