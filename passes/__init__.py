@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "AdaRound": "adaround",
     "AlignChannels": "align_channels",
     "Autocast": "autocast",
     "AveragePoolToConv": "average_pool_to_conv",

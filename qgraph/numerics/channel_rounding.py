@@ -23,7 +23,18 @@ from qgraph.numerics.hessian import factorize
 from qgraph.numerics.products import each, product, steady
 from qgraph.numerics.weights import QuantizedWeight, WeightScheme
 
-__all__ = ["channel_scales", "nearest", "quantized", "round_channels", "round_stack"]
+__all__ = [
+    "better_rows",
+    "channel_scales",
+    "check_rows",
+    "damped",
+    "descend",
+    "nearest",
+    "no_worse",
+    "quantized",
+    "round_channels",
+    "round_stack",
+]
 
 _TINY = float(np.finfo(np.float32).tiny)
 _SHARES = np.linspace(1.0, 0.4, 25)
@@ -92,9 +103,9 @@ def round_channels(
     Raises:
         ValueError: shapes do not fit, or the Hessian is not finite or far from positive semidefinite.
     """
-    _check(weight, hessian, scheme)
+    check_rows(weight, hessian, scheme)
     with steady():
-        matrix = _damped(hessian[None], damping)[0].astype(np.float32)
+        matrix = damped(hessian[None], damping)[0].astype(np.float32)
         order = np.argsort(-matrix.diagonal(), kind="stable")
         lower = factorize(matrix[np.ix_(order, order)], 0.0)
         rows = transposed(weight, np.float32)
@@ -108,10 +119,32 @@ def round_channels(
             )
         descent = _Descent(rows, matrix, order, scheme.bits)
         numbers, scale = descent.run(numbers, scale, rounds)
-    return _no_worse(weight, hessian, scheme, np.ascontiguousarray(numbers.T), scale)
+    return no_worse(weight[None], hessian[None], scheme, np.ascontiguousarray(numbers.T)[None], scale[None])
 
 
-def _check(weight: np.ndarray, hessian: np.ndarray, scheme: WeightScheme) -> None:
+def descend(
+    weight: np.ndarray, matrix: np.ndarray, numbers: np.ndarray, scale: np.ndarray, bits: int, rounds: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decide numbers [N, K] and scales [N] again, one by one, as often as `rounds`; return better ones.
+
+    Call it inside `products.steady`.
+
+    Args:
+        weight: [N, K].
+        matrix: damped Hessian, [K, K].
+        numbers: to start from.
+        scale: to start from.
+        bits: of a number.
+        rounds: over all numbers.
+    """
+    order = np.argsort(-matrix.diagonal(), kind="stable")
+    descent = _Descent(transposed(weight, np.float32), matrix.astype(np.float32), order, bits)
+    found, fitted = descent.run(transposed(numbers, np.float32), scale, rounds)
+    return np.ascontiguousarray(found.T), fitted
+
+
+def check_rows(weight: np.ndarray, hessian: np.ndarray, scheme: WeightScheme) -> None:
+    """Raise ValueError unless weight [.., N, K], Hessian [.., K, K] and scheme fit and are finite."""
     if not (scheme.is_integer and scheme.symmetric and scheme.group == 0):
         raise ValueError(f"one scale for an output needs symmetric integers and group 0, not {scheme}")
     if hessian.shape != (*weight.shape[:-2], weight.shape[-1], weight.shape[-1]):
@@ -120,7 +153,7 @@ def _check(weight: np.ndarray, hessian: np.ndarray, scheme: WeightScheme) -> Non
         raise ValueError("a weight, or an element of the Hessian, is not finite")
 
 
-def _damped(hessian: np.ndarray, damping: float) -> np.ndarray:
+def damped(hessian: np.ndarray, damping: float) -> np.ndarray:
     """Return Hessians [G, K, K] with more on the diagonal, float64; inputs that were always zero count a little."""
     matrix = np.array(hessian, np.float64)
     diagonal = np.einsum("gkk->gk", matrix)  # a view
@@ -206,22 +239,41 @@ def _sound(along: np.ndarray, square: np.ndarray, scale: np.ndarray) -> np.ndarr
     return np.where(usable, fitted, scale).astype(np.float32)
 
 
-def _no_worse(
+def no_worse(
     weight: np.ndarray, hessian: np.ndarray, scheme: WeightScheme, numbers: np.ndarray, scale: np.ndarray
 ) -> QuantizedWeight:
-    """Return the rounding, with those rows rounded to the nearest for which that is better after all."""
+    """Return a rounding, with those rows rounded to the nearest for which that is better after all.
+
+    Args:
+        weight: [G, M, K].
+        hessian: [G, K, K], not damped.
+        scheme: symmetric integers, group 0.
+        numbers: whole numbers [G, M, K].
+        scale: of each row, [G, M].
+    """
     plain_scale = channel_scales(weight, scheme.bits)
-    plain = nearest(np.asarray(weight, np.float32), plain_scale[:, None], scheme.bits)
+    plain = nearest(np.asarray(weight, np.float32), plain_scale[..., None], scheme.bits)
+    inputs = weight.shape[-1]
+    made = quantized(numbers.reshape(-1, inputs), scale.reshape(-1), scheme)
+    return better_rows(weight, hessian, made, quantized(plain.reshape(-1, inputs), plain_scale.reshape(-1), scheme))
+
+
+def better_rows(
+    weight: np.ndarray, hessian: np.ndarray, one: QuantizedWeight, other: QuantizedWeight
+) -> QuantizedWeight:
+    """Return for each row of a weight [G, M, K] the better of two roundings, in the metric of `hessian` [G, K, K]."""
+    take = (_row_errors(weight, other, hessian) < _row_errors(weight, one, hessian))[:, None]
+    return QuantizedWeight(
+        np.where(take, other.codes, one.codes), np.where(take, other.scale, one.scale), one.zero_point, one.scheme
+    )
+
+
+def _row_errors(weight: np.ndarray, found: QuantizedWeight, hessian: np.ndarray) -> np.ndarray:
+    error = np.asarray(weight, np.float64) - found.dequantize().reshape(weight.shape)
+    moments = np.asarray(hessian, np.float64)
     with steady():
-        matrix = np.asarray(hessian, np.float64)
-        worse = _row_errors(weight, numbers, scale, matrix) > _row_errors(weight, plain, plain_scale, matrix)
-    numbers = np.where(worse[:, None], plain, numbers)
-    return quantized(numbers, np.where(worse, plain_scale, scale), scheme)
-
-
-def _row_errors(weight: np.ndarray, numbers: np.ndarray, scale: np.ndarray, hessian: np.ndarray) -> np.ndarray:
-    error = np.asarray(weight, np.float64) - numbers * scale[:, None].astype(np.float64)
-    return np.asarray(np.einsum("nk,nk->n", product(error, hessian), error))
+        image = product(error[0], moments[0])[None] if len(error) == 1 else error @ moments
+    return np.asarray(np.einsum("gmk,gmk->gm", image, error)).reshape(-1)
 
 
 def round_stack(
@@ -242,14 +294,14 @@ def round_stack(
     Raises:
         ValueError: as `round_channels`.
     """
-    _check(weight, hessian, scheme)
+    check_rows(weight, hessian, scheme)
     groups, outputs, inputs = weight.shape
     numbers = np.empty(weight.shape, np.float32)
     scale = np.empty(weight.shape[:2], np.float32)
     # As many groups at a time as fit into the cache with all their candidates.
     size = max(1, (1 << 18) // (inputs * (inputs + outputs * len(_SHARES))))
     with steady():
-        matrix = _damped(hessian, damping)
+        matrix = damped(hessian, damping)
 
         def compute(first: int) -> None:
             part = slice(first, first + size)
@@ -257,7 +309,7 @@ def round_stack(
             numbers[part], scale[part] = stack.run(rounds)
 
         each(compute, range(0, groups, size))
-    return quantized(numbers.reshape(-1, inputs), scale.reshape(-1), scheme)
+    return no_worse(weight, hessian, scheme, numbers, scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,15 +355,12 @@ class _Stack:
             along = np.einsum("gmk,gmk->gm", image, weight)
             scale = _sound(along, np.einsum("gmk,gmk->gm", image, numbers), scale).astype(np.float64)
             pull = (weight - numbers * scale[..., None]) @ self.matrix
-        plain_scale = full.astype(np.float64)
-        plain = nearest(self.weight, plain_scale[..., None], self.bits)
         cost = self._cost(weight - numbers * scale[..., None]).reshape(groups, outputs, tried)
         best = cost.argmin(axis=-1)[..., None]
         scale = np.take_along_axis(scale.reshape(groups, outputs, tried), best, axis=-1)[..., 0]
         rows = numbers.reshape(groups, outputs, tried, inputs)
         numbers = np.take_along_axis(rows, best[..., None], axis=2)[:, :, 0]
-        worse = self._cost(self.weight - plain * plain_scale[..., None]) < np.take_along_axis(cost, best, -1)[..., 0]
-        return np.where(worse[..., None], plain, numbers), np.where(worse, plain_scale, scale)
+        return numbers, scale
 
     def _feed_back(self, weight: np.ndarray, scale: np.ndarray, order: np.ndarray) -> np.ndarray:
         """Round with error feedback, input after input."""
