@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 _WORST = 15
+_REMARKS = 3
 _WEIGHTS = 30
 _FACTS = {"needs_calibration": "needs data", "prepare": "prepare passes", "lower": "lower passes"}
 
@@ -165,7 +166,41 @@ def difference_tables(result: Difference) -> list[Table]:
     more = f", {rest} better ones not shown (--json shows all)" if rest > 0 else ""
     missing = f"; {len(result.unmatched)} tensors of the source have no counterpart" if result.unmatched else ""
     note = f"{len(worst)} tensors compared on {result.samples} samples{more}{missing}. 'lost here' is new in that node."
-    return [Table(("node", "operator", ">SQNR", ">lost here", ">max error", ""), rows, title="worst first", note=note)]
+    layers = Table(("node", "operator", ">SQNR", ">lost here", ">max error", ""), rows, title="worst first", note=note)
+    return [layers, _sensitivity_table(result)]
+
+
+def _sensitivity_table(result: Difference) -> Table:
+    """Return the quantized tensors whose rounding does most to the outputs, or why that is not known."""
+    columns = ("quantized tensor", "", ">bits", ">own SQNR", ">at the outputs", ">share", "read by")
+    found = result.sensitivities
+    if found is None:
+        return Table(columns, (), note=f"no sensitivities: {result.no_sensitivities}")
+    worst = found.worst_first()
+    rows = tuple(
+        (
+            one.tensor,
+            one.kind,
+            str(one.bits),
+            decibels(one.own_sqnr_db),
+            f"{decibels(one.output_sqnr_db)}{' measured' if one.method == 'measured' else ''}",
+            percent(one.share),
+            _some(one.readers),
+        )
+        for one in worst[:_WORST]
+    )
+    rest = len(worst) - len(rows)
+    notes = [
+        f"{len(worst)} quantized tensors{f', {rest} better ones not shown (--json shows all)' if rest > 0 else ''}",
+        f"all together, to first order: {decibels(found.output_sqnr_db)} at the outputs",
+        *found.notes[:_REMARKS],
+        *([f"{len(found.notes) - _REMARKS} more remarks (--json)"] if len(found.notes) > _REMARKS else []),
+    ]
+    return Table(columns, rows, title="what hurts the outputs", note="; ".join(notes))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
 def inspection_tables(found: Inspection) -> list[Table]:

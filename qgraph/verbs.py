@@ -16,11 +16,13 @@ import numpy as np
 import qgraph.ir
 from qgraph.analysis.compressed_weights import weight_facts
 from qgraph.analysis.cost import ModelCost, cost
+from qgraph.analysis.quantization_sensitivity import Sensitivities, tensor_sensitivities
 from qgraph.artifact import Artifact, open_artifact
 from qgraph.compiler import Data
 from qgraph.errors import UserError
 from qgraph.feeds import InputSpec, signature
-from qgraph.pipeline import Context, Feeds
+from qgraph.float_form import float_form
+from qgraph.pipeline import Context, Feeds, Samples
 from qgraph.report.data import deployable_bytes
 from qgraph.runtime.benchmark import Benchmark, compare, peak_memory
 from qgraph.runtime.difference import Difference, difference
@@ -31,6 +33,8 @@ __all__ = ["Inspection", "Measured", "OutputArray", "Outputs", "bench", "diff", 
 
 AnyData = Data | str | Path | Iterable[Feeds]
 BENCH_FEEDS = 16
+DIFF_FEEDS = 64
+"""Samples from which sensitivities are told, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,23 +282,23 @@ def diff(
     *,
     context: Context | None = None,
 ) -> Difference:
-    """Compare every inner tensor that a model and its artifact both have.
+    """Compare every inner tensor that a model and its artifact both have, and tell which quantized tensors hurt.
 
     Args:
         model: the source.
         artifact: the folder, or another ONNX model.
         data: samples to run.
-        context: threads, memory bound and progress.
+        context: seed, threads, memory bound and progress.
 
     Raises:
         UserError: a file is missing or damaged, or the samples do not fit.
     """
     context = context or Context()
     source, result = Path(model), Path(artifact)
-    if result.is_dir():
-        result = open_artifact(result).path
+    opened = open_artifact(result) if result.is_dir() else None
+    result = result if opened is None else opened.path
     samples = Data.of(data).open(signature(qgraph.ir.load(source)))
-    return difference(
+    found = difference(
         source,
         result,
         samples,
@@ -302,3 +306,27 @@ def diff(
         threads=context.threads,
         progress=context.progress,
     )
+    try:
+        return dataclasses.replace(found, sensitivities=_sensitivities(source, result, opened, samples, context))
+    except UserError as error:
+        return dataclasses.replace(found, no_sensitivities=str(error))
+
+
+def _sensitivities(
+    source: Path, result: Path, artifact: Artifact | None, samples: Samples, context: Context
+) -> Sensitivities:
+    """Return what rounding each tensor does.
+
+    Raises:
+        UserError: it cannot be told, and why.
+    """
+    quantized = qgraph.ir.load(result / "model.onnx" if result.is_dir() else result)
+    if not any(node.op_type == "DequantizeLinear" for node in quantized.graph):
+        raise UserError("no tensor is quantized by QuantizeLinear or DequantizeLinear")
+    feeds = [feed for feed, _ in zip(samples, range(DIFF_FEEDS), strict=False)]
+    context = dataclasses.replace(context, calibration=feeds, _analyses={})
+    reference, notes = float_form(source, artifact, context)
+    if qgraph.ir.weight_bytes(reference) > context.calibration_memory:
+        raise UserError("the weights are larger than the memory for samples: raise --calib-memory")
+    found = tensor_sensitivities(reference, quantized, context)
+    return dataclasses.replace(found, notes=(*notes, *found.notes))

@@ -26,6 +26,7 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.probes import Probe, kinds, main_values, raw_outputs, size_outputs
+from qgraph.analysis.quantization_sensitivity import Sensitivities
 from qgraph.errors import UserError
 from qgraph.pipeline import Feeds, Progress, Samples
 from qgraph.runtime.metrics import ErrorSums, round_figure
@@ -82,11 +83,15 @@ class Difference:
         samples: number of feeds that were run.
         tensors: in the order of the source's graph.
         unmatched: the other float tensors of the source.
+        sensitivities: what rounding each quantized tensor does to the outputs; None where that was not told.
+        no_sensitivities: why not.
     """
 
     samples: int
     tensors: tuple[TensorError, ...]
     unmatched: tuple[Unmatched, ...] = ()
+    sensitivities: Sensitivities | None = None
+    no_sensitivities: str = ""
 
     def worst_first(self) -> list[TensorError]:
         """Return the tensors by rising SQNR: broken ones first, then undefined ones, exact ones last."""
@@ -98,15 +103,20 @@ class Difference:
             "samples": self.samples,
             "tensors": [dataclasses.asdict(one) for one in self.tensors],
             "unmatched": [one._asdict() for one in self.unmatched],
+            "sensitivities": None if self.sensitivities is None else self.sensitivities.to_json(),
+            "no_sensitivities": self.no_sensitivities,
         }
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Difference:
         """Read what `to_json` wrote."""
+        found = document.get("sensitivities")
         return cls(
             document["samples"],
             tuple(TensorError(**one) for one in document["tensors"]),
             tuple(Unmatched(**one) for one in document["unmatched"]),
+            None if found is None else Sensitivities.from_json(found),
+            document.get("no_sensitivities", ""),
         )
 
 

@@ -7,12 +7,16 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+import qgraph
 import qgraph.ir
+from qgraph.cli_pages import difference_tables
 from qgraph.errors import UserError
-from qgraph.pipeline import Pipeline
+from qgraph.float_form import float_form
+from qgraph.pipeline import Context, Pipeline
 from qgraph.runtime import difference as module
 from qgraph.runtime.difference import Difference, TensorError, Unmatched, difference
 from qgraph.runtime.session import open_session
+from qgraph.verbs import diff
 
 SOURCE = """<ir_version: 10, opset_import: ["" : 20]>
 g (float[n, 4] x) => (float[n, 4] y)
@@ -294,3 +298,75 @@ def test_sizes_are_read_off_the_shapes_where_they_are_stated(tmp_path, shape, st
     value.shape = None if shape is None else ir.Shape(shape)
     assert module._stated_size(value, {"n": 5}) == (20 if stated else None)
     assert module._sizes(model, [value], samples(1)[0], 1) == [20]
+
+
+NETWORK = """<ir_version: 10, opset_import: ["" : 13]>
+g (float[n, 4, 6, 6] x, float[4, 4, 3, 3] a, float[4, 4, 3, 3] b) => (float[n, 4, 6, 6] y) {
+    [first] h = Conv <pads = [1, 1, 1, 1]> (x, a)
+    [relu] r = Relu (h)
+    [second] y = Conv <pads = [1, 1, 1, 1]> (r, b)
+}"""
+
+
+def network(path):
+    model = ir.from_onnx_text(NETWORK)
+    random = np.random.default_rng(0)
+    for value in list(model.graph.inputs)[1:]:
+        value.const_value = ir.tensor(random.normal(size=(4, 4, 3, 3)).astype(np.float32), name=value.name)
+        model.graph.inputs.remove(value)
+        model.graph.register_initializer(value)
+    qgraph.ir.save(model, path)
+    return [{"x": random.normal(size=(2, 4, 6, 6)).astype(np.float32)} for _ in range(20)]
+
+
+def test_diff_tells_what_rounding_does_to_the_outputs(tmp_path):
+    feeds = network(tmp_path / "model.onnx")
+    made = qgraph.compile(
+        tmp_path / "model.onnx", target="cpu-int8", passes="qdq", calibration=feeds, output=tmp_path / "out"
+    )
+    found = diff(tmp_path / "model.onnx", made.path, feeds, context=Context(threads=1))
+    assert not found.no_sensitivities
+    rows = {one.tensor: one for one in found.sensitivities.tensors}
+    assert {"x", "r", "a", "b"} <= set(rows)
+    assert rows["a"].readers == ("first",)
+    assert rows["r"].kind == "activation"
+    assert all(30 < rows[name].output_sqnr_db < 70 for name in ("x", "r", "a", "b"))
+    actual = next(one.sqnr_db for one in found.tensors if one.name == "y")
+    assert found.sensitivities.output_sqnr_db == pytest.approx(actual, abs=2)
+    document = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert Difference.from_json(document) == found
+    assert "at the outputs" in str(difference_tables(found)[1])
+
+
+def test_diff_of_models_from_elsewhere(tmp_path):
+    """Without a manifest, the source is the float form, brought to a newer opset."""
+    feeds = network(tmp_path / "model.onnx")
+    model = qgraph.ir.load(tmp_path / "model.onnx")
+    Pipeline.parse("qdq").run(model, calibration=feeds)
+    qgraph.ir.save(model, tmp_path / "quantized.onnx")
+    found = diff(tmp_path / "model.onnx", tmp_path / "quantized.onnx", feeds)
+    assert {one.tensor for one in found.sensitivities.tensors} >= {"x", "r", "a", "b"}
+
+
+def test_diff_says_why_there_are_no_sensitivities(tmp_path):
+    feeds = network(tmp_path / "model.onnx")
+    found = diff(tmp_path / "model.onnx", tmp_path / "model.onnx", feeds)
+    assert found.sensitivities is None
+    assert found.no_sensitivities == "no tensor is quantized by QuantizeLinear or DequantizeLinear"
+    assert "no sensitivities: no tensor is quantized" in difference_tables(found)[1].note
+
+
+def test_the_float_form_is_what_the_passes_had_before_the_first_loss(tmp_path):
+    feeds = network(tmp_path / "model.onnx")
+    made = qgraph.compile(
+        tmp_path / "model.onnx",
+        target="cpu-int8",
+        passes="mixed-precision{nodes=[second]},qdq",
+        calibration=feeds,
+        output=tmp_path / "out",
+    )
+    model, notes = float_form(tmp_path / "model.onnx", made, Context(threads=1, calibration=feeds))
+    assert not notes
+    assert model.graph.opset_imports[""] == 21
+    assert [node.op_type for node in model.graph] == ["Conv", "Relu", "Conv"]
+    assert "qgraph.float" in model.graph[2].metadata_props

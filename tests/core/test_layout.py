@@ -37,7 +37,7 @@ LAYERS = (
     ("search_executors",),
     ("search",),
     ("compiler",),
-    ("catalog", "evaluation"),
+    ("catalog", "evaluation", "float_form"),
     ("verbs", "doctor", "comparison"),
     ("cli", "cli_commands", "cli_compare", "cli_display", "cli_options", "cli_pages", "__main__"),
 )
