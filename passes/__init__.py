@@ -26,6 +26,7 @@ _HOMES = {
     "InferShapes": "infer_shapes",
     "InlineFunctions": "inline_functions",
     "LiftConstants": "lift_constants",
+    "LowRank": "low_rank",
     "MatmulAddToGemm": "matmul_add_to_gemm",
     "MatmulNbits": "matmul_nbits",
     "MergeDuplicates": "merge_duplicates",
