@@ -135,7 +135,7 @@ def factors(weight: np.ndarray, moment: np.ndarray | None, rank: int) -> Factors
 
 def rank_for_energy(found: Spectrum, energy: float) -> int:
     """Return the least rank that keeps a share of the output's energy, at least 1."""
-    return int(min(np.searchsorted(np.cumsum(found.gains), energy - 1e-12) + 1, len(found.gains)))
+    return min(int(np.searchsorted(np.cumsum(found.gains), energy - 1e-12)) + 1, len(found.gains))
 
 
 def allocate_ranks(found: Sequence[Spectrum], share: float) -> list[int]:
