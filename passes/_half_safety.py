@@ -33,6 +33,8 @@ _FOLLOWING = ("Abs", "Add", "Clip", "Div", "Log", "Max", "Min", "Mul", "Neg", "P
 _NORMALIZING = ("Div", "Mul", "Sub")
 _WITH_MASKS = ("Add", "ConstantOfShape", "Expand", "Max", "Mul", "Sub", "Where")
 _MOVING = ("Cast", "Concat", "Identity", "Reshape", "ScatterND", "Slice", "Squeeze", "Transpose", "Trilu", "Unsqueeze")
+_ADDENDS = {"Add": -1, "Conv": 2, "ConvTranspose": 2, "Gemm": 2, "LayerNormalization": 2, "MatMulNBits": 5, "Sub": -1}
+"""Which inputs are only added to something; -1 stands for all."""
 _LONGEST_ARITHMETIC = 64
 _LARGE = 1 << 24
 _BEYOND = "its constant reaches"
@@ -63,13 +65,13 @@ def keep(graph: ir.Graph, opsets: Mapping[str, int], ranges: Ranges, half: Half,
 
 def keep_constants(node: ir.Node, half: Half, kept: Kept) -> str | None:
     """Say what of a node's constants the type cannot hold; masks are noted, not refused."""
-    for value in node.inputs:
+    for index, value in enumerate(node.inputs):
         if value is None or not is_float(value) or value.const_value is None:
             continue
         if isinstance(value.const_value, JointTensor):
             continue  # scales of compressed weights are looked at when they are computed
         array = np.asarray(value.const_value.numpy())
-        reason = _float16_reason(node, array) if half is FLOAT16 else None
+        reason = _float16_reason(node, index, array) if half is FLOAT16 else None
         if reason is not None:
             return reason
         if _beyond(array, half).size:
@@ -77,14 +79,16 @@ def keep_constants(node: ir.Node, half: Half, kept: Kept) -> str | None:
     return None
 
 
-def _float16_reason(node: ir.Node, array: np.ndarray) -> str | None:
+def _float16_reason(node: ir.Node, index: int, array: np.ndarray) -> str | None:
     if array.size == 1 and 0 < abs(float(array.reshape(-1)[0])) < _SMALLEST:
         return f"its constant {float(array.reshape(-1)[0]):.2g} is smaller than what float16 holds exactly"
     beyond = _beyond(array, FLOAT16)
     if beyond.size and (node.op_type not in _WITH_MASKS or (beyond > 0).any()):
         largest = float(beyond[np.abs(beyond).argmax()])
         return f"{_BEYOND} {largest:.3g}, and float16 ends at {FLOAT16.largest:.0f}"
-    size = float(np.abs(array).max(initial=0.0)) if array.size > 1 else 0.0
+    if array.size == 1 or _ADDENDS.get(node.op_type, 0) in (-1, index):
+        return None  # what is small and added may well be lost
+    size = float(np.abs(array).max(initial=0.0))
     if 0.0 < size < _SMALL and _lost(array) > _MOST_LOST:
         return f"its constant reaches only {size:.2g}, where float16 has few bits left"
     return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -15,6 +17,7 @@ from qgraph.errors import UserError
 from qgraph.passes.smooth_quant import SmoothQuant
 from qgraph.pipeline import Pipeline, Report
 
+GOLDEN = Path(__file__).resolve().parent.parent / "golden/smooth-quant"
 HEAD = '<ir_version: 10, opset_import: ["" : 23]>'
 LAYERS = """g (float[n, 32] x, float[32] spread, float[32, 24] w, float[24, 32] t)
     => (float[n, 24] y, float[n, 24] z, float[n, 32] seen)
@@ -123,6 +126,20 @@ def test_the_alpha_that_was_found_is_told_and_can_be_given():
     assert noise[0.5][1] > noise[0.5][0]
     with pytest.raises(ValueError, match="from 0 to 1"):
         SmoothQuant(alpha=1.5)
+
+
+@pytest.mark.parametrize("case", ["mul", "norm"])
+def test_golden(case: str):
+    path = GOLDEN / f"{case}.onnxtxt"
+    before, _, after = path.read_text(encoding="utf-8").partition("\n---\n")
+    model = ir.from_onnx_text(before)
+    rows = np.float32([[1, 4], [-1, 2], [0.5, -4]])  # channels that reach 1 and 4, which a norm keeps
+    Pipeline([SmoothQuant(alpha=0.5)]).run(model, calibration=[{"x": rows}])
+    text = ir.to_onnx_text(model).strip()
+    if os.environ.get("QGRAPH_UPDATE_GOLDEN"):
+        path.write_text(f"{before.strip()}\n---\n{text}\n", encoding="utf-8")
+    else:
+        assert text == after.strip()
 
 
 def test_options_are_read_and_written():

@@ -253,6 +253,10 @@ def test_weights_that_would_vanish_keep_their_node():
     weight = model.graph.initializers["w"]
     weight.const_value = ir.tensor(1e-7 * weight.const_value.numpy(), name="w")
     assert "where float16 has few bits left" in left(convert(model))["product"]
+    text = (
+        "g (float[2,8] x) => (float[2,8] y) <float[8,8] w = {0}, float[8] b = {0}> { a = MatMul(x, w) y = Add(a, b) }"
+    )
+    assert not convert(model_of(text, w=normal(8, 8), b=1e-8 * normal(8))).skipped  # added, it is lost in float32 too
 
 
 def test_the_encoder_keeps_its_answers():
