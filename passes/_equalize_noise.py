@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -11,6 +11,7 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.activations import Watch
 from qgraph.analysis.channel_groups import ChannelGroups, Layer
+from qgraph.analysis.channel_rules import NONE, Source
 from qgraph.analysis.reductions import Observation, Request
 from qgraph.analysis.spatial_rules import clip_bounds
 from qgraph.errors import UserError
@@ -89,13 +90,15 @@ def observe(model: ir.Model, context: Context, axes: Mapping[ir.Value, int]) -> 
     return {values[name]: sums[name].seen() for name in seen if name not in watch.unavailable}
 
 
-def magnitudes(layers: Iterable[Layer]) -> list[Magnitudes]:
-    """Return |weight| of each layer, the largest of each kernel.
+def magnitudes(groups: ChannelGroups) -> list[Magnitudes]:
+    """Return |weight| of each layer, the largest of each kernel, and those of what normalizes channels.
 
     Raises:
         UserError: a weight holds NaN or infinity.
     """
-    return [_magnitudes(layer) for layer in layers]
+    scales = [one for one in groups.vectors if one.node.op_type == "BatchNormalization" and one.index == 1]
+    norms = [Magnitudes(np.abs(_array(one)), one.channels, np.array([NONE])) for one in scales]
+    return [*map(_magnitudes, groups.layers), *norms]
 
 
 def _magnitudes(layer: Layer) -> Magnitudes:
@@ -105,11 +108,16 @@ def _magnitudes(layer: Layer) -> Magnitudes:
 
 
 def _weight(layer: Layer) -> np.ndarray:
-    array = qgraph.ir.constant(layer.weight.value)
+    return _array(layer.weight)
+
+
+def _array(source: Source) -> np.ndarray:
+    """Read a constant: float64, finite."""
+    array = qgraph.ir.constant(source.value)
     assert array is not None
     weight = np.asarray(array, np.float64)
     if not np.isfinite(weight).all():
-        label = qgraph.ir.node_label(layer.node)
+        label = qgraph.ir.node_label(source.node)
         raise UserError(f"equalize: the weight of '{label}' holds NaN or infinity: mend the model")
     return weight
 

@@ -95,7 +95,8 @@ class Equalize(Pass):
         through = frozenset(kept) if seen else frozenset[ir.Node]()
         groups = channel_groups(model, context, through)
         lower, upper = _limits(groups, kept if seen else {}, seen)
-        skipped = [Skipped(qgraph.ir.node_label(one.node), one.held) for one in groups.layers if one.held is not None]
+        held = {one.node: one.held for one in groups.layers if one.held is not None}
+        skipped = [Skipped(qgraph.ir.node_label(node), reason) for node, reason in {**groups.unfit, **held}.items()]
         notes = [f"{len(relus)} Clip as Relu"] if relus else []
         scales, figures = self._scales(groups, seen, lower, upper)
         changed = 0 if scales is None else _fold(model, groups, scales)
@@ -137,7 +138,7 @@ class Equalize(Pass):
         if groups.count == 0:
             return None, {}
         if self.method == "range" or not seen:
-            scales = equalize(magnitudes(groups.layers), lower, upper)
+            scales = equalize(magnitudes(groups), lower, upper)
             return scales if float(np.abs(np.log(scales)).max()) > _UNCHANGED else None, {}
         noise = terms(groups, seen, levels=(1 << (self.bits - 1)) - 1, per_channel=self.per_channel)
         scales = quietest(noise, lower, upper, steps=self.steps)

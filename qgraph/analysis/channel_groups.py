@@ -88,12 +88,14 @@ class ChannelGroups:
         count: number of classes.
         layers: in topological order.
         vectors: biases and the like, which are divided by the factors.
+        unfit: nodes with weights that cannot take factors, each with the reason.
         values: the class of each channel of values that layers make or read, broadcastable to the value; -1: stays.
     """
 
     count: int
     layers: Sequence[Layer]
     vectors: Sequence[Source]
+    unfit: Mapping[ir.Node, str]
     values: Mapping[ir.Value, np.ndarray]
 
 
@@ -126,6 +128,7 @@ class _Collector(Tracer):
         self._made: dict[ir.Node, np.ndarray] = {}
         self._places: dict[ir.Node, tuple[np.ndarray, np.ndarray]] = {}
         self._vectors: list[Source] = []
+        self._unfit: dict[ir.Node, str] = {}
 
     def run(self) -> ChannelGroups:
         for node in reversed(self._graph):
@@ -178,6 +181,8 @@ class _Collector(Tracer):
             self._read.pop(node, None)
             self._followed = set()
             why = str(reason) if isinstance(reason, NoSourceError) else f"the shapes at {at(node)} are not certain"
+            if node in self._layers or qgraph.ir.is_op(node, *_CONVOLUTIONS):
+                self._unfit[node] = why
             for value in told:
                 self._hold(value, why)
         if qgraph.ir.is_op(node, *_BLIND):
@@ -294,7 +299,8 @@ class _Collector(Tracer):
                 why = next((held[root] for root in tied[made[made != NONE]].tolist() if root in held), None)
                 layers.append(Layer(node, final(self._read[node]), numbers[made], *self._places[node], why))
         values = {value: numbers[ids] for value, ids in self._ids.items()}
-        return ChannelGroups(free.size, layers, [final(source) for source in reversed(self._vectors)], values)
+        vectors = [final(source) for source in reversed(self._vectors)]
+        return ChannelGroups(free.size, layers, vectors, dict(reversed(self._unfit.items())), values)
 
 
 def _is_gate(value: ir.Value | None) -> bool:

@@ -46,7 +46,7 @@ def equalize(
     upper: np.ndarray,
     *,
     sweeps: int = 100,
-    tolerance: float = 1e-3,
+    tolerance: float = 1e-5,
 ) -> np.ndarray:
     """Return the factor of each class, float64 (count,): what is made is divided by it.
 
