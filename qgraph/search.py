@@ -57,6 +57,8 @@ __all__ = ["Candidate", "Search", "Searched", "can_climb"]
 _LEAST_GAIN = 0.1
 _TUNING = 64
 """Tuning samples, at most."""
+_RANKING = 16
+"""Samples for the sensitivities of tensors, at most."""
 _SAME_SPEED = 1.05
 _TIMED = 8
 """Candidates that are timed beside one another at the end, at most."""
@@ -278,7 +280,7 @@ class Search:
         if base.met:
             return
         for to in ("int8", "float") if _four_bits(base.compress) else ("float",):
-            nodes = self._rank(base)
+            nodes = self._rank(base, to)
             base = self._precise(base, nodes, to)
             if base.met:
                 return
@@ -370,7 +372,7 @@ class Search:
 
     def _most(self, base: Candidate, to: str) -> None:
         """Give as many nodes a higher precision as the budget allows, the worst first."""
-        nodes = self._rank(base)
+        nodes = self._rank(base, to)
         holding, breaking = 0, len(nodes) + 1
         while breaking - holding > 1:
             count = (holding + breaking) // 2 if breaking <= len(nodes) else len(nodes)
@@ -451,9 +453,10 @@ class Search:
     def _tell(self, one: Candidate) -> None:
         self._observer(one.rung(self._bounds))
 
-    def _rank(self, base: Candidate) -> list[str]:
-        _, context, _ = self._shop.compress(base.compress)
-        self.worst = worst_nodes(context, base.made.folder, self._place.tuning)
+    def _rank(self, base: Candidate, to: str) -> list[str]:
+        """Return the nodes that a higher precision may help, the worst first."""
+        model, context, _ = self._shop.compress(base.compress)
+        self.worst = worst_nodes(model, context, _spread(self._place.tuning, _RANKING), weights=to == "int8")
         return self.worst
 
     # --- the choice ---------------------------------------------------------------------------------------------------
@@ -529,9 +532,14 @@ def _tuning(run: Run) -> Samples:
     samples = run.held_back if apart else run.context.calibration
     if samples is None:
         return run.samples
-    if len(samples) <= _TUNING:
+    return _spread(samples, _TUNING)
+
+
+def _spread(samples: Samples, count: int) -> Samples:
+    """Return at most `count` of the samples, spread evenly over them."""
+    if len(samples) <= count:
         return samples
-    places = [(2 * number + 1) * len(samples) // (2 * _TUNING) for number in range(_TUNING)]
+    places = [(2 * number + 1) * len(samples) // (2 * count) for number in range(count)]
     if isinstance(samples, SampleSet):
         return SampleSet(samples.source, tuple(samples.indices[place] for place in places))
     return [feeds for number, feeds in enumerate(samples) if number in set(places)]

@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, ClassVar, Protocol
 
 import onnx_ir as ir
 
@@ -104,7 +104,7 @@ class Here:
     def submit(self, job: Job) -> Future[Made]:
         """Do the job."""
         future: Future[Made] = Future()
-        future.set_result(self._shop.make(job))
+        future.set_result(_attempt(self._shop.make, job))
         return future
 
     def close(self) -> None:
@@ -122,7 +122,8 @@ class _Parcel:
         context: fields of the context that are plain values.
         calibration: the calibration samples, or their feeds.
         tuning: like it.
-        outputs: the source's outputs for the tuning samples.
+        names: of the outputs.
+        outputs: the source's, for the tuning samples.
     """
 
     model: Path | Mapping[str, bytes]
@@ -131,6 +132,7 @@ class _Parcel:
     context: Mapping[str, Any]
     calibration: Samples | list[Feeds] | None
     tuning: Samples | list[Feeds]
+    names: tuple[str, ...]
     outputs: list[list[Any]]
 
     @classmethod
@@ -157,6 +159,7 @@ class _Parcel:
             context={**plain, "threads": threads},
             calibration=None if context.calibration is None else _travelling(context.calibration, whole=whole),
             tuning=_travelling(place.tuning, whole=whole),
+            names=tuple(str(value.name) for value in place.model.graph.outputs),
             outputs=[place.source.run(None, feeds) for feeds in place.tuning],
         )
 
@@ -164,7 +167,7 @@ class _Parcel:
         """Set the workplace up again."""
         target = spec.build(registry.find("target", self.target.name), self.target)
         context = Context(**self.context, calibration=self.calibration)
-        source = replay(self.outputs)
+        source = replay(self.names, self.outputs)
         return Workplace(self._load(), target, Pipeline.parse(self.lower), context, self.tuning, source)
 
     def _load(self) -> ir.Model:
@@ -209,15 +212,13 @@ class Processes:
         workers: how many.
         threads: of each.
         folder: for what they share on disk.
-        command: that starts a worker; for tests.
     """
 
-    def __init__(
-        self, place: Workplace, workers: int, *, threads: int, folder: Path, command: list[str] | None = None
-    ) -> None:
+    COMMAND: ClassVar[list[str]] = [sys.executable, "-P", "-c", "from qgraph.search_executors import work; work()"]
+
+    def __init__(self, place: Workplace, workers: int, *, threads: int, folder: Path) -> None:
         self.workers = workers
         self._parcel = pickle.dumps(_Parcel.pack(place, folder, threads=threads, whole=False), _PICKLE)
-        self._command = command or [sys.executable, "-P", "-c", "from qgraph.search_executors import work; work()"]
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="qgraph-search")
         self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
         self._all: list[_Worker] = []
@@ -254,7 +255,7 @@ class Processes:
             self._idle.put(worker)
 
     def _start(self) -> _Worker:
-        worker = _Worker(self._command, self._parcel, self._environment)
+        worker = _Worker(self.COMMAND, self._parcel, self._environment)
         self._all.append(worker)
         return worker
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -66,15 +66,25 @@ def _bytes(value: Any) -> int:
     return int(value.nbytes) if isinstance(value, np.ndarray) else 1 << 10
 
 
-def replay(outputs: list[list[Any]]) -> Recorded:
+def replay(names: Sequence[str], outputs: list[list[Any]]) -> Recorded:
     """Return a session that gives these outputs, one list a sample, in every round."""
-    recorded = Recorded(_Nothing(), len(outputs), 0)
+    recorded = Recorded(_Nothing([_Output(name) for name in names]), len(outputs), 0)
     recorded.keep(outputs)
     return recorded
 
 
+class _Output(NamedTuple):
+    name: str
+
+
 class _Nothing:
     """A session of which everything has been recorded."""
+
+    def __init__(self, outputs: list[_Output]) -> None:
+        self._outputs = outputs
+
+    def get_outputs(self) -> list[_Output]:
+        return self._outputs
 
     def run(self, output_names: Sequence[str] | None, feeds: Mapping[str, np.ndarray]) -> list[Any]:
         del output_names, feeds
