@@ -57,6 +57,7 @@ class Display:
         self._done = 0
         self._since = self._told = 0.0
         self._rungs = 0
+        self._metrics: dict[str, None] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -82,7 +83,8 @@ class Display:
     def rung(self, rung: Rung) -> None:
         """Show a candidate of a search, as soon as it is known what became of it."""
         self._rungs += 1
-        self.step(f"search {self._rungs}", rung_text(rung))
+        self._metrics |= dict.fromkeys(rung.figures)
+        self.step(f"search {self._rungs}", rung_text(rung, self._metrics))
 
     def table(self, table: Table) -> None:
         """Show a table, which takes the place of the step that led to it."""

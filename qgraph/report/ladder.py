@@ -35,6 +35,14 @@ class Rung:
     chosen: bool = False
     remark: str = ""
 
+    @property
+    def state(self) -> str:
+        """What became of it, in a word or two: one that was only tried has no figures, one that failed no files."""
+        if self.met or self.figures:
+            told = "met" if self.met else "not met"
+            return told if not self.chosen else "chosen" if self.met else "chosen, not met"
+        return "failed" if self.bytes is None else "tried"
+
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
         return {**dataclasses.asdict(self), "figures": dict(self.figures)}

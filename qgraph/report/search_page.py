@@ -14,7 +14,7 @@ from qgraph.report.parts import name_cell, number, section, table
 from qgraph.report.units import METRIC_NAMES, metric_text
 from qgraph.runtime.tolerances import at_least
 
-__all__ = ["front_figure", "leading_metric", "rung_state", "search_section"]
+__all__ = ["front_figure", "leading_metric", "search_section"]
 
 _RUNGS = 60
 _MOST_METRICS = 2
@@ -68,20 +68,10 @@ def _metrics(rungs: Sequence[Rung], bounds: Mapping[str, Any]) -> list[str]:
     return [leading, *rest][:_MOST_METRICS]
 
 
-def rung_state(one: Rung) -> str:
-    """Return in a word what became of a candidate."""
-    if one.chosen:
-        return "chosen" if one.met else "chosen, not met"
-    if one.met:
-        return "met"
-    return "not met" if one.figures else "failed"
-
-
 def _rung_row(place: int, one: Rung, metrics: Sequence[str]) -> Markup:
     told = element("span", clip(one.remark), class_="note") if one.remark else None
     pipeline = element("span", element("code", clip(one.pipeline, 160)), class_="note") if one.pipeline else None
     speed = f" ({units.ratio_text(one.speedup)})" if one.speedup is not None else ""
-    state = rung_state(one)
     return element(
         "tr",
         element("td", element("span", place, class_=f"chip {_kind(one)}".strip()), class_="place"),
@@ -89,7 +79,7 @@ def _rung_row(place: int, one: Rung, metrics: Sequence[str]) -> Markup:
         *(_metric_cell(one, metric) for metric in metrics),
         number("–" if one.bytes is None else units.bytes_text(one.bytes), "size"),
         number("–" if one.seconds is None else f"{units.seconds_text(one.seconds)}{speed}", "latency"),
-        element("td", element("b", state) if one.chosen else state, class_="state"),
+        element("td", element("b", one.state) if one.chosen else one.state, class_="state"),
         id=f"rung{place}",
     )
 
@@ -104,7 +94,7 @@ def _kind(one: Rung) -> str:
 
 
 def _dot(place: int, one: Rung, x: float, metric: str) -> Dot:
-    told = f"{one.name}: {metric_text(metric, one.figures[metric])}, {rung_state(one)}"
+    told = f"{one.name}: {metric_text(metric, one.figures[metric])}, {one.state}"
     return Dot(str(place), x, one.figures[metric], told, _kind(one), f"rung{place}")
 
 

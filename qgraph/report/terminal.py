@@ -7,7 +7,7 @@ terminals). Nothing is printed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qgraph.report.data import Comparison, comparisons
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 STEP_WIDTH = 17
-_RUNG_WIDTH = 28
+_RUNG_WIDTH = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,21 +102,24 @@ def progress_text(elapsed: float, done: int, total: int) -> str:
     return f"{done}/{total}{share}   {seconds_text(elapsed)}{rest}"
 
 
-def rung_text(rung: Rung) -> str:
+def rung_text(rung: Rung, metrics: Iterable[str] = ()) -> str:
     """Return a candidate of a search in one line: name, what was measured, size, speed, and what became of it.
 
-    The columns of candidates with the same metrics stand below one another.
+    Args:
+        rung: the candidate.
+        metrics: those of the candidates before, so that columns stand below one another; it may lack some.
     """
-    measured = "   ".join(
-        f"{METRIC_NAMES.get(metric, metric)} {metric_text(metric, value):>7}" for metric, value in rung.figures.items()
-    )
+    measured = [_measured(rung, metric) for metric in dict.fromkeys((*metrics, *rung.figures))]
     size = "" if rung.bytes is None else bytes_text(rung.bytes)
     speed = "" if rung.speedup is None else ratio_text(rung.speedup)
-    state = "met" if rung.met else "not met" if rung.figures else "failed"
-    parts = [f"{rung.name:<{_RUNG_WIDTH}}", *([measured] if measured else []), f"{size:>8}", f"{speed:>5}", state]
-    kept = "   chosen" if rung.chosen else ""
-    told = f"   {rung.remark}" if rung.remark else ""
-    return f"{'   '.join(parts)}{kept}{told}".rstrip()
+    parts = [f"{rung.name:<{_RUNG_WIDTH}}", *measured, f"{size:>8}", f"{speed:>5}", rung.state]
+    return "   ".join([*parts, *([rung.remark] if rung.remark else [])]).rstrip()
+
+
+def _measured(rung: Rung, metric: str) -> str:
+    name = METRIC_NAMES.get(metric, metric)
+    value = rung.figures.get(metric)
+    return f"{name} {metric_text(metric, value):>8}" if value is not None else " " * (len(name) + 9)
 
 
 def to_text(table: Table) -> str:

@@ -84,7 +84,8 @@ def test_time_left():
 RUNGS = (
     Rung("the default", "qdq", {"top1": 0.021}, 3_850_000, 0.0032, 2.6),
     Rung("bias correction", "qdq,bias-correction", {"top1": 0.0051}, 3_850_000, 0.0032, 2.61, remark="no gain"),
-    Rung("learned rounding", "adaround,qdq", remark="the worker died twice"),
+    Rung("learned rounding", "adaround,qdq", remark="died"),
+    Rung("smoothing", "smooth-quant,qdq", bytes=3_850_000, remark="+0.0 dB"),
     Rung("2 layers in float", "mixed-precision,qdq", {"top1": 0.004}, 4_100_000, 0.0035, 2.4, met=True, chosen=True),
 )
 
@@ -94,10 +95,11 @@ def test_candidates_of_a_search_stand_below_one_another(capsys: pytest.CaptureFi
     for rung in RUNGS:
         display.rung(rung)
     assert capsys.readouterr().err.splitlines() == [
-        "search 1         the default                    top-1 loss  2.10 %    3.85 MB    2.6x   not met",
-        "search 2         bias correction                top-1 loss  0.51 %    3.85 MB    2.6x   not met   no gain",
-        "search 3         learned rounding                                  failed   the worker died twice",
-        "search 4         2 layers in float              top-1 loss  0.40 %    4.10 MB    2.4x   met   chosen",
+        "search 1         the default                      top-1 loss   2.10 %    3.85 MB    2.6x   not met",
+        "search 2         bias correction                  top-1 loss   0.51 %    3.85 MB    2.6x   not met   no gain",
+        "search 3         learned rounding                                                          failed   died",
+        "search 4         smoothing                                               3.85 MB           tried   +0.0 dB",
+        "search 5         2 layers in float                top-1 loss   0.40 %    4.10 MB    2.4x   chosen",
     ]
 
 
@@ -125,7 +127,7 @@ def test_the_live_bar_counts_down(monkeypatch: pytest.MonkeyPatch):
     assert column.render(task).plain == "15 s left"
     task._get_time = lambda: task.start_time + 300.0
     assert column.render(task).plain == ""  # what was to be expected is over
-    live.rung(RUNGS[3])
+    live.rung(RUNGS[4])
     live.close()
     assert "gptq" in stream.getvalue()
     assert "2 layers in float" in stream.getvalue()

@@ -485,6 +485,18 @@ def test_the_ladder_is_told_as_it_was_climbed():
     assert {one["href"][1:] for _, one in page.elements if "href" in one} <= ids
 
 
+def test_what_became_of_a_candidate():
+    states = [
+        Rung("a", "a", {"sqnr": 1.0}, 1, met=True),
+        Rung("a", "a", {"sqnr": 1.0}, 1),
+        Rung("a", "a", {"sqnr": 1.0}, 1, met=True, chosen=True),
+        Rung("a", "a", {"sqnr": 1.0}, 1, chosen=True),
+        Rung("a", "a", bytes=1),
+        Rung("a", "a"),
+    ]
+    assert [one.state for one in states] == ["met", "not met", "chosen", "chosen, not met", "tried", "failed"]
+
+
 def test_pictures_tell_range_steps_and_what_is_cut_off():
     text = Page(render(data())).text
     assert "uint8, −0.5 to 3 in steps of 0.0137 , 1.2 % cut off" in text
