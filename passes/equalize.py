@@ -4,9 +4,10 @@
     =>
     x -> Conv(W1 / s, b1 / s) -> Relu -> Conv(W2 s, b2)         s > 0 for each channel in between
 
-Exact in real numbers. The factors go through whatever passes positive ones on: Relu, PRelu, LeakyRelu, pooling, Pad
-with zeros, Concat, Split, channel shuffles, Flatten, Add (all that it adds, and all that reads it, change together),
-depthwise and grouped layers, the data side of a gate (`qgraph.analysis.channel_groups`).
+Exact in real numbers, but for what calibration decides (Clips, high biases). The factors go through whatever passes
+positive ones on: Relu, PRelu, LeakyRelu, pooling, Pad with zeros, Concat, Split, channel shuffles, Flatten, Add (all
+that it adds, and all that reads it, change together), depthwise and grouped layers, the data side of a gate
+(`qgraph.analysis.channel_groups`).
 
 How s is chosen: without calibration data, so that each channel uses as much of the range of the weights that make it
 as of those that read it ("range", Nagel et al. 2019, section 4.1). With them, so that the noise of weights and
@@ -16,6 +17,8 @@ activations costs least ("noise", `qgraph.numerics.noise_balance`).
 
 Other Clips stay. Through them go the factors of channels that do not reach the bound, kept within what was seen of
 them, so that samples are clipped as before; channels that do reach it keep theirs.
+
+A channel that a Relu always lets through loses what it has above zero to the biases behind (`_equalize_absorption`).
 
 It does not fire, with the reason in the report, on what leaves the model, is read inside a subgraph or by an operator
 that bends otherwise, or on weights that others read too.
@@ -39,6 +42,7 @@ from qgraph.analysis.spatial_rules import clip_bounds
 from qgraph.errors import UserError
 from qgraph.numerics.equalization import equalize
 from qgraph.numerics.noise_balance import noise_of, quietest
+from qgraph.passes._equalize_absorption import absorb
 from qgraph.passes._equalize_noise import Seen, magnitudes, observe, terms
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
@@ -73,6 +77,7 @@ class Equalize(Pass):
     bits: int = field(default=8, metadata={"help": "width that the quantizer behind it gives the weights"})
     per_channel: bool = field(default=False, metadata={"help": "one weight scale for each output channel there"})
     least_gain: float = field(default=0.1, metadata={"help": "share of the noise that must go for a change"})
+    absorb: bool = field(default=True, metadata={"help": "move high biases through Relu, where samples show them"})
     steps: int = field(default=100, metadata={"help": "steps of the search for the least noise"})
 
     def apply(self, model: ir.Model, context: Context) -> Report:
@@ -94,15 +99,18 @@ class Equalize(Pass):
         kept = {node: bound for node, bound in clips.items() if node not in relus}
         through = frozenset(kept) if seen else frozenset[ir.Node]()
         groups = channel_groups(model, context, through)
-        lower, upper = _limits(groups, kept if seen else {}, seen)
+        notes = [f"{len(relus)} Clip as Relu"] if relus else []
+        absorbed, left = absorb(model, groups, seen) if self.absorb else (0, [])
+        if absorbed:
+            notes.append(f"{absorbed} layers without their high bias")
+            groups = channel_groups(model, context, through)
         held = {one.node: one.held for one in groups.layers if one.held is not None}
         skipped = [Skipped(qgraph.ir.node_label(node), reason) for node, reason in {**groups.unfit, **held}.items()]
-        notes = [f"{len(relus)} Clip as Relu"] if relus else []
-        scales, figures = self._scales(groups, seen, lower, upper)
+        scales, figures = self._scales(groups, seen, *_limits(groups, kept if seen else {}, seen))
         changed = 0 if scales is None else _fold(model, groups, scales)
         if changed:
             notes.append(f"{changed} layers equalized")
-        return Report(changed=changed + len(relus), skipped=skipped, notes=notes, figures=figures)
+        return Report(changed + len(relus) + absorbed, [*skipped, *left], notes, figures)
 
     def _seen(self, model: ir.Model, context: Context, clips: Bounds) -> dict[ir.Value, Seen]:
         """Return what calibration shows of all that layers read and make, and of what is clipped."""
@@ -110,10 +118,9 @@ class Equalize(Pass):
             return {}
         groups = channel_groups(model, context, frozenset(clips))
         axes: dict[ir.Value, int] = {}
-        if self.method != "range":
-            for layer in groups.layers:
-                ends = (layer.node.inputs[0], layer.node.outputs[0])
-                axes.update((value, layer.axis) for value in ends if value is not None)
+        for layer in groups.layers:
+            ends = (layer.node.inputs[0], layer.node.outputs[0])
+            axes.update((value, layer.axis) for value in ends if value is not None)
         for node in clips:
             value, axis = node.inputs[0], _channel_axis(groups.values.get(node.outputs[0]))
             if value is not None and axis is not None:
