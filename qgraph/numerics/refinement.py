@@ -31,7 +31,14 @@ _NARROWEST = 0.3
 _FREE_SCALES = ("int", "nf4", "fp8e4m3", "fp8e5m2")
 
 
-def refine(rounder: Rounder, rows: np.ndarray, error: np.ndarray, hessian: np.ndarray, rounds: int) -> float:
+def refine(
+    rounder: Rounder,
+    rows: np.ndarray,
+    error: np.ndarray,
+    hessian: np.ndarray,
+    rounds: int,
+    mask: np.ndarray | None = None,
+) -> float:
     """Improve the codes and parameters in `rounder`; return by how much tr(E H E^T) has fallen.
 
     Call it inside `products.steady`.
@@ -42,6 +49,7 @@ def refine(rounder: Rounder, rows: np.ndarray, error: np.ndarray, hessian: np.nd
         error: the weights less what the codes stand for, [K, N]; kept up to date.
         hessian: [K, K], damped, of the dtype of `rows`.
         rounds: passes over all groups.
+        mask: bool [K, N]: what may be other than zero; zero points then stay as they are.
     """
     free = rounder.grid.scheme.format in _FREE_SCALES
     whole = rounder.group <= _WIDEST
@@ -55,7 +63,7 @@ def refine(rounder: Rounder, rows: np.ndarray, error: np.ndarray, hessian: np.nd
     gain = 0.0
     for _ in range(rounds):
         for part in parts:
-            gain += part.decide(rows, error)
+            gain += part.decide(rows, error, mask)
     return gain
 
 
@@ -78,7 +86,7 @@ class _Part:
         inverse[np.ix_(self.order, self.order)] = triangle.inverse()
         self.inverse = inverse.astype(hessian.dtype)
 
-    def decide(self, rows: np.ndarray, error: np.ndarray) -> float:
+    def decide(self, rows: np.ndarray, error: np.ndarray, mask: np.ndarray | None = None) -> float:
         """Choose codes and parameters again; return the gain."""
         now = rows[self.inputs] - error[self.inputs]
         target = now + product(self.inverse, product(self.hessian, error))
@@ -88,11 +96,19 @@ class _Part:
         gain = 0.0
         for first in range(0, rows.shape[1], width):
             outputs = slice(first, first + width)
-            gain += self._decide(now[:, outputs], target[:, outputs], factors, outputs)
+            stays = None if mask is None else mask[self.inputs, outputs]
+            gain += self._decide(now[:, outputs], target[:, outputs], factors, outputs, stays)
         np.subtract(rows[self.inputs], now, out=error[self.inputs])
         return gain
 
-    def _decide(self, now: np.ndarray, target: np.ndarray, factors: np.ndarray, outputs: slice) -> float:
+    def _decide(
+        self,
+        now: np.ndarray,
+        target: np.ndarray,
+        factors: np.ndarray,
+        outputs: slice,
+        stays: np.ndarray | None,
+    ) -> float:
         """Choose for some outputs; `now` is what their codes stand for, and is brought up to date."""
         grid = self.rounder.grid
         scale = grid.scale[self.group, outputs]
@@ -101,7 +117,7 @@ class _Part:
         # Scales are stored in single precision: what is tried here has to be what is stored.
         scales = (scale * factors[:, None]).astype(np.float32).astype(now.dtype).reshape(1, -1)
         tried = Grid(grid.scheme, scales, None if zero_point is None else np.tile(zero_point, count)[None])
-        numbers, cost = self._round(np.tile(target, count), tried)
+        numbers, cost = self._round(np.tile(target, count), tried, None if stays is None else np.tile(stays, count))
         before = self._cost(target - now)
         best = np.argmin(cost.reshape(count, width), axis=0) * width + np.arange(width)
         better = cost[best] < before
@@ -110,14 +126,14 @@ class _Part:
         scale = np.where(better, scales[0, best], scale)
         numbers = self._numbers(codes, zero_point)
         if self.search:
-            scale, shift = self._fit(target, numbers, scale, zero_point)
+            scale, shift = self._fit(target, numbers, scale, zero_point, shifts=stays is None)
             numbers -= shift
             zero_point = None if zero_point is None else zero_point + shift
         grid.put(slice(self.group, self.group + 1), outputs, scale, zero_point)
         np.multiply(numbers, scale, out=now)
         return float((before - self._cost(target - now)).sum(dtype=np.float64))
 
-    def _round(self, target: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    def _round(self, target: np.ndarray, grid: Grid, stays: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Return numbers [n, M] and what they cost [M], rounded with error feedback inside the part."""
         numbers = np.empty_like(target)
         error = np.empty_like(target)
@@ -127,6 +143,8 @@ class _Part:
         def choose(index: int, wanted: np.ndarray, made: np.ndarray) -> None:
             number = numbers[self.order[index]]
             grid.round(0, wanted, number)
+            if stays is not None:
+                number *= stays[self.order[index]]
             np.multiply(number, grid.scale[0], out=made)
             np.subtract(ordered[index], made, out=made)
 
@@ -146,14 +164,14 @@ class _Part:
         return np.asarray(np.einsum("ij,ij->j", error, product(self.square, error)))
 
     def _fit(
-        self, target: np.ndarray, numbers: np.ndarray, scale: np.ndarray, zero_point: np.ndarray | None
+        self, target: np.ndarray, numbers: np.ndarray, scale: np.ndarray, zero_point: np.ndarray | None, *, shifts: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the scale that fits `numbers` best, and a move of the zero point by one where that fits better."""
         image = product(self.square, numbers)
         along = np.einsum("ij,ij->j", image, target)
         square = np.einsum("ij,ij->j", image, numbers)
         best_gain, best_scale, best_shift = _fitted(along, square, scale)
-        if zero_point is not None and not self.rounder.grid.scheme.symmetric:
+        if shifts and zero_point is not None and not self.rounder.grid.scheme.symmetric:
             sums = self.square.sum(axis=0)
             for shift in (-1, 1):
                 moved_square = square - 2 * shift * image.sum(axis=0) + sums.sum()
