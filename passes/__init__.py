@@ -41,7 +41,9 @@ _HOMES = {
     "Rtn": "rtn",
     "Rotate": "rotate",
     "SmoothQuant": "smooth_quant",
+    "SubtractResiduals": "subtract_residuals",
     "ToBf16": "to_bf16",
+    "Sparsify": "sparsify",
     "ToFp16": "to_fp16",
     "WidenWeights": "widen_weights",
 }

@@ -226,7 +226,7 @@ class CpuInt8(_OnnxRuntimeCpu):
 
     def lower_passes(self) -> Pipeline:
         """Keep the runtime from quantizing what was left in float, and clean up."""
-        return Pipeline.parse("guard-float,widen-weights,remove-unused")
+        return Pipeline.parse("guard-float,subtract-residuals,widen-weights,remove-unused")
 
     def ladder(self, compress: Pipeline) -> Sequence[Step]:
         """Return what brings static integers nearer to float at the same speed, and smoothing for dynamic ones."""
