@@ -7,12 +7,14 @@ and a MatMul with an Add of a constant likewise; float biases are shifted as the
 without a bias gets one.
 
     fast    exact and quantized layer read the same exact input: what the layer itself got wrong. One run
-    full    layer by layer in the quantized model, whose layers before are corrected already: what reached it, too
+    full    layer by layer in the quantized model, whose layers before are corrected already: what reached it, too. The
+            means are those behind the Relu, Clip, HardSwish or HardSigmoid that alone reads y, where there is one
 
 The exact output is that of the model before the first pass that lost something, so this pass stands behind those. It
 does not fire where nothing was lost, on a MatMul without an Add (one would cost time), on nodes inside subgraphs, and
 where the error is chance: on channels whose mean error lies within its own standard error, and on layers where the
-shift of one half of the samples would not help the other half. A second run finds nothing left.
+shift would not help a sample that it was not taken from. A second run finds nothing left; what `full` has done it
+leaves alone.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from qgraph.pipeline import Context, Pass, Report, Skipped
 __all__ = ["BiasCorrection"]
 
 _MARK = "qgraph.bias"
-"""Metadata of a node whose bias was corrected for what comes before it, too."""
+"""Metadata of a node whose bias was looked at together with what comes before it."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,9 @@ class BiasCorrection(Pass):
         default="fast", metadata={"help": "each layer by itself, or with what reaches it from the layers before"}
     )
     significance: float = field(
-        default=1.0, metadata={"help": "standard errors below which a mean error is left alone; 0 trusts every mean"}
+        default=1.0, metadata={"help": "standard errors of a mean error that count as chance; 0 trusts every mean"}
     )
-    samples: int = field(default=256, metadata={"help": "calibration samples to use at most; 0 for all"})
+    samples: int = field(default=128, metadata={"help": "calibration samples to use at most; 0 for all"})
     exclude: tuple[str, ...] = field(default=(), metadata={"help": "patterns (*, ?) of names of nodes to leave alone"})
 
     def __post_init__(self) -> None:
@@ -59,7 +61,7 @@ class BiasCorrection(Pass):
             raise ValueError(f"samples is {self.samples}, but must not be negative")
 
     def apply(self, model: ir.Model, context: Context) -> Report:
-        """Correct; `figures` has the mean error of each layer's channels before and after, as root mean squares.
+        """Correct; `figures` has the shift that each layer's channels need before and after, as root mean squares.
 
         Raises:
             UserError: there are no calibration samples, or the model does not run on one.
@@ -72,14 +74,14 @@ class BiasCorrection(Pass):
         work = _Corrections(model.graph, self.significance)
         if self.method == "full":
             sequential_errors(model, context.reference, layers, context, work.correct, who=self.name, most=self.samples)
-            for layer in work.changed:
+            for layer in layers:
                 layer.last.metadata_props[_MARK] = "full"
         else:
             found = local_errors(context.reference, layers, context, who=self.name, most=self.samples)
             for layer, errors in found.items():
                 work.correct(layer, errors)
         notes = [f"{len(work.changed)} of {len(layers)} biases corrected"] if work.changed else []
-        return Report(len(work.changed), [*skipped, *work.skipped], notes, {"mean_error": work.figures})
+        return Report(len(work.changed), [*skipped, *work.skipped], notes, {"shifts": work.figures})
 
     def _layers(self, model: ir.Model, reference: ir.Model) -> tuple[list[PairedLayer], list[Skipped]]:
         found, skipped = paired_layers(model, reference)
@@ -89,8 +91,8 @@ class BiasCorrection(Pass):
                 skipped.append(Skipped(layer.name, "it is excluded"))
             elif self.method == "fast" and not layer.is_quantized:
                 continue
-            elif self.method == "fast" and _MARK in layer.last.metadata_props:
-                skipped.append(Skipped(layer.name, "its bias makes up for what comes before it, too: method=full did"))
+            elif _MARK in layer.last.metadata_props:
+                skipped.append(Skipped(layer.name, "method=full corrected it, for what comes before it too"))
             else:
                 layers.append(layer)
         return layers, skipped
@@ -102,7 +104,7 @@ class _Corrections:
     Attributes:
         changed: the layers whose bias is another now.
         skipped: those that were left alone, with the reason.
-        figures: the mean error of each layer before and after.
+        figures: the shift that each layer needs before and after.
     """
 
     def __init__(self, graph: ir.Graph, significance: float) -> None:
@@ -126,7 +128,7 @@ class _Corrections:
         shift = bias_shift(rows, weights, self._significance)
         assert mean is not None
         if shift is None and mean.any():
-            self.skipped.append(Skipped(layer.name, "what one half of the samples wants would not help the other half"))
+            self.skipped.append(Skipped(layer.name, "what some samples want would not help the others"))
         added = nothing if shift is None else add_to_bias(self._graph, layer, shift)
         if added.any():
             self.changed.append(layer)

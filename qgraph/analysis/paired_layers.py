@@ -2,12 +2,13 @@
 
     quantized   x -> Q -> D -> Conv(D(W8), D(b32)) -> y          reference   x -> Conv(W, b) -> y
 
-What is compared is y before any activation: where `qdq` leaves a Relu to the quantizer that follows, the layer's own
-output is still the unclamped one. Of a MatMul, it is the output of the Add of a constant behind it.
+y is the layer's own output: where `qdq` leaves a Relu to the quantizer that follows, it is still the unclamped one,
+although it has the name of what the Relu made. Of a MatMul, it is the output of the Add of a constant behind it.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Container
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 import qgraph.ir
+from qgraph.numerics.bias_correction import Activation
 from qgraph.pipeline import Skipped
 
 __all__ = ["PairedLayer", "fixed_values", "paired_layers"]
@@ -35,6 +37,7 @@ class PairedLayer:
         axis: of the output's channels: 1, or -1 for a MatMul.
         rank: of the output; None where it is not known.
         channels: how many there are.
+        activation: what alone reads the output in the reference, where that is known.
     """
 
     node: ir.Node
@@ -45,6 +48,7 @@ class PairedLayer:
     axis: int
     rank: int | None
     channels: int
+    activation: Activation | None
 
     @property
     def name(self) -> str:
@@ -55,6 +59,13 @@ class PairedLayer:
     def output(self) -> ir.Value:
         """What it computes in the quantized model."""
         return self.last.outputs[0]
+
+    @property
+    def exact_outputs(self) -> list[ir.Value]:
+        """What the layer computes in the reference, and what its activation, if there is one, makes of it."""
+        output = self.twin_last.outputs[0]
+        node = qgraph.ir.only_consumer(output)
+        return [output] if self.activation is None or node is None else [output, node.outputs[0]]
 
     @property
     def is_quantized(self) -> bool:
@@ -118,13 +129,13 @@ def _paired(node: ir.Node, twin: ir.Node, fixed: Container[ir.Value | None]) -> 
         return "its output is not float32"
     if node.op_type != "MatMul":
         known = 2 if node.op_type == "Gemm" else len(_dims(twin.inputs[1]) or ())
-        return PairedLayer(node, node, 2, twin, twin, 1, known, channels)
+        return PairedLayer(node, node, 2, twin, twin, 1, known, channels, _activation(twin))
     added, twin_added = (_added(one.outputs[0], channels, fixed) for one in (node, twin))
     if added is None or twin_added is None:
         return "it has no bias, and an Add of one would cost time"
     shapes = [value.shape for value in (twin_added[0].outputs[0], twin.inputs[0]) if value is not None]
     rank = next((len(shape) for shape in shapes if shape is not None), None)
-    return PairedLayer(node, *added, twin, twin_added[0], -1, rank, channels)
+    return PairedLayer(node, *added, twin, twin_added[0], -1, rank, channels, _activation(twin_added[0]))
 
 
 def _channels(node: ir.Node) -> int | None:
@@ -170,3 +181,31 @@ def _added(product: ir.Value, channels: int, fixed: Container[ir.Value | None]) 
         return None
     dims = _dims(bias)
     return (node, index) if dims and dims[-1] == channels and all(dim == 1 for dim in dims[:-1]) else None
+
+
+def _activation(last: ir.Node) -> Activation | None:
+    """Return the activation that alone reads a node's output."""
+    node = qgraph.ir.only_consumer(last.outputs[0])
+    if node is None or node.graph is not last.graph or node.inputs[0] is not last.outputs[0]:
+        return None
+    if qgraph.ir.is_op(node, "Relu"):
+        return Activation("clamp")
+    if qgraph.ir.is_op(node, "HardSwish"):
+        return Activation("hard-swish")
+    if qgraph.ir.is_op(node, "HardSigmoid"):
+        factors = (node.attributes.get_float("alpha", 0.2), node.attributes.get_float("beta", 0.5))
+        return Activation("hard-sigmoid", *factors)
+    return _clamp(node) if qgraph.ir.is_op(node, "Clip") else None
+
+
+def _clamp(node: ir.Node) -> Activation | None:
+    bounds = [-math.inf, math.inf]
+    for index, name in ((1, "min"), (2, "max")):
+        if name in node.attributes:
+            bounds[index - 1] = node.attributes[name].as_float()
+        elif index < len(node.inputs) and node.inputs[index] is not None:
+            array = qgraph.ir.constant(node.inputs[index])
+            if array is None:
+                return None
+            bounds[index - 1] = float(array.item())
+    return Activation("clamp", *bounds)

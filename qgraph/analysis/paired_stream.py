@@ -13,6 +13,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -23,7 +24,7 @@ from qgraph.analysis.paired_layers import PairedLayer, fixed_values
 from qgraph.analysis.probes import Probe, first_line
 from qgraph.analysis.segment_runs import CarriedValues, SegmentRun
 from qgraph.errors import UserError
-from qgraph.numerics.bias_correction import Errors
+from qgraph.numerics.bias_correction import Activation, Errors, matching_shifts
 from qgraph.pipeline import Context, Feeds
 from qgraph.work_folder import SCRATCH
 
@@ -32,7 +33,7 @@ __all__ = ["Correct", "local_errors", "sequential_errors"]
 Correct = Callable[[PairedLayer, Errors], np.ndarray]
 """Corrects a layer whose errors are known, and returns what that adds to its output channels, float (channels,)."""
 _MOST_ROWS = 64
-"""Of more rows in one feed only the mean is kept."""
+"""Kept of one feed; of more, means over groups are."""
 
 
 def local_errors(
@@ -95,12 +96,17 @@ def sequential_errors(
 
     def add(copy: ir.Model, values: Mapping[str, ir.Value]) -> list[ir.Value]:
         writer = _Writer(copy)
-        exact = [(layer, values[str(layer.twin_last.outputs[0].name)]) for layer in layers]
-        return [one for layer, value in exact for one in (writer.mean_rows(layer, value), writer.node("Size", value))]
+        outputs = []
+        for layer in layers:
+            exact = [values[str(value.name)] for value in layer.exact_outputs]
+            means = [writer.mean_rows(layer, value) for value in exact]
+            outputs += [means[0] if len(means) == 1 else writer.node("Concat", *means, axis=1)]
+            outputs += [writer.node("Size", exact[0])]
+        return outputs
 
-    means: dict[tuple[PairedLayer, int], tuple[np.ndarray, int]] = {}
+    exact = _Exact()
     for layer, number, rows, positions in _rows(reference, layers, add, context, who, most):
-        means[layer, number] = rows, positions
+        exact[layer, number] = rows, positions
     if context.work_folder is not None:
         context.work_folder.mkdir(parents=True, exist_ok=True)
     stages = _stages(model, layers)
@@ -108,26 +114,87 @@ def sequential_errors(
         store = _ShiftedValues(Path(scratch) / "values", context.calibration_memory)
         _take_inputs(store, stages, context, who, most)
         for index, (segment, ends) in enumerate(stages):
-            errors = {layer: Errors() for layer in ends}
-            wanted = list(dict.fromkeys([*segment.gives, *(layer.output for layer in ends)]))
-            run = SegmentRun(model, segment, wanted, store, threads=context.threads)
-            for number in range(store.samples):
-                context.progress(who, index * store.samples + number, len(stages) * store.samples)
-                arrays = run(number)
-                for layer in ends:
-                    rows, positions = means[layer, number]
-                    errors[layer].add(rows - _mean_rows(layer, arrays[layer.output]), positions)
-                for value in segment.gives:
-                    store.put(value, number, arrays[value])
+            progress = _Progress(context, who, index * store.samples, len(stages) * store.samples)
+            before = _run_stage(model, segment, ends, exact, store, context.threads, progress)
             for layer in ends:
-                store.shift(layer, correct(layer, errors[layer]))
+                errors = before[layer]
+                if layer.activation is not None and layer.output in segment.gives:
+                    errors = _behind_activation(layer, layer.activation, errors, exact, store)
+                store.shift(layer, correct(layer, errors))
             later = {value for other, _ in stages[index + 1 :] for value in other.reads}
             for value in segment.reads:
                 if value not in later:
                     store.drop(value)
-            del run
             qgraph.ir.forget_pages()
         context.progress(who, len(stages) * store.samples, len(stages) * store.samples)
+
+
+_Exact = dict[tuple[PairedLayer, int], tuple[np.ndarray, np.ndarray]]
+"""By layer and sample: means of the reference's outputs, side by side, and the positions that each goes over."""
+
+
+class _Progress(NamedTuple):
+    context: Context
+    who: str
+    done: int
+    total: int
+
+    def __call__(self, more: int) -> None:
+        self.context.progress(self.who, self.done + more, self.total)
+
+
+def _run_stage(
+    model: ir.Model,
+    segment: Segment,
+    ends: Sequence[PairedLayer],
+    exact: _Exact,
+    store: _ShiftedValues,
+    threads: int,
+    progress: _Progress,
+) -> dict[PairedLayer, Errors]:
+    """Run a stage on all samples, keep what it gives, and return the mean errors of the layers that end it."""
+    errors = {layer: Errors() for layer in ends}
+    wanted = list(dict.fromkeys([*segment.gives, *(layer.output for layer in ends)]))
+    run = SegmentRun(model, segment, wanted, store, threads=threads)
+    for number in range(store.samples):
+        progress(number)
+        arrays = run(number)
+        for layer in ends:
+            rows, positions = exact[layer, number]
+            errors[layer].add(rows[:, : layer.channels] - _mean_rows(layer, arrays[layer.output]), positions)
+        for value in segment.gives:
+            store.put(value, number, arrays[value])
+    return errors
+
+
+def _behind_activation(
+    layer: PairedLayer, activation: Activation, before: Errors, exact: _Exact, store: _ShiftedValues
+) -> Errors:
+    """Return the shifts that make the means behind the activation equal, from the mean errors before it."""
+    rows_before, weights = before.arrays()
+    if not rows_before.size or not np.isfinite(rows_before).all():
+        return before
+
+    def measure(shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found, slopes = Errors(), Errors()
+        for number in range(store.samples):
+            rows, positions = exact[layer, number]
+            array = _shifted(layer, store.get(layer.output, number), shift)
+            found.add(rows[:, layer.channels :] - _mean_rows(layer, activation(array)), positions)
+            slopes.add(_mean_rows(layer, activation.slope(array)), positions)
+        slope_rows, _ = slopes.arrays()
+        return found.arrays()[0], weights @ slope_rows / weights.sum()
+
+    squares, means = Errors(), Errors()
+    for number in range(store.samples):
+        array, (_, positions) = store.get(layer.output, number), exact[layer, number]
+        squares.add(_mean_rows(layer, np.square(array)), positions)
+        means.add(_mean_rows(layer, array), positions)
+    second, first = (weights @ one.arrays()[0] / weights.sum() for one in (squares, means))
+    deviation = np.sqrt(np.maximum(second - np.square(first), 0.0))
+    result = Errors()
+    result.add(matching_shifts(measure, weights, rows_before, deviation), weights)
+    return result
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
@@ -191,18 +258,21 @@ class _ShiftedValues(CarriedValues):
 
     def __init__(self, folder: Path, room: int) -> None:
         super().__init__(folder, room)
-        self._shifts: dict[ir.Value, tuple[int, np.ndarray]] = {}
+        self._shifts: dict[ir.Value, tuple[PairedLayer, np.ndarray]] = {}
 
     def shift(self, layer: PairedLayer, shift: np.ndarray) -> None:
         if shift.any():
-            self._shifts[layer.output] = layer.axis, shift.astype(np.float32)
+            self._shifts[layer.output] = layer, shift
 
     def get(self, value: ir.Value, number: int) -> np.ndarray:
         array = super().get(value, number)
-        if value not in self._shifts:
-            return array
-        axis, shift = self._shifts[value]
-        return np.asarray(array + (shift if axis == -1 else shift.reshape(-1, *[1] * (array.ndim - 2))))
+        return _shifted(self._shifts[value][0], array, self._shifts[value][1]) if value in self._shifts else array
+
+
+def _shifted(layer: PairedLayer, array: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """Return a layer's output with a number added to each channel."""
+    channels = shift.astype(array.dtype)
+    return np.asarray(array + (channels if layer.axis == -1 else channels.reshape(-1, *[1] * (array.ndim - 2))))
 
 
 def _take_inputs(
@@ -237,10 +307,10 @@ def _rows(
     context: Context,
     who: str,
     most: int,
-) -> Iterator[tuple[PairedLayer, int, np.ndarray, int]]:
+) -> Iterator[tuple[PairedLayer, int, np.ndarray, np.ndarray]]:
     """Run a model with the outputs of `add`: rows of means and a size for each layer.
 
-    Yields layer, number of the sample, rows (samples of the feed, channels) and the positions that each stands for.
+    Yields layer, number of the sample, rows (samples of the feed, channels) and how many positions each stands for.
     """
     probe: Probe | None = None
     total = len(context.samples(f"'{who}'"))
@@ -253,23 +323,33 @@ def _rows(
         except Exception as error:
             raise UserError(f"the model does not run on calibration sample {number}: {first_line(error)}") from error
         for index, layer in enumerate(layers):
-            rows = _fewer(arrays[2 * index].astype(np.float64))
-            yield layer, number, rows, int(arrays[2 * index + 1]) // max(rows.size, 1)
+            rows = arrays[2 * index].astype(np.float64)
+            positions = int(arrays[2 * index + 1]) // max(len(rows) * layer.channels, 1)
+            yield layer, number, _grouped(rows), positions * _group_sizes(len(rows))
     context.progress(who, total, total)
 
 
 def _mean_rows(layer: PairedLayer, array: np.ndarray) -> np.ndarray:
     """Return the same of an array that `_Writer.mean_rows` computes in a graph."""
-    wide = array.astype(np.float64)
     if layer.axis == 1:
-        return _fewer(wide.reshape(*wide.shape[:2], -1).mean(axis=2))
+        return _grouped(array.reshape(*array.shape[:2], -1).mean(axis=2, dtype=np.float64))
     if layer.rank is None or layer.rank < 2:
-        return np.asarray(wide.reshape(-1, layer.channels).mean(axis=0)[None])
-    return _fewer(wide.reshape(len(wide), -1, layer.channels).mean(axis=1))
+        return np.asarray(array.reshape(-1, layer.channels).mean(axis=0, dtype=np.float64)[None])
+    return _grouped(array.reshape(len(array), -1, layer.channels).mean(axis=1, dtype=np.float64))
 
 
-def _fewer(rows: np.ndarray) -> np.ndarray:
-    return rows if len(rows) <= _MOST_ROWS else np.asarray(rows.mean(axis=0)[None])
+def _grouped(rows: np.ndarray) -> np.ndarray:
+    """Return the rows, or the means of groups of consecutive ones."""
+    sizes = _group_sizes(len(rows))
+    if len(sizes) == len(rows):
+        return rows
+    starts = np.cumsum(sizes) - sizes
+    return np.asarray(np.add.reduceat(rows, starts, axis=0) / sizes[:, None])
+
+
+def _group_sizes(count: int) -> np.ndarray:
+    size = -(-count // _MOST_ROWS)
+    return np.array([min(size, count - start) for start in range(0, count, max(size, 1))], np.int64)
 
 
 class _Writer:
