@@ -92,7 +92,7 @@ def _figure(line: Comparison) -> Markup:
         "div", number.replace("-", "−"), element("span", f" {word}") if word else None, class_=f"big {kind}".strip()
     )
     drawing = bar(line.share, kind=kind) if line.share is not None else None
-    both = f"{line.before} → {line.after}" if line.change else None
+    both = " → ".join(one.replace(" ", "\u00a0") for one in (line.before, line.after)) if line.change else None
     remark = element("div", clip(line.remark, 120), class_="unit") if line.remark else None
     return element("div", element("dt", line.label), element("dd", big, drawing, both, remark))
 

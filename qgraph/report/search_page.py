@@ -70,12 +70,15 @@ def _metrics(rungs: Sequence[Rung], bounds: Mapping[str, Any]) -> list[str]:
 
 def _rung_row(place: int, one: Rung, metrics: Sequence[str]) -> Markup:
     told = element("span", clip(one.remark), class_="note") if one.remark else None
-    pipeline = element("span", element("code", clip(one.pipeline, 160)), class_="note") if one.pipeline else None
+    name: Markup | str = clip(one.name, 100)
+    if one.pipeline:
+        passes = element("code", clip(one.pipeline, 400))
+        name = element("details", element("summary", element("span", name)), passes, class_="more")
     speed = f" ({units.ratio_text(one.speedup)})" if one.speedup is not None else ""
     return element(
         "tr",
         element("td", element("span", place, class_=f"chip {_kind(one)}".strip()), class_="place"),
-        name_cell(clip(one.name, 100), pipeline, told),
+        name_cell(name, told),
         *(_metric_cell(one, metric) for metric in metrics),
         number("–" if one.bytes is None else units.bytes_text(one.bytes), "size"),
         number("–" if one.seconds is None else f"{units.seconds_text(one.seconds)}{speed}", "latency"),

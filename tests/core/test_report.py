@@ -147,7 +147,7 @@ class Page(HTMLParser):
 
     @property
     def text(self):
-        return " ".join(self.words)
+        return " ".join(self.words).replace("\u00a0", " ")
 
 
 def test_the_page_tells_the_figures(tmp_path):
