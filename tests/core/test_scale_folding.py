@@ -256,3 +256,43 @@ def test_scales_are_checked():
     with pytest.raises(ValueError, match="positive"):
         scale_input(model, folding, np.zeros(8), suffix="scaled")
     assert isinstance(folding.origin, Origin)
+
+
+IMAGES = """
+    front = Constant <value_ints = [0, 2, 1]> ()
+    rows = Transpose <perm = [0, 2, 1]> (x)
+    c = Conv (rows, @k[8, 16, 1], @kb[8])
+    p = PRelu (c, @slope[8, 1])
+    {}
+    y = MatMul (back, @o[8, 4])
+"""
+PLACES = {
+    "transposed": "back = Transpose <perm = [0, 2, 1]> (p)",
+    "pooled": "q = MaxPool <kernel_shape = [2]> (p)\nback = Transpose <perm = [0, 2, 1]> (q)",
+    "normalized": "q = BatchNormalization (p, @g[8], @b[8], @b[8], @v[8])\nback = Transpose <perm = [0, 2, 1]> (q)",
+    "reduced": (
+        "last = Constant <value_ints = [-1]> ()\nq = ReduceMean <keepdims = 1> (p, last)\n"
+        "back = Transpose <perm = [0, 2, 1]> (q)"
+    ),
+    "clipped at zero": (
+        "zero = Constant <value_float = 0.0> ()\nq = Clip (p, zero)\nback = Transpose <perm = [0, 2, 1]> (q)"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_convolutions_take_the_factors(kind: str):
+    model = model_with(IMAGES.format(PLACES[kind]))
+    for value in model.graph.initializers.values():
+        if value.name == "W_v":
+            value.const_value = ir.tensor(np.abs(value.const_value.numpy()) + 1, name=value.name)
+    folding = scaled(model)[-1]
+    assert folding.origin is not None
+    names = {str(one.value.name).partition("_scaled")[0] for one in folding.origin.sources}
+    assert names == ({"W_g", "W_b"} if kind == "normalized" else {"W_k", "W_kb"})
+
+
+def test_a_clip_at_six_takes_no_factors():
+    body = "zero = Constant <value_float = 0.0> ()\nsix = Constant <value_float = 6.0> ()\nq = Clip (p, zero, six)\n"
+    model = model_with(IMAGES.format(body + "back = Transpose <perm = [0, 2, 1]> (q)"))
+    assert "clips at 0 and 6" in scaled(model)[-1].reason
