@@ -29,7 +29,8 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.linear_layers import matches
 from qgraph.analysis.paired_layers import PairedLayer, paired_layers
-from qgraph.analysis.paired_stream import local_errors, sequential_errors
+from qgraph.analysis.paired_means import local_errors
+from qgraph.analysis.paired_stream import sequential_errors
 from qgraph.numerics.bias_correction import Errors, bias_shift
 from qgraph.passes._bias_values import add_to_bias
 from qgraph.pipeline import Context, Pass, Report, Skipped
