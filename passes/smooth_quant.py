@@ -10,8 +10,9 @@ Exact in real numbers; what changes is what 8 bits make of it. Products of the s
 where the constants that make x take the factors: those of a norm or a layer before (`qgraph.analysis.scale_folding`).
 s = max|x|^alpha / max|w|^(1 - alpha), and alpha is searched for each x; scales that are 1 but for the channels above a
 threshold are tried too (see `qgraph.numerics.smoothing`). They are judged on calibration samples by the noise of the
-quantized products, and set only where that is above `tolerated` and falls by `least_gain` at least, by `mul_gain` where
-it takes a Mul. All Muls that an encoder wants cost about 4 % of its time. A fixed `alpha` is set everywhere.
+quantized products, and set only where that falls by `least_gain` at least. Where it takes a Mul, it must have been
+above `tolerated` and fall by `mul_gain`: all Muls that an encoder wants cost about 4 % of its time. A fixed `alpha` is
+set everywhere.
 
 It does not fire on weights that are computed, of more than two dimensions, of another type than float32, or that
 somebody else reads too. What is smoothed already is left alone.
@@ -56,9 +57,11 @@ class SmoothQuant(Pass):
     activations: Literal["dynamic", "static"] = field(
         default="dynamic", metadata={"help": "the ranges to smooth for: those of each run, or one for all samples"}
     )
-    tolerated: float = field(default=28.0, metadata={"help": "products of a better signal-to-noise ratio (dB) stay"})
-    least_gain: float = field(default=2.0, metadata={"help": "gain (dB) below which a product stays as it is"})
+    least_gain: float = field(default=0.5, metadata={"help": "gain (dB) below which a product stays as it is"})
     mul_gain: float = field(default=2.0, metadata={"help": "the same where the scales cost a Mul at run time"})
+    tolerated: float = field(
+        default=28.0, metadata={"help": "signal-to-noise ratio (dB) from which no Mul is worth it"}
+    )
     exclude: tuple[str, ...] = field(default=(), metadata={"help": "patterns (*, ?) of names of nodes to leave alone"})
 
     def __post_init__(self) -> None:
@@ -120,8 +123,9 @@ class SmoothQuant(Pass):
         if self.alpha != "search":
             return True
         before, after = _decibels(found.before), _decibels(found.after)
-        least = self.least_gain if folding.origin is not None else max(self.least_gain, self.mul_gain)
-        return before < self.tolerated and after - before >= least
+        if folding.origin is not None:
+            return after - before >= self.least_gain
+        return before < self.tolerated and after - before >= max(self.least_gain, self.mul_gain)
 
     def _groups(
         self, model: ir.Model, layers: Sequence[LinearLayer]
