@@ -40,6 +40,8 @@ with the inputs for each row that was seen, since few rows can be fitted by many
 _PATCHES = 8192
 _PATCHES_PER_INPUT = 64
 """Patches that a convolution's moments are taken from: the least of all samples together, and for each input."""
+_PATCH_ELEMENTS = 1 << 25
+"""Of the patches of one sample, at most: 128 MB."""
 
 Produce = Callable[[], QuantizedWeight]
 
@@ -294,6 +296,7 @@ class _Taken:
         self._whole = rows.changed.shape
         if isinstance(layer, Convolution):
             most = -(-max(_PATCHES, _PATCHES_PER_INPUT * layer.inputs) // samples)
+            most = min(most, _PATCH_ELEMENTS // (layer.inputs * layer.groups) + 1)
             self._positions = layer.window.positions(rows.changed.shape, most, number)
             self.changed = self._patches(layer.window, rows.changed)
             self.original = None if rows.original is None else self._patches(layer.window, rows.original)
