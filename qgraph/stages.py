@@ -57,6 +57,9 @@ _RECORDED = 4
 _NOISE = 1.05
 """How many times longer than its budget a result may take: timings repeat within a few per cent."""
 
+_MOST_NODES = 5000
+"""Layers of larger graphs are not compared for the report: a node costs about a millisecond."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Event:
@@ -370,19 +373,20 @@ class Run:
             bench = {**bench, "search": [rung.to_json() for rung in rungs]} if rungs else bench
             _write_json(stage / "bench.json", bench)
         reports = {"prepare": self.prepared, "compress": built.compress, "lower": built.lower}
-        layers = self._look_inside(stage)
+        layers = self._look_inside(stage, built.nodes)
         seconds = time.perf_counter() - self.started
         recipe = stage / "recipe.toml"
         data = ReportData.build(manifest, bench, reports, seconds=seconds, recipe=recipe, layers=layers, search=rungs)
         (stage / "report.html").write_text(render(data), encoding="utf-8")
 
-    def _look_inside(self, stage: Path) -> LayerFacts:
+    def _look_inside(self, stage: Path, nodes: int) -> LayerFacts:
         """Compare the tensors inside on a few samples, for the report."""
         source = self.context.reference or self.source
-        if self.sliced or source is None or not (stage / "model.onnx").is_file():
-            why = "the model is compared in slices, for its size" if self.sliced else "the target deploys no ONNX model"
-            more = ". `qgraph diff MODEL ARTIFACT --calib DATA` takes it." if self.sliced else "."
-            return LayerFacts(remark=f"Not taken: {why}{more}")
+        if source is None or not (stage / "model.onnx").is_file():
+            return LayerFacts(remark="Not taken: the target deploys no ONNX model.")
+        if self.sliced or nodes > _MOST_NODES:
+            why = "the model is compared in slices, for its size" if self.sliced else f"{nodes:,} nodes take long"
+            return LayerFacts(remark=f"Not taken: {why}. `qgraph diff MODEL ARTIFACT --calib DATA` takes it.")
         seconds = self.bench["before"].seconds if self.bench is not None else None
         facts = look_inside(
             source, stage, few(self.samples, seconds), threads=self.context.threads, progress=self.context.progress

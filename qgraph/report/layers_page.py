@@ -25,7 +25,7 @@ _EXACT_DB = 80.0
 def layers_section(facts: LayerFacts) -> Markup | None:
     """Return where the error arises: a profile over the depth, the worst tensors, and all in the order of the graph."""
     if not facts.tensors:
-        why = element("p", clip(facts.remark, 400), class_="note") if facts.remark else None
+        why = element("p", *_with_code(facts.remark), class_="note") if facts.remark else None
         return section("Where the error arises", why) if why else None
     tensors = facts.tensors
     rated = [one.sqnr_db for one in tensors if one.sqnr_db is not None]
@@ -48,6 +48,12 @@ def layers_section(facts: LayerFacts) -> Markup | None:
     if rated:
         parts.append(_in_order(tensors, largest))
     return section("Where the error arises", *parts)
+
+
+def _with_code(text: str) -> list[Child]:
+    """Return a remark in which what stands between backquotes is code."""
+    pieces = clip(text, 400).split("`")
+    return [element("code", piece) if i % 2 else piece for i, piece in enumerate(pieces)]
 
 
 def _told(facts: LayerFacts) -> Markup:

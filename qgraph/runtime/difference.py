@@ -163,10 +163,9 @@ def difference(
     if not len(samples):
         raise UserError("there are no samples to compare on")
     before, after = (
-        one.clone() if isinstance(one, ir.Model) else qgraph.ir.load(_model_file(one)) for one in (source, result)
+        _without_dropout(one if isinstance(one, ir.Model) else qgraph.ir.load(_model_file(one)))
+        for one in (source, result)
     )
-    _ignore_dropout(before)
-    _ignore_dropout(after)
     largest = _largest(before, samples)
     fed = frozenset(largest)
     pairs, unmatched = _match(_float_tensors(before, fed), after)
@@ -216,10 +215,19 @@ def _op(value: ir.Value) -> str:
     return "" if node is None else node.op_type
 
 
-def _ignore_dropout(model: ir.Model) -> None:
+def _without_dropout(model: ir.Model) -> ir.Model:
+    """Return the model with an Identity for each Dropout; the model itself if there is none."""
+    if not any(_is_idle_dropout(node) for node in qgraph.ir.walk(model)):
+        return model
+    model = model.clone()
     for node in list(qgraph.ir.walk(model)):
-        if qgraph.ir.is_op(node, "Dropout") and not any(mask.uses() for mask in node.outputs[1:]):
+        if _is_idle_dropout(node):
             qgraph.ir.replace_node(node, ir.node("Identity", [node.inputs[0]], name=node.name))
+    return model
+
+
+def _is_idle_dropout(node: ir.Node) -> bool:
+    return qgraph.ir.is_op(node, "Dropout") and not any(mask.uses() for mask in node.outputs[1:])
 
 
 def _run(probe: Probe, feed: Feeds, who: str) -> list[np.ndarray]:

@@ -12,6 +12,7 @@ import pytest
 
 import qgraph
 import qgraph.ir
+from qgraph import stages
 from qgraph.report import layers
 from qgraph.report.layers import LayerFacts, Picture, adds_error, few, look_inside, worst_first
 from qgraph.report.stored_weights import layer_of, stored_weight
@@ -204,6 +205,14 @@ def test_models_compared_in_slices_say_how_to_get_the_layers(source: Path, tmp_p
     page = (artifact.path / "report.html").read_text(encoding="utf-8")
     assert "in slices, for its size" in page
     assert "qgraph diff MODEL ARTIFACT" in page
+
+
+def test_graphs_of_very_many_nodes_say_how_to_get_the_layers(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(stages, "_MOST_NODES", 3)
+    page = (compiled(source, "cpu-int8", "qdq", tmp_path) / "report.html").read_text(encoding="utf-8")
+    assert re.search(r"Not taken: \d+ nodes take long. <code>qgraph diff", page)
 
 
 def test_few_samples_of_what_takes_long():
