@@ -34,7 +34,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qgraph import registry
+from qgraph.analysis.quantization_sensitivity import Sensitivities
 from qgraph.building import Built
 from qgraph.errors import UserError
 from qgraph.pipeline import Pipeline, Report, Samples
@@ -46,7 +46,7 @@ from qgraph.runtime.verification import Verification
 from qgraph.samples import SampleSet
 from qgraph.search_edits import changed, keep_precise, way_name
 from qgraph.search_executors import Executor, Here, Processes, Ray, in_order, portable
-from qgraph.search_ranking import worst_nodes
+from qgraph.search_ranking import first_count, harm, relevant, worst_nodes
 from qgraph.search_workshop import Job, Made, Workplace, Workshop
 from qgraph.stages import Bounds, Run, bytes_of, told
 from qgraph.targets.base import Session, Step, Target
@@ -57,7 +57,9 @@ __all__ = ["Candidate", "Search", "Searched", "can_climb"]
 _LEAST_GAIN = 0.1
 _TUNING = 64
 """Tuning samples, at most."""
-_RANKING = 16
+_TRIM = 4
+"""Nodes of a higher precision are trimmed to within this part of their number."""
+_RANKING = 4
 """Samples for the sensitivities of tensors, at most."""
 _SAME_SPEED = 1.05
 _TIMED = 8
@@ -67,6 +69,8 @@ _SECONDS = 0.15
 _WORTH_PROCESSES = 2.0
 """Seconds that a candidate must take for processes to be started without being asked for."""
 _MOST_PROCESSES = 8
+_CORES_FOR_PROCESSES = 4
+"""Fewer cores do more with threads, since what candidates share is then made once."""
 _RECORDED = 4
 _NAMED = 3
 
@@ -213,12 +217,13 @@ class Search:
             chosen = self._climb(self._plan.compress or Pipeline())
             assert chosen.made.built is not None
             plan, built = dataclasses.replace(self._plan, compress=chosen.compress), chosen.made.built
-            if chosen is self.candidates[0] or self.interrupted:
+            if chosen is self.candidates[0] or chosen.made.exact or self.interrupted:
                 for path in chosen.made.folder.iterdir():
                     shutil.move(path, stage / path.name)
             else:
                 built = self._once_more(chosen, stage)
-        if chosen is self.candidates[0] and chosen.verification is not None:
+            as_made = not any(chosen.made.folder.iterdir())
+        if as_made and chosen.verification is not None:
             tested = self._run.open_result(stage), chosen.verification
         else:
             tested = self._run.verify(stage, quiet=True)
@@ -276,12 +281,12 @@ class Search:
         return first
 
     def _meet_tolerance(self, first: Candidate) -> None:
-        base = self._steps(first, self._run.target.ladder(first.compress), until_met=True)
-        if base.met:
+        steps = relevant(self._run.target.ladder(first.compress), self._harm(first))
+        base = self._steps(first, steps, until_met=True)
+        if base.met or "qdq" not in [one.name for one in base.compress]:
             return
         for to in ("int8", "float") if _four_bits(base.compress) else ("float",):
-            nodes = self._rank(base, to)
-            base = self._precise(base, nodes, to)
+            base = self._precise(base, to)
             if base.met:
                 return
 
@@ -314,24 +319,24 @@ class Search:
 
     def _ways(self, base: Candidate, step: Step) -> Iterator[tuple[str, Pipeline]]:
         for way in step.ways:
-            if " " in way and way.partition(" ")[0].partition("{")[0] not in registry.names("pass"):
-                continue
             pipeline = changed(base.compress, way)
             pipeline = None if pipeline is None else override(pipeline, self._overrides)
             if pipeline is not None and pipeline not in self._known:
                 yield way_name(step.name, way, step.ways), pipeline
 
-    def _precise(self, base: Candidate, nodes: Sequence[str], to: str) -> Candidate:
+    def _precise(self, base: Candidate, to: str) -> Candidate:
         """Give the worst nodes a higher precision: ever more of them until the bounds are met, then as few as hold."""
-
-        def of(count: int) -> tuple[str, Pipeline]:
-            what = "8 bits" if to == "int8" else "float"
-            name = f"{count} layer{'s' if count > 1 else ''} in {what}"
-            return name, keep_precise(base.compress, nodes[:count], to)
-
-        counts = [*(1 << power for power in range(len(nodes).bit_length()) if 1 << power < len(nodes)), len(nodes)]
+        found = self._harm(base)
+        nodes = self.worst = worst_nodes(found, to)
+        if not nodes:
+            return base
+        count = min(len(nodes), self._first_count(found, nodes, to))
+        counts = [count]
+        while count < len(nodes):
+            count = min(2 * count, len(nodes))
+            counts.append(count)
         failing, best, holding = 0, base, 0
-        for count, one in zip(counts, self._made(map(of, counts if nodes else [])), strict=False):
+        for count, one in zip(counts, self._made(_precise(base, nodes, to, count) for count in counts), strict=False):
             self._complete(one)
             self._tell(one)
             best = one if one.complete else best
@@ -339,9 +344,9 @@ class Search:
                 holding = count
                 break
             failing = count
-        while holding - failing > 1:
+        while holding - failing > max(1, holding // _TRIM):
             middle = (holding + failing) // 2
-            (one,) = self._made([of(middle)])
+            (one,) = self._made([_precise(base, nodes, to, middle)])
             self._complete(one)
             self._tell(one)
             if one.met:
@@ -349,6 +354,17 @@ class Search:
             else:
                 failing = middle
         return best
+
+    def _first_count(self, found: Sensitivities | None, nodes: Sequence[str], to: str) -> int:
+        """Return with how many nodes to begin: where one bound is missed, as many as are predicted to meet it."""
+        (metric, bound), *others = self._bounds.tolerance.items()
+        if others:
+            return 1
+        verified = [one.verification for one in self.candidates if one.verification is not None]
+        figures = [(one.figure("sqnr"), one.figure(metric)) for one in verified]
+        losses = [(sqnr, _loss(metric, figure)) for sqnr, figure in figures if sqnr is not None and figure is not None]
+        losses.sort()
+        return first_count(found, nodes, to, losses, _loss(metric, bound))
 
     # --- with a budget ------------------------------------------------------------------------------------------------
 
@@ -372,13 +388,11 @@ class Search:
 
     def _most(self, base: Candidate, to: str) -> None:
         """Give as many nodes a higher precision as the budget allows, the worst first."""
-        nodes = self._rank(base, to)
+        nodes = self.worst = worst_nodes(self._harm(base), to)
         holding, breaking = 0, len(nodes) + 1
         while breaking - holding > 1:
             count = (holding + breaking) // 2 if breaking <= len(nodes) else len(nodes)
-            what = "8 bits" if to == "int8" else "float"
-            name = f"{count} layer{'s' if count > 1 else ''} in {what}"
-            (one,) = self._made([(name, keep_precise(base.compress, nodes[:count], to))])
+            (one,) = self._made([_precise(base, nodes, to, count)])
             self._complete(one)
             self._tell(one)
             if one.made.error or self._broken(one):
@@ -422,15 +436,15 @@ class Search:
             if not movable:
                 raise UserError(f"--executor {self._address}: passes or a target given as objects cannot travel")
             self._executor = Ray(self._place, self._address, workers=threads, folder=folder)
-        elif workers < 2 or not movable or (not threads and self._seconds() < _WORTH_PROCESSES):
+        elif workers < 2 or not movable or not (threads or self._worth_processes()):
             self._executor = Here(self._shop)
         else:
             self._executor = Processes(self._place, workers, threads=1, folder=folder)
         return self._executor
 
-    def _seconds(self) -> float:
+    def _worth_processes(self) -> bool:
         built = self.candidates[0].made.built
-        return built.compress.seconds + built.lower.seconds if built is not None else 0.0
+        return _cores() >= _CORES_FOR_PROCESSES and built is not None and built.compress.seconds > _WORTH_PROCESSES
 
     def _closeness(self, one: Candidate) -> float:
         """Return how near a candidate is on the tuning samples; of the first one this is not known beforehand."""
@@ -453,11 +467,11 @@ class Search:
     def _tell(self, one: Candidate) -> None:
         self._observer(one.rung(self._bounds))
 
-    def _rank(self, base: Candidate, to: str) -> list[str]:
-        """Return the nodes that a higher precision may help, the worst first."""
+    def _harm(self, base: Candidate) -> Sensitivities | None:
+        """Return what the rounding of each tensor of a candidate does to the outputs."""
         model, context, _ = self._shop.compress(base.compress)
-        self.worst = worst_nodes(model, context, _spread(self._place.tuning, _RANKING), weights=to == "int8")
-        return self.worst
+        context.progress = self._run.context.progress
+        return harm(model, context, _spread(self._place.tuning, _RANKING))
 
     # --- the choice ---------------------------------------------------------------------------------------------------
 
@@ -515,6 +529,19 @@ def _miss(metric: str, figure: float, bound: float) -> float:
     if at_least(metric):
         return max(0.0, (bound - figure) / max(abs(bound), 1.0))
     return max(0.0, (figure - bound) / max(bound, 1e-3))
+
+
+def _precise(base: Candidate, nodes: Sequence[str], to: str, count: int) -> tuple[str, Pipeline]:
+    what = "8 bits" if to == "int8" else "float"
+    name = f"{count} node{'s' if count > 1 else ''} in {what}"
+    return name, keep_precise(base.compress, nodes[:count], to)
+
+
+def _loss(metric: str, figure: float) -> float:
+    """Return a figure as a loss that falls exponentially with the SQNR in dB, near enough."""
+    if metric == "sqnr":
+        return 10 ** (-figure / 20)
+    return 1 - figure if metric == "cosine" else figure
 
 
 def _four_bits(pipeline: Pipeline) -> bool:

@@ -11,6 +11,8 @@ from qgraph.plan import override
 __all__ = ["changed", "keep_precise", "pattern", "way_name"]
 
 _WEIGHT_QUANTIZERS = frozenset({"adaround", "gptq", "rtn", "hqq", "qdq"})
+_ROUNDING = frozenset({"adaround", "gptq"})
+"""Ways to round the same weights: one takes the place of another."""
 _MIXED = "mixed-precision"
 
 
@@ -35,12 +37,15 @@ def changed(pipeline: Pipeline, way: str) -> Pipeline | None:
 
 def _put(pipeline: Pipeline, one: Pass, anchor: str, behind: int) -> Pipeline | None:
     names = [other.name for other in pipeline]
-    if one.name in names:
-        place = names.index(one.name)
-        return Pipeline([*pipeline.passes[:place], one, *pipeline.passes[place + 1 :]])
+    instead = [place for place, name in enumerate(names) if name == one.name or {name, one.name} <= _ROUNDING]
+    if instead:
+        return Pipeline([*pipeline.passes[: instead[0]], one, *pipeline.passes[instead[0] + 1 :]])
     if anchor not in names:
         return None
     place = names.index(anchor) + behind
+    if not behind and one.name not in _ROUNDING:
+        # What keeps the values stands before the first pass that loses something.
+        place = next((early for early in range(place) if names[early] in _WEIGHT_QUANTIZERS), place)
     return Pipeline([*pipeline.passes[:place], one, *pipeline.passes[place:]])
 
 

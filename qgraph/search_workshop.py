@@ -30,12 +30,10 @@ from qgraph.pipeline import Context, Pass, PassError, Pipeline, Report, Samples
 from qgraph.runtime.verification import Verification, verify
 from qgraph.targets.base import Session, Target
 
-__all__ = ["Job", "Made", "Ranges", "Workplace", "Workshop", "closeness"]
+__all__ = ["Job", "Made", "Ranges", "SharingContext", "Workplace", "Workshop", "closeness"]
 
 _STATES = 6
 """States of the model that are kept; they share their weights."""
-_MARKS_ONLY = frozenset({"mixed-precision"})
-"""Passes that change no value."""
 
 RangeKey = tuple[Any, ...]
 
@@ -45,6 +43,7 @@ class Ranges:
 
     def __init__(self) -> None:
         self.known: dict[RangeKey, Range | str] = {}
+        self._calls: set[RangeKey] = set()
         self.fresh: dict[RangeKey, Range | str] = {}
 
     def update(self, others: Mapping[RangeKey, Range | str]) -> None:
@@ -58,18 +57,34 @@ class Ranges:
 
     def calibrate(
         self,
-        state: tuple[str, ...],
+        values: tuple[str, ...],
         model: ir.Model,
         context: Context,
         tensors: tuple[str, ...],
         method: str = "minmax",
         scheme: Scheme = UINT8,
         per_channel: tuple[tuple[str, int], ...] = (),
-    ) -> Calibration:
-        """Return what `qgraph.analysis.calibration.calibrate` does, running the model for unknown tensors only."""
+    ) -> tuple[Calibration, bool]:
+        """Return what `qgraph.analysis.calibration.calibrate` does, running the model for unknown tensors only.
+
+        Also returns whether one call alone has given it: runtimes fuse other nodes when other tensors are watched, and
+        then the last bits may differ.
+
+        Args:
+            values: the passes that have changed values so far.
+            model: see there, as for the others.
+            context: see there.
+            tensors: see there.
+            method: see there.
+            scheme: see there.
+            per_channel: see there.
+        """
         axes = dict(per_channel)
-        keys = {name: (state, method, scheme, name, axes.get(name)) for name in dict.fromkeys((*tensors, *axes))}
+        call = (values, method, scheme, tensors, per_channel)
+        keys = {name: (values, method, scheme, name, axes.get(name)) for name in dict.fromkeys((*tensors, *axes))}
         missing = tuple(name for name, key in keys.items() if key not in self.known)
+        if len(missing) == len(keys):
+            self._calls.add(call)
         if missing:
             wanted = tuple((name, axis) for name, axis in per_channel if name in missing)
             found = calibrate(model, context, missing, method, scheme, wanted)
@@ -77,23 +92,36 @@ class Ranges:
             self.known.update(fresh)
             self.fresh.update(fresh)
         all_of_them = {name: self.known[key] for name, key in keys.items()}
-        return Calibration(
+        found_all = Calibration(
             {name: one for name, one in all_of_them.items() if isinstance(one, Range)},
             {name: one for name, one in all_of_them.items() if isinstance(one, str)},
         )
+        return found_all, call in self._calls
 
 
 @dataclasses.dataclass
-class _SharingContext(Context):
+class SharingContext(Context):
     """A context whose ranges are those of all candidates."""
 
     ranges: Ranges = dataclasses.field(default_factory=Ranges)
-    state: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ()
+    exact: bool = True
 
     def analyse(self, analysis: Callable[..., Any], model: ir.Model, *arguments: Any) -> Any:
+        """Return the analysis, ranges from those of all candidates."""
         if analysis is calibrate:
-            return self.ranges.calibrate(self.state, model, self, *arguments)
+            found, exact = self.ranges.calibrate(self.values, model, self, *arguments)
+            self.exact = self.exact and exact
+            return found
         return super().analyse(analysis, model, *arguments)
+
+    def follow(self, one: Pass) -> None:
+        """Note that a pass has changed the model. What marks it has made tells in the next pass that changes values."""
+        if calibrate in one.preserves:
+            self.marks = (*self.marks, repr(one))
+        else:
+            self.values, self.marks = (*self.values, *self.marks, repr(one)), ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +156,7 @@ class Made:
         closeness: to the source, on the tuning samples, in dB (see `closeness`).
         seconds: that making and running it took.
         error: why there is no such candidate; '' where there is one.
+        exact: whether it is to the byte what its pipeline makes on its own.
         ranges: found on the way.
         files: name -> bytes, where the folder is on another machine.
     """
@@ -137,6 +166,7 @@ class Made:
     closeness: float = -math.inf
     seconds: float = 0.0
     error: str = ""
+    exact: bool = False
     ranges: Mapping[RangeKey, Range | str] = dataclasses.field(default_factory=dict)
     files: Mapping[str, bytes] | None = None
 
@@ -169,7 +199,9 @@ class _State:
     model: ir.Model
     reports: tuple[Report, ...]
     reference: ir.Model | None
-    before_ranges: tuple[str, ...]
+    values: tuple[str, ...]
+    marks: tuple[str, ...]
+    exact: bool
 
 
 class Workshop:
@@ -190,15 +222,16 @@ class Workshop:
         started = time.perf_counter()
         self.ranges.update(job.ranges)
         try:
-            built, _ = self.build(job.pipeline, job.folder)
+            built, context = self.build(job.pipeline, job.folder)
             close = self.compare(job.folder)
         except (UserError, PassError) as error:
             return Made(job.folder, error=" ".join(str(error).split()), ranges=self.ranges.take_fresh())
-        return Made(job.folder, built, close, time.perf_counter() - started, ranges=self.ranges.take_fresh())
+        fresh = self.ranges.take_fresh()
+        return Made(job.folder, built, close, time.perf_counter() - started, exact=context.exact, ranges=fresh)
 
     def build(
         self, pipeline: Pipeline, folder: Path, *, told: Callable[[Report], None] | None = None
-    ) -> tuple[Built, Context]:
+    ) -> tuple[Built, SharingContext]:
         """Make a candidate, and return what was done and the context after its passes.
 
         Args:
@@ -221,11 +254,11 @@ class Workshop:
 
     def compress(
         self, pipeline: Pipeline, *, told: Callable[[Report], None] | None = None
-    ) -> tuple[ir.Model, Context, Report]:
+    ) -> tuple[ir.Model, SharingContext, Report]:
         """Return the compressed model, the context after its passes, and the report of the compress part."""
         known, state = self._longest(pipeline)
         model = state.model.clone()
-        context = _SharingContext(
+        context = SharingContext(
             **{
                 field.name: getattr(self.place.context, field.name)
                 for field in dataclasses.fields(Context)
@@ -234,18 +267,20 @@ class Workshop:
             ranges=self.ranges,
         )
         context.progress = self._progress
-        context.reference, context.state = state.reference, state.before_ranges
+        context.reference, context.exact = state.reference, state.exact
+        context.values, context.marks = state.values, state.marks
         reports = list(state.reports)
         rest = pipeline.passes[known:]
 
         def after(report: Report) -> None:
             one = rest[len(reports) - known]
             reports.append(report)
-            if report.changed and one.name not in _MARKS_ONLY and calibrate not in one.preserves:
-                context.state = (*context.state, repr(one))
-            if len(reports) < len(pipeline):
-                kept = _State(model.clone(), tuple(reports), context.reference, context.state)
-                self._keep(pipeline.passes[: len(reports)], kept)
+            if report.changed:
+                context.follow(one)
+            kept = _State(
+                model.clone(), tuple(reports), context.reference, context.values, context.marks, context.exact
+            )
+            self._keep(pipeline.passes[: len(reports)], kept)
             if told is not None:
                 told(report)
 
@@ -260,12 +295,12 @@ class Workshop:
 
     def _longest(self, pipeline: Pipeline) -> tuple[int, _State]:
         """Return how many passes of the pipeline have run already, and the model behind them."""
-        for count in range(len(pipeline) - 1, 0, -1):
+        for count in range(len(pipeline), 0, -1):
             state = self._states.get(pipeline.passes[:count])
             if state is not None:
                 self._states.move_to_end(pipeline.passes[:count])
                 return count, state
-        return 0, _State(self.place.model, (), self.place.context.reference, ())
+        return 0, _State(self.place.model, (), self.place.context.reference, (), (), exact=True)
 
     def _keep(self, passes: tuple[Pass, ...], state: _State) -> None:
         self._states[passes] = state

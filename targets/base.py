@@ -6,7 +6,7 @@ import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -68,10 +68,13 @@ class Step:
                 bias-correction{method=full} > qdq the same behind it
 
             A pass that is there already is put anew where it stands. A change that finds no such pass is left out.
+        mends: what it can help: the rounding of weights, of activations, or, where it is '', of both. Steps that mend
+            what does next to no harm are left out.
     """
 
     name: str
     ways: tuple[str, ...]
+    mends: Literal["weights", "activations", ""] = ""
 
 
 class Target(abc.ABC):

@@ -47,16 +47,18 @@ _PREPARE = (
     "inline-functions,lift-constants,convert-opset{version=21},fold-constants,remove-identity,fold-batch-norm,"
     "deduplicate-initializers,merge-duplicates,remove-unused"
 )
-_LADDER: Mapping[str, tuple[str, ...]] = {
-    "activation ranges": ("qdq.method=percentile", "qdq.method=mse", "qdq.method=entropy"),
-    "equalization": ("equalize < qdq",),
-    "smoothing": ("smooth-quant < qdq",),
-    "bias correction": ("bias-correction{{method=fast}} > qdq", "bias-correction{{method=full}} > qdq"),
-    "learned rounding": (
-        "gptq{{bits={bits},group=0,symmetric=true,min_elements=0,ops=[Conv,Gemm,MatMul]}} < qdq",
-        "adaround{{bits={bits}}} < qdq",
+_LADDER = (
+    Step("activation ranges", ("qdq.method=percentile", "qdq.method=mse", "qdq.method=entropy"), "activations"),
+    Step("equalization", ("equalize < qdq",)),
+    Step("smoothing", ("smooth-quant{activations=static} < qdq",), "activations"),
+    Step("bias correction", ("bias-correction{method=fast} > qdq", "bias-correction{method=full} > qdq")),
+    Step(
+        "learned rounding",
+        ("gptq{bits=BITS,group=0,symmetric=true,min_elements=0,ops=[Conv,Gemm,MatMul]} < qdq",),
+        "weights",
     ),
-}
+    Step("adaround", ("adaround{bits=BITS} < qdq",), "weights"),
+)
 """What a search tries, the cheapest first; none of it costs time when the model runs."""
 _STATIC_FORM = "matmul-add-to-gemm,average-pool-to-conv,align-channels"
 _PADDED_FORM = "matmul-add-to-gemm,average-pool-to-conv,align-channels{inputs=true}"
@@ -233,8 +235,13 @@ class CpuInt8(_OnnxRuntimeCpu):
         static = next((one for one in compress if one.name == "qdq"), None)
         if static is None:
             return [Step("smoothing", ("smooth-quant < dynamic-int8",))] if len(compress) else []
-        bits = 4 if getattr(static, "weights", "int8") == "int4" else 8
-        return [Step(name, tuple(way.format(bits=bits) for way in ways)) for name, ways in _LADDER.items()]
+        bits = "4" if getattr(static, "weights", "int8") == "int4" else "8"
+        per_channel = getattr(static, "per_channel", True)  # learned rounding has a scale for each output
+        return [
+            dataclasses.replace(step, ways=tuple(way.replace("BITS", bits) for way in step.ways))
+            for step in _LADDER
+            if per_channel or step.mends != "weights"
+        ]
 
     def tune(self, model: ir.Model, context: Context, default: Pipeline) -> Pipeline:
         """Return the fastest of the default, all static, all dynamic and all float, timed here in turn."""

@@ -130,7 +130,7 @@ def test_the_layer_that_hurts_stays_in_float_and_the_recipe_repeats_that(search:
     artifact, _ = search(network(spoilt=0), tolerance={"sqnr": 25.0})
     assert artifact.verified
     chosen = next(one for one in ladder(artifact) if one.chosen)
-    assert chosen.name == "1 layer in float"
+    assert chosen.name == "1 node in float"
     assert "nodes=[conv0]" in chosen.pipeline
     assert chosen.seconds is not None
     settings = {"passes": None, "recipe": artifact.path / "recipe.toml", "context": Context()}
