@@ -113,6 +113,8 @@ class Context:
         work_folder: where long steps keep what they have finished, to go on from there if they are stopped; None keeps
             nothing.
         reference: the model as it was before the first pass that lost something (see `keep_reference`), or None.
+        promises: what passes have made sure of and the passes behind must not undo: called with the model after every
+            pass, each returns what is wrong, or None.
     """
 
     seed: int = 0
@@ -123,6 +125,7 @@ class Context:
     opset: int | None = None
     work_folder: Path | None = None
     reference: ir.Model | None = None
+    promises: list[Callable[[ir.Model], str | None]] = dataclasses.field(default_factory=list, repr=False)
     _analyses: dict[tuple[Callable[..., Any], tuple[Any, ...]], Any] = dataclasses.field(
         default_factory=dict, repr=False
     )
@@ -419,6 +422,8 @@ class Pipeline:
         qgraph.ir.forget_names(model)
         _check(model, f"pass '{name}'", ran)
         if report.changed:
+            for broken in filter(None, (promise(model) for promise in context.promises)):
+                raise PassError(f"pass '{name}' broke what one before it made sure of{_after(ran)}: {broken}")
             context.forget(one.preserves)
         return dataclasses.replace(
             report,
