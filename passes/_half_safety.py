@@ -58,9 +58,9 @@ def keep(graph: ir.Graph, opsets: Mapping[str, int], ranges: Ranges, half: Half,
     _keep_made_large(graph, kept, half)
     keep_measured(graph, ranges, kept, half.largest / _MARGIN, f"{half.name} ends at {half.largest:.6g}")
     _keep_statistics(graph, kept)
+    _keep_angles(graph, kept, half)
     if half is BFLOAT16:
         _keep_integers(graph, ranges, kept, half)
-    _keep_angles(graph, kept, half)
 
 
 def keep_constants(node: ir.Node, half: Half, kept: Kept) -> str | None:

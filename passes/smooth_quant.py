@@ -144,7 +144,9 @@ class SmoothQuant(Pass):
                 skipped.append(Skipped(label, reason or "it is no product of rows with a constant matrix"))
                 continue
             groups.setdefault(layer.x, []).append(layer)
-        return groups, skipped
+        inner = [node for graph in model.graph.subgraphs() for node in graph if qgraph.ir.is_op(node, "MatMul", "Gemm")]
+        reason = "it is inside a subgraph, which calibration does not see"
+        return groups, [*skipped, *(Skipped(qgraph.ir.node_label(node), reason) for node in inner)]
 
 
 def _why_not(node: ir.Node) -> str | None:

@@ -216,3 +216,14 @@ def test_excluded_nodes_and_missing_samples():
     with pytest.raises(UserError, match="calibration"):
         Pipeline([SmoothQuant()]).run(layers(outliers(32)))
     assert qgraph.ir.check(model) is None
+
+
+def test_products_inside_subgraphs_are_named():
+    text = """g (float[n, 32] x, bool c, float[32, 24] w) => (float[n, 24] y)
+    {
+        y = If (c) <then_branch = a () => (float[n, 24] p) { [inner] p = MatMul (x, w) },
+                    else_branch = b () => (float[n, 24] q) { [other] q = MatMul (x, w) }>
+    }"""
+    report = Pipeline([SmoothQuant()]).run(model_with(text), calibration=[])
+    assert {one.node for one in report.skipped} == {"inner", "other"}
+    assert {one.reason for one in report.skipped} == {"it is inside a subgraph, which calibration does not see"}

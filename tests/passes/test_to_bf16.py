@@ -41,8 +41,9 @@ def norm_model() -> ir.Model:
     return model_of(NORM, g=normal(64), w=normal(64, 64) / 8)
 
 
-def test_golden():
-    check_golden(ToBf16(), "layers")
+@pytest.mark.parametrize("case", ["layers", "rotary"])
+def test_golden(case: str):
+    check_golden(ToBf16(), case)
 
 
 def test_sums_stay_in_float32_and_what_is_small_or_large_does_not():
