@@ -109,7 +109,8 @@ def weight_matrix(node: ir.Node) -> np.ndarray | None:
         return np.moveaxis(array.swapaxes(0, 1), 1, -1).reshape(array.shape[1], -1)
     if array.ndim != 2:
         return None
-    return array if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) else array.T
+    flipped = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != 0
+    return array if flipped else array.T
 
 
 def _array(value: ir.Value) -> np.ndarray | None:
