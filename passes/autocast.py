@@ -9,9 +9,9 @@
 
 A node whose operator is in `half` stays in float32 all the same, with its reason, when float16 cannot hold one of its
 constants, when what it makes or reads was larger than `largest` on the calibration samples, where there are some, when
-its operator has no such type in the model's opset, when it has subgraphs, or when `exclude` names it. Weights that only
-such nodes read are stored in 16 bits; a Cast stands wherever the two types meet, one for each value. A second run
-changes nothing.
+its operator has no such type in the model's opset, when it has subgraphs, or when `exclude` names it. Weights that
+nobody reads in float32 are stored in 16 bits; a Cast stands wherever the two types meet, one for each value. A second
+run changes nothing.
 
 This is the cautious one: `to-fp16` and `to-bf16` convert all but what they know to be harmed.
 """
