@@ -101,7 +101,7 @@ def _spread(tape: Tape, g: ir.Value, weight: ir.Value, window: _Window, x: ir.Va
     sizes = tape.dims(x)
     lengths = None if sizes is None else list(sizes[2:])
     if all(stride == 1 for stride in window.strides):
-        return tape.op("ConvTranspose", g, weight, attributes=window.attributes())
+        return _correlated(tape, g, weight, window)
     if lengths is not None and all(isinstance(length, int) for length in lengths):
         left = [_unread(window, axis, int(length)) for axis, length in enumerate(lengths)]  # type: ignore[arg-type]
         return tape.op("ConvTranspose", g, weight, attributes=window.attributes(output_padding=left))
@@ -113,6 +113,29 @@ def _spread(tape: Tape, g: ir.Value, weight: ir.Value, window: _Window, x: ir.Va
     begins = tape.ints(list(window.begins))
     inner = tape.op("Slice", tape.shape(x), tape.ints([2]), tape.ints([2 + window.rank]))
     return tape.op("Slice", whole, begins, tape.add(begins, inner), tape.ints(range(2, 2 + window.rank)))
+
+
+def _correlated(tape: Tape, g: ir.Value, weight: ir.Value, window: _Window) -> ir.Value:
+    """Without strides, the transposed convolution is one with the kernel turned round: runtimes are faster at it."""
+    pads = [
+        dilation * (width - 1) - pad
+        for ends in (window.begins, window.ends)
+        for width, dilation, pad in zip(window.kernel, window.dilations, ends, strict=True)
+    ]
+    sizes = tape.sizes(weight)
+    if min(pads) < 0 or sizes is None:
+        return tape.op("ConvTranspose", g, weight, attributes=window.attributes())
+    outputs, inputs, spatial = sizes[0] // window.group, sizes[1], list(window.kernel)
+    axes = list(range(2, 2 + window.rank))
+    turned = weight
+    if any(width > 1 for width in window.kernel):
+        last, first = tape.ints([-1] * window.rank), tape.ints([np.iinfo(np.int64).min] * window.rank)
+        turned = tape.op("Slice", weight, last, first, tape.ints(axes), last)
+    if inputs > 1 or outputs > 1:
+        split = tape.reshape(turned, [window.group, outputs, inputs, *spatial])
+        swapped = tape.transpose(split, [0, 2, 1, *(axis + 1 for axis in axes)])
+        turned = tape.reshape(swapped, [window.group * inputs, outputs, *spatial])
+    return tape.op("Conv", g, turned, attributes=window.attributes(pads=pads))
 
 
 def _unread(window: _Window, axis: int, length: int) -> int:

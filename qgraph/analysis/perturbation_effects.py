@@ -75,6 +75,29 @@ class Effects:
         """Return the SQNR at the outputs under several perturbations together; None where there is no error."""
         return decibels(1.0, self.power(names))
 
+    def with_copies(self, copies: Mapping[str, tuple[str, np.ndarray]]) -> Effects:
+        """Return the effects with more, taken to be like known ones but for the size of the error.
+
+        Args:
+            copies: name -> the perturbation that it is like, and the error.
+        """
+        places = [self.names.index(like) for like, _ in copies.values()]
+        noise = np.array([power(error) for _, error in copies.values()])
+        ratios = np.divide(noise, self.noise[places], out=np.zeros_like(noise), where=self.noise[places] > 0)
+        measured = {
+            name: self.measured[like] * float(ratio)
+            for (name, (like, _)), ratio in zip(copies.items(), ratios, strict=True)
+            if like in self.measured
+        }
+        return dataclasses.replace(
+            self,
+            names=(*self.names, *copies),
+            signal=np.concatenate([self.signal, self.signal[places]]),
+            noise=np.concatenate([self.noise, noise]),
+            draws=np.concatenate([self.draws, self.draws[:, places] * np.sqrt(ratios)], axis=1),
+            measured={**self.measured, **measured},
+        )
+
 
 def decibels(signal: float, noise: float) -> float | None:
     """Return the ratio of two powers in dB; None where one is zero."""
