@@ -2,9 +2,11 @@
 
     as the target does it -> ranges -> equalization -> bias correction -> learned rounding -> worst nodes precise
 
-Each step of the target's ladder (`Target.ladder`) has one way or several; the best stays if it helps. Then the nodes
-that hurt most keep a higher precision: 1, 2, 4, 8 ... of them, and as few as hold in the end. The first candidate that
-meets all bounds ends the climb; if that is the very first, nothing else was tried.
+Each step of the target's ladder (`Target.ladder`) has one way or several; the best stays if it helps. Steps for the
+rounding of weights are left out where activations do all the harm, and the other way round, as the sensitivity of every
+tensor tells. Then the nodes that hurt the outputs most keep a higher precision: as many as are predicted to do (for one
+bound; 1 where nothing can be predicted), twice as many and so on until the bounds are met, in the end as few as
+hold. The first candidate that meets all bounds ends the climb; if that is the very first, nothing else was tried.
 
 What is decided on which data:
 
@@ -19,7 +21,8 @@ What is decided on which data:
 With `--budget`, the ladder runs the other way: every step that helps is taken, then as many nodes as fit are kept in
 float, or, where 8 bits are too many, as many as fit keep 8 bits among weights of 4.
 
-The result is a pipeline, made once more on its own: its recipe repeats the choice without the search, to the byte.
+The result is a pipeline, made once more on its own where it was made with what other candidates had found out: its
+recipe repeats the choice without the search, to the byte.
 """
 
 from __future__ import annotations

@@ -13,13 +13,18 @@ import onnx_ir as ir
 import pytest
 
 import qgraph
+from qgraph.analysis.quantization_sensitivity import Sensitivities, TensorSensitivity
 from qgraph.compiler import Data
 from qgraph.errors import SearchInterrupted, ToleranceError, UserError
 from qgraph.pipeline import Context, Pipeline
 from qgraph.report.ladder import Rung
+from qgraph.runtime.recorded import Recorded
 from qgraph.runtime.tolerances import parse_budget, parse_tolerance
 from qgraph.search_edits import changed, keep_precise, way_name
 from qgraph.search_executors import Processes, parse_executor
+from qgraph.search_ranking import first_count, predicted, relevant, worst_nodes
+from qgraph.search_workshop import SharingContext
+from qgraph.targets.base import Step
 from qgraph.targets.cpu import CpuInt8
 
 CHANNELS = 8
@@ -327,6 +332,75 @@ def test_bounds_are_read() -> None:
         assert str(caught.value) == message
 
 
+# --- what is predicted, and shared ------------------------------------------------------------------------------------
+
+
+def sensitivities(powers: dict[str, float], kind: str = "weight") -> Sensitivities:
+    """Return what it would be if the weight (or input) of each node made noise of this power at the outputs."""
+    total = sum(powers.values())
+    tensors = tuple(
+        TensorSensitivity(f"{node}_t", kind, (node,), 4, 20.0, -10 * math.log10(power), power / total, "gradient")
+        for node, power in powers.items()
+    )
+    return Sensitivities(4, tensors, -10 * math.log10(total))
+
+
+def test_steps_that_mend_no_harm_are_left_out() -> None:
+    steps = [Step("one", (), "weights"), Step("two", (), "activations"), Step("three", ())]
+    assert [one.name for one in relevant(steps, None)] == ["one", "two", "three"]
+    assert [one.name for one in relevant(steps, sensitivities({"a": 1.0}))] == ["one", "three"]
+    assert [one.name for one in relevant(steps, sensitivities({"a": 1.0}, "activation"))] == ["two", "three"]
+
+
+def test_the_first_count_is_as_many_nodes_as_are_predicted_to_do() -> None:
+    found = sensitivities({"a": 0.9, "b": 0.09, "c": 0.009, "d": 0.001})
+    nodes = worst_nodes(found, "int8")
+    assert nodes == ["a", "b", "c", "d"]
+    assert predicted(found, nodes[:1], "int8") == pytest.approx(10, abs=0.01)
+    # 10 dB between the candidates have brought the loss from 0.4 to 0.04; 20 dB more bring it to 0.0004.
+    seen = [(-10.0, 0.4), (0.0, 0.04)]
+    assert first_count(found, nodes, "int8", seen, 0.04) == 1
+    assert first_count(found, nodes, "int8", seen, 0.004) == 1
+    assert first_count(found, nodes, "int8", seen, 0.0005) == 2
+    assert first_count(found, nodes, "int8", seen, 0.00005) == 3
+    assert first_count(found, nodes, "int8", seen[:1], 0.00005) == 1
+    assert first_count(found, nodes, "int8", [(0.0, 0.04), (10.0, 0.04)], 0.00005) == 1
+    assert first_count(None, nodes, "int8", seen, 0.004) == 1
+
+
+def test_ranges_are_shared_as_far_as_nothing_has_changed_a_value() -> None:
+    context = SharingContext()
+    mark, rounding, smooth = Pipeline.parse("mixed-precision{nodes=[a]},rtn{bits=4},smooth-quant")
+    context.follow(smooth)
+    shared = context.values
+    context.follow(mark)
+    assert context.values == shared  # a mark alone changes no range
+    context.follow(rounding)
+    assert context.values == (*shared, repr(mark), repr(rounding))  # but what heeds it does
+
+
+def test_a_recorded_source_runs_once() -> None:
+    class Session:
+        runs = 0
+
+        def run(self, names, feeds):
+            self.runs += 1
+            return [np.full(4, feeds["x"])]
+
+    feeds = [{"x": np.float32(number)} for number in range(3)]
+    source = Session()
+    recorded = Recorded(source, len(feeds), room=100)
+    for _ in range(2):
+        recorded.restart()
+        assert [float(recorded.run(None, one)[0][0]) for one in feeds] == [0, 1, 2]
+    assert source.runs == 3
+    tight = Recorded(Session(), len(feeds), room=20)
+    for _ in range(2):
+        tight.restart()
+        assert [float(tight.run(None, one)[0][0]) for one in feeds] == [0, 1, 2]
+    assert tight.session.runs == 6
+
+
 # --- changes of a pipeline --------------------------------------------------------------------------------------------
 
 
@@ -341,6 +415,12 @@ def test_changes_of_a_pipeline() -> None:
         assert changed(base, way) == Pipeline.parse(text)
     assert changed(Pipeline.parse("rtn{bits=4},qdq"), "rtn{bits=8} < qdq") == Pipeline.parse("rtn{bits=8},qdq")
     assert changed(base, "qdq.weights=uint8") is None
+    assert changed(Pipeline.parse("gptq{bits=4},qdq"), "adaround{bits=4} < qdq") == Pipeline.parse(
+        "adaround{bits=4},qdq"
+    )
+    assert changed(Pipeline.parse("gptq{bits=4},qdq"), "smooth-quant < qdq") == Pipeline.parse(
+        "smooth-quant,gptq{bits=4},qdq"
+    )
     assert changed(base, "smooth-quant < gptq") is None
     assert changed(base, "gptq.bits=8") is None
     precise = keep_precise(Pipeline.parse("smooth-quant,gptq,qdq"), ["/a[0]/Conv"], "float")
