@@ -162,6 +162,7 @@ def _contender(artifact: Artifact, label: str, timed: Benchmark | None) -> Conte
         agreement=min(rated, default=None),
         accuracy_before=None if verification is None else verification.accuracy_before,
         accuracy=None if verification is None else verification.accuracy_after,
+        own_measure=None if verification is None else verification.eval_after,
         samples=0 if verification is None else verification.samples,
         data="" if not told else str(told.get("data", "")),
         kernels=kernels,

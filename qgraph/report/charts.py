@@ -222,6 +222,7 @@ def scatter(
     *,
     front: Sequence[Dot] = (),
     bound: float | None = None,
+    limit: float | None = None,
     falling: bool = False,
 ) -> Markup:
     """Return dots with texts inside, and a staircase through those of the front.
@@ -233,6 +234,7 @@ def scatter(
         label: read out instead of the drawing.
         front: by rising x.
         bound: a height that is marked.
+        limit: a place across that is marked.
         falling: draw the least y at the top.
     """
 
@@ -252,6 +254,8 @@ def scatter(
     parts.append(element("line", class_="edge", x1="0%", x2="100%", y1="100%", y2="100%"))
     if bound is not None and up[0].low <= bound <= up[0].high:
         parts.append(element("line", class_="bound", x1="0%", x2="100%", y1=y_of(bound), y2=y_of(bound)))
+    if limit is not None and across[0].low <= limit <= across[0].high:
+        parts.append(element("line", class_="bound", x1=x_of(limit), x2=x_of(limit), y1="0%", y2="100%"))
     for one, other in itertools.pairwise(front):
         parts.append(element("line", class_="front", x1=x_of(one.x), x2=x_of(other.x), y1=y_of(one.y), y2=y_of(one.y)))
         parts.append(

@@ -218,7 +218,22 @@ def _behaviour(document: Mapping[str, Any]) -> list[Comparison]:
                 good=None if abs(gained) < 5e-5 else gained > 0,
             )
         )
+    if verification.eval_before is not None and verification.eval_after is not None:
+        lines.append(_own_measure(verification.eval_before, verification.eval_after))
     return lines
+
+
+def _own_measure(before: float, after: float) -> Comparison:
+    gained = after - before
+    same = abs(gained) < 1e-9 * max(abs(before), 1.0)
+    return Comparison(
+        "eval",
+        f"{before:.5g}",
+        f"{after:.5g}",
+        "the same" if same else f"{gained:+.3g}",
+        "what --eval returns",
+        good=None if same else gained > 0,
+    )
 
 
 def _output(verification: Verification, samples: str) -> Comparison:

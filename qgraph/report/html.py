@@ -15,7 +15,7 @@ from qgraph.report.charts import bar, split_bar
 from qgraph.report.data import Comparison, PassFacts, ReportData, comparisons
 from qgraph.report.layers_page import layers_section, pictures_section
 from qgraph.report.markup import Child, Markup, clip, element
-from qgraph.report.parts import bound_text, document, name_cell, number, row, section, table
+from qgraph.report.parts import bound_text, budget_text, document, name_cell, number, row, section, table
 from qgraph.report.search_page import search_section
 from qgraph.runtime.verification import OutputFigures, Verification
 
@@ -60,6 +60,8 @@ def _header(data: ReportData) -> Markup:
     bounds = ", ".join(bound_text(metric, value) for metric, value in manifest.get("tolerance", {}).items())
     checked = f"run beside its source on {_samples(manifest)}"
     tolerance = f" Tolerance: {bounds}." if bounds else ""
+    budget = ", ".join(budget_text(name, value) for name, value in manifest.get("budget", {}).items())
+    tolerance += f" Budget: {budget}." if budget else ""
     if not failures:
         return element("header", heading, element("p", f"Verified: {checked}.{tolerance}", class_="status"))
     return element(

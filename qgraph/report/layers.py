@@ -173,6 +173,8 @@ def look_inside(
         pictures = tuple(_pictures(before, after, worst_first(found.tensors), kept))
     except UserError as error:
         return LayerFacts(remark=str(error))
+    except Exception as error:  # noqa: BLE001 - no drawing is worth the artifact, which is complete by now
+        return LayerFacts(remark=f"Not taken, by a fault of qgraph: {type(error).__name__}: {error}")
     return LayerFacts(found.tensors, pictures, found.samples)
 
 

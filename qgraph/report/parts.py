@@ -6,11 +6,12 @@ import importlib.resources
 from collections.abc import Iterable, Sequence
 
 from qgraph.report.markup import Child, Markup, element, join
-from qgraph.report.units import METRIC_NAMES, metric_text
+from qgraph.report.units import METRIC_NAMES, bytes_text, metric_text
 from qgraph.runtime.tolerances import at_least
 
 __all__ = [
     "bound_text",
+    "budget_text",
     "document",
     "name_cell",
     "number",
@@ -74,3 +75,8 @@ def bound_text(metric: str, value: float) -> str:
     sign = "≥" if at_least(metric) else "≤"
     shown = f"{value:g} dB" if metric == "sqnr" else metric_text(metric, value)
     return f"{METRIC_NAMES.get(metric, metric)} {sign} {shown}".replace(" ", _NO_BREAK)
+
+
+def budget_text(name: str, value: float) -> str:
+    """Return a budget in words, such as "size ≤ 8.00 MB" or "latency ≤ 0.5x"."""
+    return f"{name} ≤ {bytes_text(value) if name == 'size' else f'{value:g}x'}".replace(" ", _NO_BREAK)

@@ -32,12 +32,14 @@ def search_section(data: ReportData) -> Markup | None:
     figures = []
     if metrics:
         bound = bounds.get(metrics[0])
+        budget = data.manifest.get("budget", {})
+        room = budget["size"] / 1e6 if "size" in budget else None
         rated = [(i, one) for i, one in enumerate(rungs, start=1) if metrics[0] in one.figures]
         sized = [_dot(i, one, one.bytes / 1e6, metrics[0]) for i, one in rated if one.bytes is not None]
         timed = [_dot(i, one, one.seconds * 1e3, metrics[0]) for i, one in rated if one.seconds is not None]
         figures = [
-            front_figure(dots, metrics[0], across, bound)
-            for dots, across in ((sized, "size, MB"), (timed, "latency, ms"))
+            front_figure(dots, metrics[0], across, bound, limit)
+            for dots, across, limit in ((sized, "size, MB", room), (timed, "latency, ms", None))
             if len(dots) > 1
         ]
     cut = len(data.search) - len(rungs)
@@ -101,7 +103,9 @@ def _dot(place: int, one: Rung, x: float, metric: str) -> Dot:
     return Dot(str(place), x, one.figures[metric], told, _kind(one), f"rung{place}")
 
 
-def front_figure(dots: Sequence[Dot], metric: str, across: str, bound: float | None) -> Markup:
+def front_figure(
+    dots: Sequence[Dot], metric: str, across: str, bound: float | None, limit: float | None = None
+) -> Markup:
     """Return a scatter plot of a metric against what it costs, with the front.
 
     Args:
@@ -109,16 +113,17 @@ def front_figure(dots: Sequence[Dot], metric: str, across: str, bound: float | N
         metric: of the vertical axis; the better end is at the top.
         across: title of the horizontal axis, of which less is better.
         bound: of the metric, or None.
+        limit: of the horizontal axis, or None.
     """
     rising = at_least(metric)
     up = scale([dot.y for dot in dots] + ([bound] if bound is not None else []))
-    right = scale([dot.x for dot in dots])
+    right = scale([dot.x for dot in dots] + ([limit] if limit is not None else []))
     front = step_front(dots, rising=rising)
     label = f"{METRIC_NAMES.get(metric, metric)} against {across}: {len(dots)} candidates"
     ordered = sorted(dots, key=lambda dot: dot.kind == "chosen")
     marks = [f"{100 * value:g} %" if metric in ("top1", "eval_share") else f"{value:.4g}" for value in up.marks]
     drawing = scatter(
-        ordered, (right, _marks(right)), (up, marks), label, front=front, bound=bound, falling=not rising
+        ordered, (right, _marks(right)), (up, marks), label, front=front, bound=bound, limit=limit, falling=not rising
     )  # fmt: skip
     name = METRIC_NAMES.get(metric, metric) + (", dB" if metric == "sqnr" else "")
     title = element("div", element("span", clip(name, 40)), class_="what")

@@ -38,6 +38,7 @@ class Contender:
         agreement: share of samples of the same largest score; None where no output looks like scores.
         accuracy_before: of the source on its labels; None without labels.
         accuracy: its own on the same.
+        own_measure: what --eval returned for it; None without one.
         samples: that it was verified on.
         data: what they were.
         kernels: kind -> number of kernels that really run; empty where that is not known.
@@ -58,6 +59,7 @@ class Contender:
     agreement: float | None = None
     accuracy_before: float | None = None
     accuracy: float | None = None
+    own_measure: float | None = None
     samples: int = 0
     data: str = ""
     kernels: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -133,6 +135,8 @@ def _columns(found: SideBySide) -> list[tuple[str, list[str]]]:
         columns.append(("accuracy", [_accuracy(one) for one in every]))
     elif any(one.agreement is not None for one in every):
         columns.append(("same top-1", [_percent(one.agreement) for one in every]))
+    if any(one.own_measure is not None for one in every):
+        columns.append(("eval", ["–" if one.own_measure is None else f"{one.own_measure:.5g}" for one in every]))
     return columns
 
 

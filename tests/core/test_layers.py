@@ -185,6 +185,14 @@ def test_what_cannot_be_compared_says_why(source: Path, tmp_path: Path):
     assert facts.remark.endswith("model.onnx does not exist")
 
 
+def test_a_fault_of_ours_costs_the_drawings_and_not_the_artifact(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(layers, "_pictures", lambda *_: 1 / 0)
+    page = (compiled(source, "cpu-int8", "qdq", tmp_path) / "report.html").read_text(encoding="utf-8")
+    assert "by a fault of qgraph: ZeroDivisionError" in page
+
+
 def test_a_compilation_tells_the_worst_layer_and_draws_it(source: Path, tmp_path: Path):
     told = []
     artifact = qgraph.compile(

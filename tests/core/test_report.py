@@ -485,6 +485,18 @@ def test_the_ladder_is_told_as_it_was_climbed():
     assert {one["href"][1:] for _, one in page.elements if "href" in one} <= ids
 
 
+def test_budgets_and_measures_of_ones_own():
+    own = dataclasses.replace(VERIFICATION, eval_before=0.91, eval_after=0.9)
+    changes = {"budget": {"size": 4_200_000, "latency": 0.5}, "verification": {"data": "samples", **own.to_json()}}
+    lines = {line.label: line for line in comparisons(manifest(**changes), None)}
+    assert (lines["eval"].before, lines["eval"].after, lines["eval"].change) == ("0.91", "0.9", "-0.01")
+    assert lines["eval"].good is False
+    text = render(data(**changes))
+    assert "Budget: size ≤ 4.20 MB, latency ≤ 0.5x." in Page(text).text
+    across = [one for one in drawn(text, "bound") if one["y1"] == "0%"]
+    assert len(across) == 1  # in the plot against size
+
+
 def test_what_became_of_a_candidate():
     states = [
         Rung("a", "a", {"sqnr": 1.0}, 1, met=True),
