@@ -42,6 +42,7 @@ ORT = tuple(f"ort-static-{one}" for one in CALIBRATIONS)
 GPTQ = "gptq{bits=4,group=0,symmetric=true,min_elements=0,ops=[Conv,Gemm,MatMul]}"
 LIMIT = 900
 """Seconds that a tool may take for a model; what takes longer counts as failing."""
+CRASH = "ended with status"
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,8 @@ class Bench:
         finished = kept / "made.json"
         if not finished.is_file():
             made = self._make(tool, kept)
+            if str(made.figures["failure"]).startswith(CRASH):  # perhaps for want of time or memory: try again
+                return made.figures, None
             finished.write_text(json.dumps({"name": made.path.name if made.path else None, "figures": made.figures}))
         document = json.loads(finished.read_text())
         if document["name"] is None:
@@ -277,7 +280,7 @@ class Bench:
             return Made(None, {"failure": str(error), "remarks": []})
         done = self._process(python, tool, source, output)
         verdict = output.with_suffix(".json")
-        figures: dict[str, Any] = {"remarks": [], "failure": f"ended with status {done.status}: {_last_line(done)}"}
+        figures: dict[str, Any] = {"remarks": [], "failure": f"{CRASH} {done.status}: {_last_line(done)}"}
         if verdict.is_file():
             figures |= json.loads(verdict.read_text())
         figures["peak_mib"] = done.peak_mib

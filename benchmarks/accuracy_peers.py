@@ -36,8 +36,8 @@ PACKAGES = {
 REVISION = 1
 """Raise it when a function here asks something else of its tool, so that nothing kept from before is used."""
 
-_ITERATIONS = 2000
-"""Of AIMET's AdaRound, for each layer; its default is 10000, which takes five times as long."""
+_ITERATIONS = 500
+"""Of AIMET's AdaRound, for each layer; its default is 10000, which takes hours on a processor."""
 
 Figures = dict[str, Any]
 
