@@ -34,6 +34,7 @@ _HOMES = {
     "MixedPrecision": "mixed_precision",
     "PruneChannels": "prune_channels",
     "PruneHeads": "prune_heads",
+    "PruneLayers": "prune_layers",
     "PruneNeurons": "prune_neurons",
     "Qdq": "qdq",
     "RemoveIdentity": "remove_identity",
