@@ -3,7 +3,8 @@
 A tensor X of the source stands in the result for
 
 1. the value whose metadata say `qgraph.source: X`, or else the value of the same name;
-2. and, where that value is quantized and dequantized again, for what comes out: it is what the next layer reads.
+2. and, where that value is quantized, for what that stands for: it is what the next layers read, and holds what the
+   saturation of the quantizer does in the place of a Relu or Clip.
 
 The SQNR of a tensor tells how far the error has grown up to there; its loss tells how much of that is new: by how much
 it lies below the least SQNR of the compared tensors that its node reads, directly or through tensors that only one
@@ -25,7 +26,7 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.analysis.probes import Probe, kinds, main_values, raw_outputs, size_outputs
+from qgraph.analysis.probes import AddOutputs, Probe, kinds, main_values, raw_outputs, size_outputs
 from qgraph.analysis.quantization_sensitivity import Sensitivities
 from qgraph.errors import UserError
 from qgraph.pipeline import Feeds, Progress, Samples
@@ -180,7 +181,7 @@ def difference(
     for number, some in enumerate(slices):
         probes = (
             Probe(before, raw_outputs([pair.name for pair in some]), fed, threads=threads),
-            Probe(after, raw_outputs(_results(some)), fed, threads=threads),
+            Probe(after, _real_outputs(_results(some)), fed, threads=threads),
         )
         steps = _Steps(progress, number * len(samples), len(slices) * len(samples))
         sums.update(_compare(some, probes, samples, steps, observe))
@@ -290,12 +291,36 @@ def _match(floats: Sequence[ir.Value], after: ir.Model) -> tuple[list[_Pair], li
 
 
 def _dequantized(value: ir.Value) -> ir.Value:
+    """Return what later layers read of a value: its dequantized form, or its integers where these are moved first."""
+    integers = None
     for quantize in value.consumers():
         if quantize.op_type == "QuantizeLinear" and quantize.inputs[0] is value:
+            integers = integers or quantize.outputs[0]
             for dequantize in quantize.outputs[0].consumers():
                 if dequantize.op_type == "DequantizeLinear":
                     return dequantize.outputs[0]
-    return value
+    return value if integers is None else integers
+
+
+def _real_outputs(names: Sequence[str]) -> AddOutputs:
+    """Put out the tensors `names`, dequantized where a QuantizeLinear makes them."""
+
+    def add(model: ir.Model, values: Mapping[str, ir.Value]) -> list[ir.Value]:
+        outputs = []
+        for number, name in enumerate(names):
+            value, node = values[name], values[name].producer()
+            if node is not None and qgraph.ir.is_op(node, "QuantizeLinear"):
+                axis = node.attributes.get("axis")
+                real = ir.node(
+                    "DequantizeLinear", [value, *node.inputs[1:3]], {} if axis is None else {"axis": axis.as_int()}
+                )
+                real.outputs[0].name = f"qgraph.real.{number}"
+                model.graph.append(real)
+                value = real.outputs[0]
+            outputs.append(value)
+        return outputs
+
+    return add
 
 
 def _largest(model: ir.Model, samples: Samples) -> Feeds:

@@ -370,3 +370,26 @@ def test_the_float_form_is_what_the_passes_had_before_the_first_loss(tmp_path):
     assert model.graph.opset_imports[""] == 21
     assert [node.op_type for node in model.graph] == ["Conv", "Relu", "Conv"]
     assert "qgraph.float" in model.graph[2].metadata_props
+
+
+def test_what_is_moved_as_integers_is_compared_as_what_they_stand_for(tmp_path):
+    path = write(
+        tmp_path,
+        "m",
+        """<ir_version: 10, opset_import: ["" : 20]>
+        g (float[n, 4] x) => (float[n, 4] y) { a = Tanh(x) b = Relu(a) c = Transpose <perm = [1, 0]> (b)
+            y = Transpose <perm = [1, 0]> (c) }""",
+    )
+    # The saturation of uint8 does what Relu did; b is a's name now, and integers are transposed.
+    quantized = write(
+        tmp_path,
+        "q",
+        """<ir_version: 10, opset_import: ["" : 20]>
+        g (float[n, 4] x) => (float[n, 4] y) <float scale = {0.005}, uint8 zero = {0}> {
+            b = Tanh(x) q = QuantizeLinear(b, scale, zero) t = Transpose <perm = [1, 0]> (q)
+            c = DequantizeLinear(t, scale, zero) y = Transpose <perm = [1, 0]> (c) }""",
+    )
+    found = difference(path, quantized, samples(), threads=1)
+    by_name = {one.name: one for one in found.tensors}
+    assert by_name["b"].max_abs_error <= 0.00251
+    assert by_name["b"].sqnr_db == by_name["c"].sqnr_db == by_name["y"].sqnr_db
