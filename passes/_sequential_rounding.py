@@ -79,10 +79,19 @@ class SequentialRounding(WeightRounding):
     ops: tuple[str, ...] = field(
         default=PRODUCTS, metadata={"help": "operators whose weights to round: Conv, ConvTranspose, Gemm, MatMul"}
     )
+    depthwise_bits: int = field(
+        default=0,
+        metadata={"help": "bits of convolutions with a group for each channel, which are few and lose most; 0: as all"},
+    )
 
     def operators(self) -> tuple[str, ...]:
         """Return the operators whose weights are rounded, besides embedding tables."""
         return self.ops
+
+    def default_bits(self, layers: Sequence[LinearLayer]) -> int:
+        """Return the width of a weight that no mark on its nodes says otherwise of."""
+        is_depthwise = any(isinstance(layer, Convolution) and layer.is_depthwise for layer in layers)
+        return self.depthwise_bits if is_depthwise and self.depthwise_bits else super().default_bits(layers)
 
     def check(self) -> None:
         """Raise UserError where options are out of range."""

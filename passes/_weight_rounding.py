@@ -156,7 +156,7 @@ class WeightRounding(Pass):
         chosen: dict[ir.Value, tuple[Sequence[LinearLayer], WeightScheme]] = {}
         skipped = list(found.skipped)
         for weight, layers in found.by_weight.items():
-            bits = chosen_bits((layer.node for layer in layers), self._default_bits(layers))
+            bits = chosen_bits((layer.node for layer in layers), self.default_bits(layers))
             reason = self._why_not(layers, bits)
             if reason is None and bits is not None:
                 group = chosen_group((layer.node for layer in layers), self.group)
@@ -168,8 +168,8 @@ class WeightRounding(Pass):
                 skipped += [Skipped(layer.name, reason or "") for layer in layers]
         return chosen, skipped
 
-    def _default_bits(self, layers: Sequence[LinearLayer]) -> int:
-        """Return the width of a weight; one that is table and head at once has the wider of the two."""
+    def default_bits(self, layers: Sequence[LinearLayer]) -> int:
+        """Return the width of a weight without marks; one that is table and head at once has the wider of the two."""
         widths = [self.embedding_bits or self.bits for layer in layers if layer.kind == "embedding"]
         widths += [self.head_bits or self.bits for layer in layers if _is_head(layer)]
         return max(widths, default=self.bits)

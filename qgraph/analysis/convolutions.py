@@ -48,6 +48,11 @@ class Convolution(LinearLayer):
         """The number of parts that the outputs are cut into, each with inputs of its own."""
         return self.window.groups
 
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether each channel of x is a group of its own."""
+        return self.groups > 1 and self.transposed and self.shape[1] == 1
+
     def matrix(self) -> np.ndarray:
         """Read the weight now: float32 [N, K], contiguous."""
         tensor = self.weight.const_value

@@ -100,6 +100,15 @@ def test_marks_and_names_count_and_the_float_model_is_kept() -> None:
     np.testing.assert_array_equal(run(given.reference), before)
 
 
+def test_depthwise_convolutions_may_have_bits_of_their_own() -> None:
+    model = model_of()
+    apply(model, depthwise_bits=8)
+    assert [one.scheme.bits for one in compressed(model)] == [4, 8, 4, 4, 4, 4]
+    kept = model_of()
+    report = apply(kept, depthwise_bits=16)
+    assert dict(report.skipped) == {"depthwise": "it was chosen to stay in float"}
+
+
 def test_a_second_run_finds_nothing_to_do_and_bytes_repeat() -> None:
     model, twin = model_of(), model_of()
     apply(model)
