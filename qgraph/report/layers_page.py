@@ -60,7 +60,7 @@ def _told(facts: LayerFacts) -> Markup:
     samples = f"{facts.samples} sample{'s' * (facts.samples != 1)}"
     text = (
         f"Of {len(facts.tensors):,} tensors that source and result both have, on {samples}, those that add to the "
-        "error rather than pass it on. The error is the amplitude of the difference over that of the source; the light "
+        "error rather than pass it on. The error is the amplitude of the difference over that of the source; the faint "
         "part of a bar was there already in what the node reads. "
     )
     return element("p", text, element("code", "qgraph diff"), " takes more samples.", class_="note")
@@ -178,7 +178,7 @@ def _picture(one: Picture) -> Markup:
 def _caption(one: Picture) -> list[Child]:
     parts: list[Child] = [_range_text(one)]
     if one.beyond is not None and one.beyond > 0:
-        parts.append(element("b", f", {_share(one.beyond)} cut off"))
+        parts += [", ", element("b", f"{_share(one.beyond)} cut off")]
     elif one.beyond is not None:
         parts.append(", nothing cut off")
     return parts

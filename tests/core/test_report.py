@@ -511,7 +511,7 @@ def test_what_became_of_a_candidate():
 
 def test_pictures_tell_range_steps_and_what_is_cut_off():
     text = Page(render(data())).text
-    assert "uint8, −0.5 to 3 in steps of 0.0137 , 1.2 % cut off" in text
+    assert "uint8, −0.5 to 3 in steps of 0.0137,  1.2 % cut off" in text
     assert "int8, −128 to 127 steps, 64 scales, nothing cut off" in text
     assert "stays in float" in text
 
