@@ -47,8 +47,6 @@ FLOAT_KEY = "qgraph.float"
 """Key in a node's metadata: why it stays in float."""
 _WIDTHS = {"float": 16, "int8": 8}
 _LISTED = "it is listed in mixed-precision"
-_DRAWS = 128
-"""Cotangents: half a decibel of standard error."""
 _ROWS = 64
 _ROUNDS = 3
 """Searches: what is left in float changes what is quantized, which is looked at anew."""
@@ -159,7 +157,7 @@ class MixedPrecision(Pass):
         wide = {name: narrow[one.tensor] for name, one in tensors.items() if one.bits == 8 and one.tensor in narrow}
         errors = {name: one.perturbation for name, one in tensors.items() if name not in wide}
         few = _few(context.samples("mixed-precision with sqnr or count"))
-        found = effects(model, dataclasses.replace(context, calibration=few), errors, draws=_DRAWS)
+        found = effects(model, dataclasses.replace(context, calibration=few), errors)
         return found.with_copies(
             {name: (like, np.asarray(tensors[name].perturbation.error)) for name, like in wide.items()}
         )

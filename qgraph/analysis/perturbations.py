@@ -96,7 +96,8 @@ def rounded(tape: Tape, x: ir.Value, error: Rounding) -> ir.Value:
     zero = _laid_out(np.asarray(error.zero_point, np.float32), error.axis, x, tape)
     low, high = (tape.constant(np.asarray(np.float32(bound) - zero, kind)) for bound in error.bounds())
     steps = tape.op("Round", tape.div(x, scale))
-    clipped = tape.op("Min", tape.op("Max", steps, low), high)
+    one = zero.ndim == 0
+    clipped = tape.op("Clip", steps, low, high) if one else tape.op("Min", tape.op("Max", steps, low), high)
     return tape.sub(tape.mul(clipped, scale), x)
 
 

@@ -25,6 +25,7 @@ __all__ = ["SOURCE_KEY", "QuantizedTensor", "quantized_tensors"]
 SOURCE_KEY = "qgraph.source"
 """Metadata of a value that stands for a tensor of the source under another name."""
 _MOST_MOVES = 64
+_CLAMPS = ("Clip", "Relu")
 
 
 class QuantizedTensor(NamedTuple):
@@ -89,7 +90,7 @@ class _Pairing:
         scale, zero_point, kind = parameters
         low, high = _integer_range(kind)
         error = Rounding(scale, zero_point, node.attributes.get_int("axis", 1), low, high)
-        float_readers = {(qgraph.ir.node_label(use.node), use.idx) for use in x.uses() if use.node is not node}
+        float_readers = {(self._label(use.node), use.idx) for use in x.uses() if use.node is not node}
         yield self._tensor(name, "activation", kind, error, float_readers, spares_output=x.is_graph_output())
 
     def _meaning(self, node: ir.Node, x: ir.Value) -> str | None:
@@ -178,12 +179,26 @@ class _Pairing:
             yield self._tensor(name, "weight", dtype, error, uses - reading, spares_output=True)
 
     def _before(self, node: ir.Node) -> ir.Node | None:
-        """Return the node of the float model that `node` stands for."""
+        """Return the node of the float model that `node` stands for.
+
+        One without a name is known by what it makes; where that took the name of a clamp behind it, by what the clamp
+        reads.
+        """
         found = self._nodes.get(qgraph.ir.node_label(node))
         if found is not None:
             return found
-        names = (node.outputs[0].metadata_props.get(SOURCE_KEY), node.outputs[0].name)
-        return next((self._makers[name] for name in names if name in self._makers), None)
+        result = node.outputs[0]
+        names = [result.metadata_props.get(SOURCE_KEY), result.name]
+        names += [self._meaning(use.node, result) for use in result.uses() if use.node.op_type == "QuantizeLinear"]
+        found = next((self._makers[name] for name in names if name in self._makers), None)
+        while found is not None and found.op_type in _CLAMPS and node.op_type not in _CLAMPS:
+            source = found.inputs[0]
+            found = None if source is None else source.producer()
+        return found
+
+    def _label(self, node: ir.Node) -> str:
+        found = self._before(node) if node.outputs else None
+        return qgraph.ir.node_label(node if found is None else found)
 
 
 def _meant(real: np.ndarray, before: ir.Node, index: int, after: ir.Node) -> np.ndarray | None:

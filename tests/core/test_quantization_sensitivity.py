@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -274,6 +275,20 @@ def test_constants_in_other_forms_are_paired():
     weights = {one.tensor: one.own_sqnr_db for one in found.tensors if one.kind == "weight"}
     assert {"t", "w", "b", "v"} <= set(weights)
     assert all(figure is None or figure > 30 for figure in weights.values())
+
+
+def test_nodes_without_names_are_paired():
+    """The Conv takes the Relu's name, and is found behind it."""
+    text = BRANCHES.replace("s = Sigmoid (h)", "s = Relu (h)")
+    text = re.sub(r"\[\w+\] ", "", text)
+    context = Context(threads=1, calibration=samples((3, 4, 6, 6), 4))
+    reference, result = quantized(filled(text), context, "qdq")
+    found = tensor_sensitivities(reference, result, context)
+    assert not found.notes
+    rows = {one.tensor: one for one in found.tensors}
+    assert rows["a"].readers == ("Conv->h",)
+    assert rows["b"].readers == ("Conv->i", "Conv->j")
+    assert rows["s"].readers == ("Conv->i",)
 
 
 def test_refusals():
