@@ -22,6 +22,8 @@ _FUSED = {"DynamicQuantizeMatMul": (2, 3), "MatMulIntegerToFloat": (3, 5)}
 _LAYERS = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm", "MatMulNBits", *_FUSED})
 _THROUGH = frozenset({"QuantizeLinear", "DequantizeLinear", "Relu", "Clip", "Cast", "Identity", "Sigmoid", "Tanh"})
 _FARTHEST = 6
+_MOST_ELEMENTS = 1 << 24
+"""Larger weights are not read: their forms would take a multiple of this in memory."""
 
 
 class Grid(NamedTuple):
@@ -127,7 +129,7 @@ def stored_weight(layer: ir.Node) -> StoredWeight | None:
 
 
 def _laid_out(integers: ir.Value, grid: Grid, axis: int, block: int) -> StoredWeight | None:
-    codes = qgraph.ir.constant(integers)
+    codes = None if _is_large(integers) else qgraph.ir.constant(integers)
     if codes is None:
         return None
     codes = codes.astype(np.float32)
@@ -152,7 +154,13 @@ def _spread(array: np.ndarray, shape: tuple[int, ...], axis: int, block: int) ->
     return array.reshape([-1 if i == axis else 1 for i in range(len(shape))])
 
 
+def _is_large(integers: ir.Value) -> bool:
+    return integers.const_value is not None and integers.const_value.size > _MOST_ELEMENTS
+
+
 def _packed(layer: ir.Node, weight: ir.Value) -> StoredWeight | None:
+    if _is_large(weight):
+        return None
     codes, scales = qgraph.ir.constant(weight), qgraph.ir.constant(layer.inputs[2])
     zeros_input = layer.inputs[3] if len(layer.inputs) > 3 else None
     zeros = qgraph.ir.constant(zeros_input)

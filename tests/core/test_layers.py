@@ -13,7 +13,7 @@ import pytest
 import qgraph
 import qgraph.ir
 from qgraph import stages
-from qgraph.report import layers
+from qgraph.report import layers, stored_weights
 from qgraph.report.layers import LayerFacts, Picture, adds_error, few, look_inside, worst_first
 from qgraph.report.stored_weights import layer_of, stored_weight
 from qgraph.runtime.difference import TensorError
@@ -154,6 +154,15 @@ def test_every_form_of_a_stored_weight_is_read(
     steps = np.abs(real - W2) / stored.scale
     assert np.mean(steps > 0.51) < 0.05  # but for what is clipped on purpose
     assert steps.max() > 0.25
+
+
+@pytest.mark.parametrize("target", ["cpu-int4", "cpu-fp32"])
+def test_very_large_weights_are_not_read(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str):
+    model = qgraph.load(compiled(source, target, "rtn{group=32}", tmp_path) / "model.onnx")
+    layer = layer_of(model.graph.outputs[0])
+    assert stored_weight(layer) is not None
+    monkeypatch.setattr(stored_weights, "_MOST_ELEMENTS", 1000)
+    assert stored_weight(layer) is None
 
 
 def test_a_weight_of_unknown_form_has_no_picture():
