@@ -5,6 +5,7 @@ name               what                                                         
 =================  ===========================================================================  ============
 digits_cnn         residual and depthwise-separable CNN with batch norm and ReLU6               1.3 million
 digits_encoder     transformer encoder, patches as tokens                                       1.2 million
+digits_mobilenet   MobileNetV3 blocks: squeeze-and-excite, hard swish; hard to quantize         0.15 million
 pydoc_decoder      Llama-style decoder over bytes, every dimension a multiple of 256            4.0 million
 =================  ===========================================================================  ============
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Dataset", "build", "dataset", "names"]
 
-_NAMES = ("digits_cnn", "digits_encoder", "pydoc_decoder")
+_NAMES = ("digits_cnn", "digits_encoder", "digits_mobilenet", "pydoc_decoder")
 
 
 def names() -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The two digit classifiers: their structure and how well they read held-out digits."""
+"""The digit classifiers: their structure and how well they read held-out digits."""
 
 from collections import Counter
 
@@ -8,7 +8,7 @@ import pytest
 from qgraph import models
 from qgraph.models import data
 
-LEAST_ACCURACY = {"digits_cnn": 0.985, "digits_encoder": 0.97}
+LEAST_ACCURACY = {"digits_cnn": 0.985, "digits_encoder": 0.97, "digits_mobilenet": 0.97}
 
 
 @pytest.mark.parametrize("name", LEAST_ACCURACY)
@@ -42,6 +42,25 @@ def test_cnn_has_the_structures_that_passes_look_for(proto):
     }
     groups = [attribute.i for node in graph.node for attribute in node.attribute if attribute.name == "group"]
     assert Counter(groups) == {1: 13, 128: 1, 512: 2}
+
+
+def test_mobilenet_has_the_blocks_of_its_name(proto):
+    graph = proto("digits_mobilenet").graph
+    counts = Counter(node.op_type for node in graph.node)
+    assert counts == {
+        "Conv": 32,
+        "BatchNormalization": 22,
+        "HardSwish": 11,
+        "Relu": 10,
+        "HardSigmoid": 5,
+        "Mul": 5,
+        "GlobalAveragePool": 6,
+        "Add": 3,
+        "Flatten": 1,
+        "Gemm": 2,
+    }
+    groups = [attribute.i for node in graph.node for attribute in node.attribute if attribute.name == "group"]
+    assert sorted(group for group in groups if group > 1) == [16, 72, 88, 96, 120, 144, 192]
 
 
 def test_encoder_attention_is_decomposed(proto):

@@ -16,19 +16,25 @@ from qgraph.models import __main__ as command
 from qgraph.models import checkpoint, data
 
 LARGEST_CHECKPOINT = 8_000_000
-PARAMETERS = {"digits_cnn": 1_315_402, "digits_encoder": 1_176_538, "pydoc_decoder": 4_000_000}
-BATCH_STATISTICS = 7_552  # running means and variances of the CNN
+PARAMETERS = {
+    "digits_cnn": 1_315_402,
+    "digits_encoder": 1_176_538,
+    "digits_mobilenet": 151_938,
+    "pydoc_decoder": 4_000_000,
+}
+BATCH_STATISTICS = {"digits_cnn": 7_552, "digits_mobilenet": 3_776}  # running means and variances
 SIGNATURES = {
     "digits_cnn": (("image", onnx.TensorProto.FLOAT, ["batch", 1, 8, 8]), ["batch", 10]),
     "digits_encoder": (("image", onnx.TensorProto.FLOAT, ["batch", 1, 8, 8]), ["batch", 10]),
+    "digits_mobilenet": (("image", onnx.TensorProto.FLOAT, ["batch", 1, 8, 8]), ["batch", 10]),
     "pydoc_decoder": (("input_ids", onnx.TensorProto.INT64, ["batch", "seq"]), ["batch", "seq", 256]),
 }
 
 every_model = pytest.mark.parametrize("name", models.names())
 
 
-def test_names_are_the_three_models():
-    assert models.names() == ("digits_cnn", "digits_encoder", "pydoc_decoder")
+def test_names_are_the_four_models():
+    assert models.names() == ("digits_cnn", "digits_encoder", "digits_mobilenet", "pydoc_decoder")
 
 
 @every_model
@@ -72,8 +78,7 @@ def test_every_initializer_is_used(proto, name):
 def test_checkpoint_is_small_and_complete(proto, name):
     assert checkpoint.path(name).stat().st_size <= LARGEST_CHECKPOINT
     stored = checkpoint.load(name).parameters
-    statistics = BATCH_STATISTICS if name == "digits_cnn" else 0
-    assert sum(array.size for array in stored.values()) == PARAMETERS[name] + statistics
+    assert sum(array.size for array in stored.values()) == PARAMETERS[name] + BATCH_STATISTICS.get(name, 0)
     assert stored.keys() <= {tensor.name for tensor in proto(name).graph.initializer}
 
 

@@ -18,6 +18,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from qgraph import models
 from qgraph.analysis.paired_layers import PairedLayer, paired_layers
 from qgraph.errors import UserError
 from qgraph.numerics.bias_correction import Errors, bias_shift
@@ -25,6 +26,7 @@ from qgraph.numerics.quantize import Parameters, dequantize, quantize
 from qgraph.numerics.schemes import UINT8
 from qgraph.passes import BiasCorrection
 from qgraph.pipeline import Context, Feeds, Pipeline, Report
+from qgraph.targets.cpu import CpuInt8
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "bias-correction"
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
@@ -626,3 +628,27 @@ def test_one_sample_is_believed_and_none_or_nan_refused():
         bias_shift(np.zeros((0, 3)), np.zeros(0))
     with pytest.raises(ValueError, match="NaN"):
         bias_shift(np.array([[np.nan]]), np.ones(1))
+
+
+# --- a network like MobileNetV3-small ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "most_without", "least_with"),
+    [("qdq", 0.93, 0.95), ("qdq{per_channel=false}", 0.80, 0.84), ("qdq{weights=int4}", 0.895, 0.94)],
+)
+def test_full_takes_back_much_of_what_mobilenet_loses(quantizer: str, most_without: float, least_with: float):
+    source = models.build("digits_mobilenet")
+    dataset = models.dataset("digits_mobilenet")
+    feeds = [{"image": image[None]} for image in dataset.calibration["image"][::2]]
+    (held_out,) = dataset.evaluation.values()
+    right, apart = {}, {}
+    exact = values_of(source, ["logits"], [{"image": held_out}])[0]
+    for after in ("", ",bias-correction{method=full}"):
+        model, _, _ = compress(source, f"{CpuInt8().prepare_passes().to_text()},{quantizer}{after}", feeds)
+        logits = values_of(model, ["logits"], [{"image": held_out}])[0]
+        right[after] = (logits.argmax(axis=1) == dataset.labels).mean()
+        apart[after] = np.square(logits - exact).sum()
+    assert right[""] <= most_without
+    assert right[",bias-correction{method=full}"] >= least_with
+    assert apart[",bias-correction{method=full}"] <= 0.9 * apart[""]
