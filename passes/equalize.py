@@ -51,7 +51,7 @@ __all__ = ["Equalize"]
 _SUFFIX = "equalized"
 _LARGEST = 2.0**10
 """Of a factor, and of one over it: float32 weights keep clear of over- and underflow."""
-_BELOW = 1.2
+_BELOW = 1.1
 """How far above the largest number that was seen a channel may be clipped, as a multiple."""
 _BEYOND = 1.5
 """To what multiple of its bound a channel that does not reach it may go."""
