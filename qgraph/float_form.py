@@ -24,6 +24,8 @@ __all__ = ["float_form"]
 
 _BY_SAMPLES = ("awq", "smooth-quant")
 """Passes that lose nothing and depend on the samples."""
+_MARKS = ("mixed-bits", "mixed-precision")
+"""Passes that only note what others shall do."""
 
 
 class _FoundError(Exception):
@@ -62,6 +64,8 @@ def float_form(source: Path, artifact: Artifact | None, context: Context) -> tup
     Pipeline.parse(parts["prepare"]).run(model, context=until)
     notes: list[str] = []
     for one in Pipeline.parse(parts["compress"]):
+        if one.name in _MARKS:
+            continue
         try:
             report = one.apply(model, until)
         except _FoundError:
