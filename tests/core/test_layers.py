@@ -96,6 +96,18 @@ def test_activations_in_their_range(source: Path, tmp_path: Path):
     assert np.mean(np.abs(trip - values) > scale * 0.5001) == pytest.approx(beyond, abs=1e-4)
 
 
+def test_what_rounds_to_an_end_of_the_range_is_not_cut_off():
+    model = ir.from_onnx_text("""
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[n] x) => (uint8[n] q) <float scale = {0.5}, uint8 zero = {100}> { q = QuantizeLinear(x, scale, zero) }
+    """)
+    values = np.array([-50.3, -50.2, 0.0, 77.7, 77.8], np.float32)  # the range is -50 to 77.5
+    picture = layers._activation("x", model.graph.inputs[0], values)
+    assert (picture.range_low, picture.range_high) == (-50, 77.5)
+    assert picture.beyond == pytest.approx(2 / 5)
+    assert picture.beyond == np.mean(np.abs((np.clip(np.rint(values / 0.5) + 100, 0, 255) - 100) * 0.5 - values) > 0.25)
+
+
 def test_weights_in_steps_of_their_channels(source: Path, tmp_path: Path):
     artifact = compiled(source, "cpu-int8", "qdq", tmp_path)
     facts = look_inside(qgraph.load(source), artifact, FEEDS[:1], threads=1)
