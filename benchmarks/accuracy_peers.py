@@ -25,7 +25,7 @@ import numpy as np
 import onnx
 import peers
 
-__all__ = ["PACKAGES", "REVISION", "TOOLS", "package_of"]
+__all__ = ["PACKAGES", "REVISION", "TOOLS", "TOO_SLOW", "package_of"]
 
 PACKAGES = {
     "onnxsim": ("onnxsim==0.8.1",),
@@ -35,6 +35,8 @@ PACKAGES = {
 """What is installed for the tools whose names begin so; the others run with our own ONNX Runtime."""
 REVISION = 1
 """Raise it when a function here asks something else of its tool, so that nothing kept from before is used."""
+TOO_SLOW = {("onnxsim-int4-adaround", "mobilenet_v2"): "not tried: about ten minutes at its speed on resnet20"}
+"""(tool, task) -> why it is left out."""
 
 _ITERATIONS = 500
 """Of AIMET's AdaRound, for each layer; its default is 10000, which takes hours on a processor."""
@@ -169,6 +171,7 @@ def _onnxsim_adaround(model: Path, calibration: Path, output: Path) -> Figures:
     rounding = {"parameters": sum(int(np.prod(one.shape)) for one in layers), "seconds": time.perf_counter() - start}
     return {
         "rounding": rounding,
+        "aside": "its activations are float",
         "remarks": ["weights only, groups of 32; its AdaRound does not know 4-bit convolutions, timed at 8 bits"],
     }
 

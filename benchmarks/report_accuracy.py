@@ -201,9 +201,9 @@ _ROWS: dict[str, Callable[[str, Mapping[str, Any]], Iterator[Row]]] = {
 
 
 def _peers(tools: Tools) -> Tools:
-    return {
-        tool: one for tool, one in tools.items() if tool != "fp32" and not tool.startswith(OURS) and not one["failure"]
-    }
+    """Return the peers that have made a model of the kind that is compared."""
+    others = {tool: one for tool, one in tools.items() if tool != "fp32" and not tool.startswith(OURS)}
+    return {tool: one for tool, one in others.items() if not one["failure"] and not one.get("aside")}
 
 
 def _lost(tools: Tools, tool: str) -> float:
@@ -276,7 +276,8 @@ def _tool_table(measured: Mapping[str, Any]) -> Iterator[str]:
 def _remarks(one: Mapping[str, Any]) -> str:
     failure = [f"**fails**: {one['failure']}"] if one.get("failure") else []
     pipeline = [f"`{one['pipeline']}`"] if one.get("pipeline") else []
-    return "; ".join(failure + pipeline + list(one.get("remarks", []))).replace("|", "/").replace("\n", " ")
+    aside = [f"not compared: {one['aside']}"] if one.get("aside") else []
+    return "; ".join(failure + pipeline + aside + list(one.get("remarks", []))).replace("|", "/").replace("\n", " ")
 
 
 def _cell(value: float | None, form: str) -> str:

@@ -187,6 +187,8 @@ def test_rounding_is_compared_in_parameters_a_second():
     peers = {"onnxsim_int4_adaround": {"score": 70.0, "rounding": {"parameters": 600, "seconds": 0.1}}}
     fast = {"score": 79.0, "rounding": {"parameters": 300_000, "seconds": 1.0}}
     assert _accuracy_verdicts("w4a8", "Classifier", fast, **peers) == ["reached"] * 2
+    peers["onnxsim_int4_adaround"] |= {"score": 80.0, "aside": "its activations are float"}
+    assert _accuracy_verdicts("w4a8", "Classifier", fast, aimet={"score": 78.0}, **peers) == ["reached"] * 2
     slow = fast | {"rounding": {"parameters": 299_000, "seconds": 1.0}}
     assert _accuracy_verdicts("w4a8", "Classifier", slow, **peers) == ["reached", "not reached"]
 
