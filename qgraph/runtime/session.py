@@ -61,7 +61,7 @@ def open_session(
     spinning: bool = False,
     optimise: bool = True,
     optimised_path: Path | None = None,
-    providers: Sequence[str] = (CPU_PROVIDER,),
+    providers: Sequence[str | tuple[str, Mapping[str, str]]] = (CPU_PROVIDER,),
 ) -> onnxruntime.InferenceSession:
     """Open a model in ONNX Runtime, on the CPU unless said otherwise; the runtime's own log is silenced.
 
@@ -72,7 +72,7 @@ def open_session(
         optimise: apply the runtime's graph optimisations, all or none.
         optimised_path: where the runtime writes the graph that it really runs; larger weights go to
             `optimised_path` + '.data'.
-        providers: of ONNX Runtime, the most wanted first.
+        providers: of ONNX Runtime, the most wanted first; with options, a name and these.
 
     Raises:
         UserError: ONNX Runtime is not installed, or refuses the model.
