@@ -106,6 +106,8 @@ def _smallest_loss(name: str, measured: Mapping[str, Any], bound: float | None) 
     reached = within and round(ours, 2) <= round(least, 2)
     verdict = "no loss" if within and not reached and ours <= 0 else _verdict(reached)
     limit = "least of all" if bound is None else f"least of all, <= {bound:g}"
+    if best is None:
+        verdict = "not compared" if within else _verdict(reached=False)
     peer = f"{best} {least:.2f}" if best else "none ran"
     measure = f"{measured['metric']} lost (fp32 {tools['fp32']['score']:.2f})"
     return Row(name, measure, peer, limit, f"{ours:.2f}{_spread(tools[OURS], measured)}", verdict)
@@ -117,7 +119,8 @@ def _largest_sqnr(name: str, tools: Tools) -> Row:
     bound = peers[best]["sqnr_db"] if best else -math.inf
     ours = tools[OURS]["sqnr_db"]
     peer = f"{best} {bound:.1f} dB" if best else "none ran"
-    return Row(name, "SQNR", peer, "largest of all", f"{ours:.1f} dB", _verdict(ours >= bound))
+    verdict = _verdict(ours >= bound) if best else "not compared"
+    return Row(name, "SQNR", peer, "largest of all", f"{ours:.1f} dB", verdict)
 
 
 def _speed(name: str, tools: Tools) -> Iterator[Row]:

@@ -162,6 +162,8 @@ def test_a_loss_must_be_the_smallest_and_within_its_bound():
     collapsed = {"nncf": {"score": 10.0, "speedup": 1.0}}
     assert _accuracy_verdicts("int8", "Classifier", {"score": 79.4, "speedup": 1}, **collapsed)[0] == "not reached"
     assert _accuracy_verdicts("per-tensor", "Classifier", {"score": 79.4}, **collapsed) == ["reached"]
+    assert _accuracy_verdicts("per-tensor", "Classifier", {"score": 79.4}) == ["not compared"]
+    assert _accuracy_verdicts("per-tensor", "Classifier", {"score": 78.4}) == ["not reached"]
 
 
 def test_no_loss_is_as_good_as_a_gain_by_chance():
@@ -189,8 +191,9 @@ def test_rounding_is_compared_in_parameters_a_second():
     assert _accuracy_verdicts("w4a8", "Classifier", fast, **peers) == ["reached"] * 2
     peers["onnxsim_int4_adaround"] |= {"score": 80.0, "aside": "its activations are float"}
     assert _accuracy_verdicts("w4a8", "Classifier", fast, aimet={"score": 78.0}, **peers) == ["reached"] * 2
+    assert _accuracy_verdicts("w4a8", "Classifier", fast, **peers) == ["not compared", "reached"]
     slow = fast | {"rounding": {"parameters": 299_000, "seconds": 1.0}}
-    assert _accuracy_verdicts("w4a8", "Classifier", slow, **peers) == ["reached", "not reached"]
+    assert _accuracy_verdicts("w4a8", "Classifier", slow, **peers) == ["not compared", "not reached"]
 
 
 def test_every_part_of_the_accuracy_benchmark_names_what_there_is():
