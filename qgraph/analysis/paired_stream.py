@@ -31,6 +31,8 @@ __all__ = ["Correct", "sequential_errors"]
 
 Correct = Callable[[PairedLayer, Errors], np.ndarray]
 """Corrects a layer whose errors are known, and returns what that adds to its output channels, float (channels,)."""
+_MOST_POSITIONS = 512
+"""Of a sample, at which the activation is computed anew for every shift that is tried."""
 
 
 def sequential_errors(
@@ -122,27 +124,43 @@ def _behind_activation(
     rows_before, weights = before.arrays()
     if not rows_before.size or not np.isfinite(rows_before).all():
         return before
+    errors, changed, squares, means = Errors(), Errors(), Errors(), Errors()
+    drawn = []
+    for number in range(store.samples):
+        array, (rows, positions) = store.get(layer.output, number), exact[layer, number]
+        some = _drawn(layer, array)
+        drawn.append((some, positions))
+        errors.add(rows[:, layer.channels :] - mean_rows(layer, activation(array)), positions)
+        changed.add(mean_rows(layer, activation(some)), positions)
+        squares.add(mean_rows(layer, np.square(some)), positions)
+        means.add(mean_rows(layer, some), positions)
 
     def measure(shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Take what the shift changes from the positions that were drawn, and the rest from all."""
         found, slopes = Errors(), Errors()
-        for number in range(store.samples):
-            rows, positions = exact[layer, number]
-            array = _shifted(layer, store.get(layer.output, number), shift)
-            found.add(rows[:, layer.channels :] - mean_rows(layer, activation(array)), positions)
+        for some, positions in drawn:
+            array = _shifted(layer, some, shift)
+            found.add(mean_rows(layer, activation(array)), positions)
             slopes.add(mean_rows(layer, activation.slope(array)), positions)
-        slope_rows, _ = slopes.arrays()
-        return found.arrays()[0], weights @ slope_rows / weights.sum()
+        rows = errors.arrays()[0] + changed.arrays()[0] - found.arrays()[0]
+        return rows, weights @ slopes.arrays()[0] / weights.sum()
 
-    squares, means = Errors(), Errors()
-    for number in range(store.samples):
-        array, (_, positions) = store.get(layer.output, number), exact[layer, number]
-        squares.add(mean_rows(layer, np.square(array)), positions)
-        means.add(mean_rows(layer, array), positions)
     second, first = (weights @ one.arrays()[0] / weights.sum() for one in (squares, means))
     deviation = np.sqrt(np.maximum(second - np.square(first), 0.0))
     result = Errors()
     result.add(matching_shifts(measure, weights, rows_before, deviation), weights)
     return result
+
+
+def _drawn(layer: PairedLayer, array: np.ndarray) -> np.ndarray:
+    """Return a layer's output at some positions of each sample, evenly spread."""
+    if layer.axis == -1:
+        if layer.rank is None or layer.rank < 3:
+            return array
+        rows = array.reshape(len(array), -1, layer.channels)
+        return np.ascontiguousarray(rows[:, :: max(1, -(-rows.shape[1] // _MOST_POSITIONS))])
+    planes = array.reshape(*array.shape[:2], -1)
+    return np.ascontiguousarray(planes[:, :, :: max(1, -(-planes.shape[2] // _MOST_POSITIONS))])
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
