@@ -45,7 +45,7 @@ def equalize(
     lower: np.ndarray,
     upper: np.ndarray,
     *,
-    sweeps: int = 100,
+    sweeps: int = 400,
     tolerance: float = 1e-5,
 ) -> np.ndarray:
     """Return the factor of each class, float64 (count,): what is made is divided by it.

@@ -74,6 +74,28 @@ def test_a_second_time_changes_nothing():
     np.testing.assert_allclose(again, 1.0, atol=1e-6)
 
 
+def test_long_chains_settle():
+    """Twenty depthwise layers in a row, which hand on what the ends want one by one."""
+    ids = [np.arange(4 * place, 4 * place + 4)[:, None] for place in range(21)]
+    values = [uneven((4, 1), place) for place in range(20)]
+    first, last = uneven((4, 3), 31), uneven((2, 4), 32, axis=1)
+
+    def weights(scales: np.ndarray) -> list[Magnitudes]:
+        inner = [
+            Magnitudes(one * scales[read] / scales[made], made, read)
+            for one, read, made in zip(values, ids, ids[1:], strict=False)
+        ]
+        ends = [
+            Magnitudes(first / scales[ids[0]], ids[0], fixed((1, 3))),
+            Magnitudes(last * scales[ids[-1].T], fixed((2, 1)), ids[-1].T),
+        ]
+        return [ends[0], *inner, ends[1]]
+
+    scales = equalize(weights(np.ones(84)), *free(84))
+    assert np.abs(np.log(scales)).max() > 1.0
+    assert np.abs(np.log(equalize(weights(scales), *free(84)))).max() < 0.02
+
+
 def test_dead_fixed_and_bounded_channels():
     one, two = pair(2)
     one.values[0] = 0.0
