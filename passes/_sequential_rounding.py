@@ -51,14 +51,12 @@ class Problem(NamedTuple):
 
     Attributes:
         weight: what to come near to, float32 [N, K]; [G, M, K] for a layer in groups.
-        original: the weights as they are, of the same shape.
         hessian: of the inputs that the rounded layers before give, float64 [K, K] or [G, K, K].
         scheme: what to round to.
         convolution: whether it is one, with one positive scale for each output.
     """
 
     weight: np.ndarray
-    original: np.ndarray
     hessian: np.ndarray
     scheme: WeightScheme
     convolution: bool
@@ -257,9 +255,7 @@ class _Work:
             wanted = moments.wanted(original, options.drift * pull, damping)
         hessian = moments.hessian
         try:
-            result, damping = options.solve(
-                Problem(wanted, original, hessian, scheme, convolution=layers[0].kind == "convolution")
-            )
+            result, damping = options.solve(Problem(wanted, hessian, scheme, layers[0].kind == "convolution"))
         except ValueError as error:
             raise UserError(f"{options.name}: '{layers[0].name}': {error}") from error
         produced: dict[ir.Value, Produce] = {}
