@@ -249,8 +249,10 @@ class Bench:
                         made, figures=made.figures | {"remarks": [*failures, *words, *made.figures["remarks"]]}
                     )
                 made = Made(None, made.figures | scored)
+            if str(made.figures["failure"]).startswith(CRASH):
+                break  # out of time or memory, and it would be again
             failures.append(f"fails at first: {made.figures['failure']}")
-        return Made(None, made.figures | {"remarks": failures[:-1]})
+        return Made(None, made.figures | {"remarks": [one for one in failures if made.figures["failure"] not in one]})
 
     def _attempts(self, tool: str) -> list[tuple[list[str], str, Path]]:
         """Return (remarks, tool, source): on the model as prepared for ONNX Runtime's tool, as it is, per tensor."""
