@@ -200,6 +200,16 @@ def test_full_leaves_no_mean_error_but_what_an_integer_cannot_mend(name: str, pe
         assert (np.abs(left[layer]) <= 0.02 * np.abs(error).max() + steps_of(mended, context)[layer]).all(), layer
 
 
+def test_positions_that_are_drawn_stand_for_all_of_a_large_image():
+    model = filled(RESIDUAL.replace("6, 6]", "48, 40]"))
+    feeds = samples(model, 6)
+    plain, before, _ = compress(model, "qdq{weights=int4}", feeds)
+    mended, context, _ = compress(model, "qdq{weights=int4},bias-correction{method=full,significance=0}", feeds)
+    left = mean_errors(mended, context, feeds, behind=True)
+    for layer, error in mean_errors(plain, before, feeds, behind=True).items():
+        assert np.square(left[layer]).sum() <= 0.01 * np.square(error).sum(), layer
+
+
 @pytest.mark.parametrize("name", GRAPHS)
 def test_full_is_what_full_runs_for_each_layer_give(name: str):
     model = with_zero_biases(filled(GRAPHS[name]))
