@@ -14,6 +14,7 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.block_stream import BlockStream
 from qgraph.analysis.convolutions import Convolution
+from qgraph.analysis.cut_multiply_adds import CutMultiplyAdds
 from qgraph.analysis.cutting import cut
 from qgraph.analysis.dimensions import Atom
 from qgraph.analysis.importance import importance, rows_of
@@ -25,6 +26,7 @@ from qgraph.pipeline import Context, Pass, Report, Skipped
 
 __all__ = ["StructuredPruning"]
 
+_BISECTIONS = 30
 _NEED_DATA = ("activation", "reconstruction", "taylor")
 
 
@@ -37,6 +39,9 @@ class StructuredPruning(Pass):
     """What units are called, in the plural."""
 
     ratio: float = field(default=0.25, metadata={"help": "share of the units that is cut, above 0 and below 1"})
+    of: Literal["units", "multiply-adds"] = field(
+        default="units", metadata={"help": "what the ratio is a share of: units, or multiply-adds with weights"}
+    )
     keep: int = field(default=0, metadata={"help": "instead of the ratio: how many units of each layer stay"})
     importance: Literal["auto", "magnitude", "activation", "reconstruction", "taylor", "random"] = field(
         default="auto", metadata={"help": "how units are ranked; auto: reconstruction with calibration data"}
@@ -126,10 +131,28 @@ class StructuredPruning(Pass):
                 keep_each([score], 1.0 - self.keep / one.count, [limit])[0]
                 for one, score, limit in zip(units, scores, limits, strict=True)
             ]
+        if self.of == "units":
+            costs = [_cost(found) for found in units]
+            return self._cut_to(self.ratio, scores, costs, limits)
+        count = CutMultiplyAdds(model, context.analyse(prunable, model).coupling, context)
+        costs = [count.of_one(one.atom) for one in units]
+        bound = (1.0 - self.ratio) * count.total
+
+        def fits(kept: Sequence[np.ndarray]) -> bool:
+            return count.left({one.atom: len(stay) for one, stay in zip(units, kept, strict=True)}) <= bound
+
+        low, high = 0.0, 1.0
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if fits(self._cut_to(middle, scores, costs, limits)) else (middle, high)
+        return self._cut_to(high, scores, costs, limits)
+
+    def _cut_to(
+        self, share: float, scores: Sequence[np.ndarray], costs: Sequence[float], limits: Sequence[Limits]
+    ) -> list[np.ndarray]:
         if self.scope == "layer":
-            return keep_each(scores, self.ratio, limits)
-        costs = [_cost(found) for found in units]
-        return keep_together(scores, costs, self.ratio, limits)
+            return keep_each(scores, share, limits)
+        return keep_together(scores, costs, share, limits)
 
     def _fit(self, model: ir.Model, context: Context, readers: Mapping[LinearLayer, np.ndarray]) -> None:
         """Let each layer behind give what it gave, as well as it can, from the inputs that stay."""

@@ -13,6 +13,7 @@ the saliency of Optimal Brain Surgeon (Hassibi and Stork 1993; Frantar and Alist
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,10 +41,11 @@ class Moments:
 
     def add(self, now: np.ndarray, before: np.ndarray) -> None:
         """Count rows in: float [n, K] that the layer gets now, and those that it got in the whole network."""
-        one, other = (np.column_stack([rows, np.ones(len(rows))]).astype(np.float32) for rows in (now, before))
+        one = _with_one(now)
         with steady():
-            self._gram += product(one.T, one)
-            self._cross += product(other.T, one)
+            gram = product(one.T, one)
+            self._gram += gram
+            self._cross += gram if before is now else product(_with_one(before).T, one)
         self.rows += len(one)
 
     @property
@@ -55,6 +57,10 @@ class Moments:
     def cross(self) -> np.ndarray:
         """E[x^T z], float64 [K + 1, K + 1]."""
         return np.asarray(self._cross / max(self.rows, 1))
+
+
+def _with_one(rows: np.ndarray) -> np.ndarray:
+    return np.column_stack([rows, np.ones(len(rows), np.float32)]).astype(np.float32)
 
 
 def compensate(
@@ -97,12 +103,25 @@ def energies(weight: np.ndarray, unit: np.ndarray, count: int, hessian: np.ndarr
         count: the number of units.
         hessian: E[x^T x], [K, K].
     """
+    gram = _gram(weight)
     found = np.zeros(count)
-    for index in range(count):
-        inputs = np.flatnonzero(unit == index)
-        part = weight[:, inputs].astype(np.float64)
-        found[index] = float(np.einsum("ni,ij,nj->", part, hessian[np.ix_(inputs, inputs)], part, optimize=True))
+    for index, inputs in enumerate(_members(unit, count)):
+        place = np.ix_(inputs, inputs)
+        found[index] = float((gram[place] * hessian[place]).sum())
     return found
+
+
+def _gram(weight: np.ndarray) -> np.ndarray:
+    wide = weight.astype(np.float64)
+    with steady():
+        return product(wide.T, wide)
+
+
+def _members(unit: np.ndarray, count: int) -> list[np.ndarray]:
+    """Return the inputs of every unit."""
+    order = np.argsort(unit, kind="stable")
+    starts = np.searchsorted(unit[order], np.arange(count + 1))
+    return [order[start:end] for start, end in itertools.pairwise(starts)]
 
 
 def saliencies(weight: np.ndarray, unit: np.ndarray, count: int, hessian: np.ndarray) -> np.ndarray:
@@ -114,14 +133,12 @@ def saliencies(weight: np.ndarray, unit: np.ndarray, count: int, hessian: np.nda
     damped[np.diag_indices(len(damped))] += _DAMPING * max(float(np.mean(damped.diagonal())), 1e-30)
     with steady():
         inverse = np.linalg.inv(damped)
+    gram = _gram(weight)
     found = np.zeros(count)
-    for index in range(count):
-        inputs = np.flatnonzero(unit == index)
-        if not len(inputs):
-            continue
-        part = weight[:, inputs].astype(np.float64)
-        block = np.linalg.inv(inverse[np.ix_(inputs, inputs)])
-        found[index] = float(np.einsum("ni,ij,nj->", part, block, part, optimize=True))
+    for index, inputs in enumerate(_members(unit, count)):
+        if len(inputs):
+            place = np.ix_(inputs, inputs)
+            found[index] = float((gram[place] * np.linalg.inv(inverse[place])).sum())
     return found
 
 
