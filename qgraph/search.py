@@ -4,10 +4,9 @@
 
 Each step of the target's ladder (`Target.ladder`) has one way or several; the best stays if it helps. Steps for the
 rounding of weights are left out where activations do all the harm, and the other way round, as the sensitivity of every
-tensor tells; few nodes whose weights of 4 bits make nearly all of the noise get 8 bits before any step. Then nodes that
-hurt the outputs most keep a higher precision: as many as are predicted to do (for one bound; 1 where nothing can be
-predicted), twice as many and so on until the bounds are met, and in the end as few as hold. The first candidate that
-meets all bounds ends the climb; if that is the very first, nothing else was tried.
+tensor tells. Then the nodes that hurt the outputs most keep a higher precision: as many as are predicted to do (for one
+bound; 1 where nothing can be predicted), twice as many and so on until the bounds are met, in the end as few as
+hold. The first candidate that meets all bounds ends the climb; if that is the very first, nothing else was tried.
 
 What is decided on which data:
 
@@ -50,7 +49,7 @@ from qgraph.runtime.verification import Verification
 from qgraph.samples import SampleSet
 from qgraph.search_edits import changed, keep_precise, way_name
 from qgraph.search_executors import Executor, Here, Processes, Ray, in_order, portable
-from qgraph.search_ranking import few, first_count, harm, relevant, worst_nodes
+from qgraph.search_ranking import first_count, harm, relevant, worst_nodes
 from qgraph.search_workshop import Job, Made, Workplace, Workshop
 from qgraph.stages import Bounds, Run, bytes_of, told
 from qgraph.targets.base import Session, Step, Target
@@ -285,33 +284,14 @@ class Search:
         return first
 
     def _meet_tolerance(self, first: Candidate) -> None:
-        found = self._harm(first)
-        base = self._lift_few(first, found)
-        if base.met:
-            return
-        base = self._steps(base, relevant(self._run.target.ladder(base.compress), found), until_met=True)
+        steps = relevant(self._run.target.ladder(first.compress), self._harm(first))
+        base = self._steps(first, steps, until_met=True)
         if base.met or "qdq" not in [one.name for one in base.compress]:
             return
         for to in ("int8", "float") if _four_bits(base.compress) else ("float",):
             base = self._precise(base, to)
             if base.met:
                 return
-
-    def _lift_few(self, first: Candidate, found: Sensitivities | None) -> Candidate:
-        """Where few of the nodes with weights of 4 bits make nearly all of the noise, give them 8 bits at once."""
-        nodes = self.worst = worst_nodes(found, "int8")
-        count = few(found, nodes) if _four_bits(first.compress) else 0
-        if not count:
-            return first
-        (one,) = self._made([_precise(first, nodes, "int8", count)])
-        if one.made.error or one.made.closeness <= self._closeness(first) + _LEAST_GAIN:
-            if not one.made.error:
-                self._leave(one, first)
-            self._tell(one)
-            return first
-        self._complete(one)
-        self._tell(one)
-        return one
 
     def _steps(self, base: Candidate, ladder: Sequence[Step], *, until_met: bool) -> Candidate:
         """Take every step that helps, and return where that leads."""

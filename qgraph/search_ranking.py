@@ -13,14 +13,10 @@ from qgraph.errors import UserError
 from qgraph.pipeline import Context, Samples
 from qgraph.targets.base import Step
 
-__all__ = ["few", "first_count", "harm", "predicted", "relevant", "worst_nodes"]
+__all__ = ["first_count", "harm", "predicted", "relevant", "worst_nodes"]
 
 _NO_HARM = 0.05
 """Share of the noise at the outputs below which mending it is not tried."""
-_NEARLY_ALL = 20.0
-"""dB by which the outputs are nearer without nearly all of the noise."""
-_FEW = 4
-"""Few nodes are at most this part of them."""
 
 
 def harm(model: ir.Model, context: Context, samples: Samples) -> Sensitivities | None:
@@ -66,16 +62,6 @@ def predicted(found: Sensitivities, nodes: Sequence[str], to: str) -> float:
     ]
     sqnr = found.predicted(without)
     return math.inf if sqnr is None else sqnr
-
-
-def few(found: Sensitivities | None, nodes: Sequence[str]) -> int:
-    """Return how many nodes make nearly all of the noise with their weights, or 0 where these are not few of them."""
-    if found is None or found.output_sqnr_db is None:
-        return 0
-    for count in range(1, len(nodes) // _FEW + 1):
-        if predicted(found, nodes[:count], "int8") >= found.output_sqnr_db + _NEARLY_ALL:
-            return count
-    return 0
 
 
 def first_count(

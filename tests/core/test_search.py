@@ -22,7 +22,7 @@ from qgraph.runtime.recorded import Recorded
 from qgraph.runtime.tolerances import parse_budget, parse_tolerance
 from qgraph.search_edits import changed, keep_precise, way_name
 from qgraph.search_executors import Processes, parse_executor
-from qgraph.search_ranking import few, first_count, predicted, relevant, worst_nodes
+from qgraph.search_ranking import first_count, predicted, relevant, worst_nodes
 from qgraph.search_workshop import SharingContext
 from qgraph.targets.base import Step
 from qgraph.targets.cpu import CpuInt8
@@ -366,18 +366,6 @@ def test_the_first_count_is_as_many_nodes_as_are_predicted_to_do() -> None:
     assert first_count(found, nodes, "int8", seen[:1], 0.00005) == 1
     assert first_count(found, nodes, "int8", [(0.0, 0.04), (10.0, 0.04)], 0.00005) == 1
     assert first_count(None, nodes, "int8", seen, 0.004) == 1
-
-
-def test_few_nodes_that_make_nearly_all_of_the_noise_are_told() -> None:
-    rest = {f"n{number}": 1e-4 for number in range(10)}
-    for powers, count in (
-        ({"a": 1.0, **rest}, 1),
-        ({"a": 1.0, "b": 0.5, **rest}, 2),
-        (dict.fromkeys("abcdefgh", 1.0), 0),
-    ):
-        found = sensitivities(powers)
-        assert few(found, worst_nodes(found, "int8")) == count
-    assert few(None, ["a"] * 8) == 0
 
 
 def test_ranges_are_shared_as_far_as_nothing_has_changed_a_value() -> None:
