@@ -7,6 +7,7 @@ to, so that they make up for what rounding the layers before has changed.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -20,18 +21,19 @@ from qgraph.analysis.compressed_weights import format_scheme
 from qgraph.analysis.convolutions import Convolution
 from qgraph.analysis.finished_layers import Finished, FinishedLayers
 from qgraph.analysis.linear_layers import LinearLayer
+from qgraph.analysis.sparse_weights import pattern_of
 from qgraph.errors import UserError
 from qgraph.numerics.hessian import output_error
 from qgraph.numerics.moments import LayerMoments
 from qgraph.numerics.patches import Window
 from qgraph.numerics.products import steady
-from qgraph.numerics.weights import QuantizedWeight, WeightScheme
+from qgraph.numerics.weights import QuantizedWeight, WeightScheme, levels, spread_groups
 from qgraph.passes._weight_rounding import PRODUCTS, Chosen, Prepared, WeightRounding, some_of
 from qgraph.pipeline import Context
 
 __all__ = ["Problem", "SequentialRounding"]
 
-_VERSION = 2
+_VERSION = 3
 """Of what is kept of finished layers; another one starts anew."""
 _DRIFT_DAMPING = 0.001
 _DRIFT_DAMPING_BY_INPUTS = 0.1
@@ -54,12 +56,14 @@ class Problem(NamedTuple):
         hessian: of the inputs that the rounded layers before give, float64 [K, K] or [G, K, K].
         scheme: what to round to.
         convolution: whether it is one, with one positive scale for each output.
+        stays: bool, in the shape of `weight`: what may be other than zero; None where all may.
     """
 
     weight: np.ndarray
     hessian: np.ndarray
     scheme: WeightScheme
     convolution: bool
+    stays: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -255,7 +259,9 @@ class _Work:
             wanted = moments.wanted(original, options.drift * pull, damping)
         hessian = moments.hessian
         try:
-            result, damping = options.solve(Problem(wanted, hessian, scheme, layers[0].kind == "convolution"))
+            problem = Problem(wanted, hessian, scheme, layers[0].kind == "convolution", _stays(layers, stacks))
+            result, damping = options.solve(problem)
+            result = _with_zeros(result, problem.stays)
         except ValueError as error:
             raise UserError(f"{options.name}: '{layers[0].name}': {error}") from error
         produced: dict[ir.Value, Produce] = {}
@@ -331,6 +337,27 @@ class _Taken:
     def _shape(self, layer: Convolution) -> tuple[int, ...]:
         samples, _, *sizes = self._whole
         return (samples, layer.outputs, *layer.window.outputs(tuple(sizes)))
+
+
+def _stays(layers: Sequence[LinearLayer], stacks: Sequence[np.ndarray]) -> np.ndarray | None:
+    """Return what may be other than zero in the rows of layers, or None where none of them was made sparse."""
+    sparse = [pattern_of(layer.node) is not None for layer in layers]
+    if not any(sparse):
+        return None
+    parts = [stack != 0 if one else np.ones(stack.shape, bool) for stack, one in zip(stacks, sparse, strict=True)]
+    return np.concatenate(parts, axis=-2)
+
+
+def _with_zeros(result: QuantizedWeight, stays: np.ndarray | None) -> QuantizedWeight:
+    """Set what must be zero to zero, for solvers that do not look at it."""
+    if stays is None:
+        return result
+    if result.zero_point is None:
+        zero: np.ndarray = np.asarray(np.argmin(np.abs(levels(result.scheme))), np.uint8)
+    else:
+        zero = spread_groups(result.zero_point, result.scheme, result.codes.shape[1])
+    codes = np.where(stays.reshape(result.codes.shape), result.codes, zero).astype(np.uint8)
+    return dataclasses.replace(result, codes=codes)
 
 
 def _source(layer: LinearLayer) -> Hashable:

@@ -11,6 +11,9 @@ Embedding tables are rounded to the nearest, with ranges of least squared error;
 stays one. A convolution is the linear layer over the patches that it reads, with one positive scale for each output,
 chosen for least error in the outputs too (`qgraph.numerics.channel_rounding`).
 
+Weights that `sparsify` has made sparse keep their zeros. With `sparse`, products get them in the same sweep: what goes
+and what the others round to make up for one another (SparseGPT, `qgraph.numerics.sparsity`).
+
 It does not fire on weights that are computed, shared with a node that is no linear layer, or compressed already; see
 `qgraph.analysis.linear_layers` and `qgraph.analysis.convolutions`. Whatever scales or rotates weights (AWQ, rotations)
 goes before. A second run finds nothing to do.
@@ -18,19 +21,27 @@ goes before. A second run finds nothing to do.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
+import onnx_ir as ir
 
+from qgraph.analysis.linear_layers import LinearLayer
+from qgraph.analysis.sparse_weights import ZerosStay, mark_sparse
 from qgraph.errors import UserError
 from qgraph.numerics.channel_rounding import round_channels, round_stack
 from qgraph.numerics.gptq import gptq
+from qgraph.numerics.sparsity import Pattern, parse_pattern, sparse_gptq
 from qgraph.numerics.weights import QuantizedWeight, WeightScheme, quantize_weight
 from qgraph.passes._sequential_rounding import Problem, SequentialRounding
+from qgraph.passes._weight_rounding import Chosen, Prepared
+from qgraph.pipeline import Context
 
 __all__ = ["Gptq"]
 
+_HALF = 0.5
 _ROUNDS = 4
 """Of deciding every number of a convolution again, at most."""
 
@@ -51,6 +62,11 @@ class Gptq(SequentialRounding):
         default=10, metadata={"help": "rounds of deciding every group again, each as long as GPTQ itself"}
     )
 
+    sparse: str = field(
+        default="",
+        metadata={"help": "set weights of products to zero as well: 2:4, another n:m, or unstructured (half)"},
+    )
+
     def scheme(self, bits: int) -> WeightScheme:
         """Return the scheme of a weight with `bits` bits; ValueError if the options do not go together."""
         return WeightScheme(self.format, bits, self.group, self.symmetric)
@@ -64,6 +80,25 @@ class Gptq(SequentialRounding):
         super().check()
         if self.refine < 0:
             raise UserError(f"gptq: refine is a number of rounds, 0 or more, not {self.refine}")
+        self._pattern()
+
+    def _pattern(self) -> Pattern | None:
+        try:
+            return parse_pattern(self.sparse, _HALF) if self.sparse else None
+        except ValueError as error:
+            raise UserError(f"gptq: {error}") from error
+
+    def prepare(self, model: ir.Model, context: Context, chosen: Chosen) -> Prepared:
+        """Quantize all layers; those that become sparse are marked, and later passes have to keep their zeros."""
+        prepared = super().prepare(model, context, chosen)
+        pattern = self._pattern()
+        sparse = [layer for layers, _ in chosen.values() for layer in layers if pattern and _suits(layer, pattern)]
+        if pattern is None or not sparse:
+            return prepared
+        for layer in sparse:
+            mark_sparse(layer.node, pattern, _HALF)
+        context.promises.append(ZerosStay())
+        return dataclasses.replace(prepared, notes=[*prepared.notes, f"{len(sparse)} of them {pattern}"])
 
     def solve(self, problem: Problem) -> tuple[QuantizedWeight, float]:
         """Round rows of weights against the Hessian of their inputs; return them, and the damping that was used."""
@@ -76,6 +111,19 @@ class Gptq(SequentialRounding):
             else:
                 made = round_stack(problem.weight, problem.hessian, problem.scheme, damping=self.damping, rounds=rounds)
             return made, self.damping
+        pattern = self._pattern()
+        if problem.stays is not None or (pattern is not None and pattern.fits(problem.weight.shape[1])):
+            sparse = sparse_gptq(
+                problem.weight,
+                problem.hessian,
+                pattern or Pattern("unstructured"),
+                scheme=problem.scheme,
+                mask=problem.stays,
+                damping=self.damping,
+                refine=self.refine,
+            )
+            assert sparse.quantized is not None
+            return sparse.quantized, self.damping
         result = gptq(
             problem.weight,
             problem.hessian,
@@ -86,3 +134,7 @@ class Gptq(SequentialRounding):
             refine=self.refine,
         )
         return result.quantized, result.damping
+
+
+def _suits(layer: LinearLayer, pattern: Pattern) -> bool:
+    return layer.kind == "linear" and pattern.fits(layer.inputs)

@@ -125,7 +125,7 @@ class Sparsify(Pass):
         if layer.inputs * layer.outputs < self.min_elements:
             return f"its weight has fewer than {self.min_elements} elements"
         channels = layer.shape[1] if isinstance(layer, Convolution) else layer.inputs
-        if pattern.kind == "neighbours" and channels % pattern.of:
+        if not pattern.fits(channels):
             return f"its {channels} inputs are no multiple of {pattern.of}"
         return None
 

@@ -68,6 +68,10 @@ class Pattern:
         """Share of the weights that stay."""
         return self.kept / self.of if self.kind == "neighbours" else 1.0 - self.share
 
+    def fits(self, inputs: int) -> bool:
+        """Tell whether a number of inputs can be cut into groups of neighbours, where the pattern has any."""
+        return self.kind != "neighbours" or inputs % self.of == 0
+
     def __str__(self) -> str:
         if self.kind == "neighbours":
             return f"{self.kept}:{self.of}"

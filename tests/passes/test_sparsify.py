@@ -126,7 +126,11 @@ def test_a_convolutional_network_keeps_its_accuracy():
     assert after >= before - 0.01
 
 
-@pytest.mark.parametrize("quantizer", ["rtn{bits=4,symmetric=true}", "rtn{bits=4}", "qdq", "qdq{weights=int4}", "hqq"])
+@pytest.mark.parametrize("quantizer", [
+    "rtn{bits=4,symmetric=true}", "rtn{bits=4}", "qdq", "qdq{weights=int4}", "hqq",
+    "gptq{bits=4,min_elements=0}", "gptq{bits=4,symmetric=true,group=0,min_elements=0,ops=[Conv,Gemm,MatMul]}",
+    "gptq{format=nf4,min_elements=0}", "adaround{bits=4}",
+])  # fmt: skip
 def test_zeros_survive_rounding(quantizer: str):
     model = network()
 
@@ -185,3 +189,20 @@ def test_a_weight_that_is_not_finite_is_named():
     model.graph.initializers["w3"].const_value = ir.tensor(bad, name="w3")
     with pytest.raises(UserError, match="the weight 'w3' of 'odd' holds NaN or infinity"):
         Pipeline([Sparsify(min_elements=0, method="magnitude")]).run(model)
+
+
+def test_zeros_and_rounding_in_one_sweep_lose_less_than_one_after_the_other():
+    model, dataset = digits_encoder.build(), digits_encoder.dataset()
+    CpuFp32().prepare_passes().run(model)
+    Pipeline.parse("convert-opset{version=21}").run(model)
+    feeds = [{"image": part} for part in np.array_split(dataset.calibration["image"][:32], 2)]
+    held_back = [{"image": dataset.evaluation["image"][:200]}]
+    exact = run(model, held_back)
+    errors = []
+    for passes in ("gptq{bits=3,sparse=2:4}", "sparsify,rtn{bits=3}"):
+        copy = model.clone()
+        Pipeline.parse(passes).run(copy, calibration=feeds)
+        assert len([one for one in sparse_weights(copy) if one.matrix is not None]) >= 8
+        errors.append(np.square(run(copy, held_back) - exact).sum())
+
+    assert errors[0] < 0.8 * errors[1]
