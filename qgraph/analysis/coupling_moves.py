@@ -335,6 +335,12 @@ def _join_padded(
     found.edits.append(edit)
 
 
+def _constant(node: ir.Node, found: Coupling) -> None:
+    """What stands in a node and not in an initializer is not cut: `lift-constants` makes initializers of them."""
+    for value in node.outputs:
+        found.freeze_value(value, f"it stands in {at(node)}: put lift-constants before")
+
+
 def _shape(node: ir.Node, found: Coupling) -> None:
     """What is read off a tensor follows it by itself; what is made of that is found by `follow_target`."""
     del node, found
@@ -342,7 +348,8 @@ def _shape(node: ir.Node, found: Coupling) -> None:
 
 MOVES: Mapping[tuple[str, str], Rule] = {
     **{("", op): _reshape for op in ("Flatten", "Reshape", "Squeeze", "Unsqueeze")},
-    **{("", op): _shape for op in ("Constant", "Shape", "Size")},
+    **{("", op): _shape for op in ("Shape", "Size")},
+    ("", "Constant"): _constant,
     ("", "Concat"): _concat,
     ("", "Expand"): _expand,
     ("", "Gather"): _gather,
