@@ -35,6 +35,7 @@ from qgraph.analysis.compressed_weights import compressed
 from qgraph.analysis.convolutions import Convolution, weighted_layers
 from qgraph.analysis.importance import rows_of
 from qgraph.analysis.linear_layers import LinearLayer
+from qgraph.analysis.output_gradients import output_gradients
 from qgraph.errors import UserError
 from qgraph.numerics.low_rank import Factors, Spectrum, allocate_ranks, factors, rank_for_energy, spectrum
 from qgraph.numerics.pruning import Moments, compensate
@@ -57,6 +58,10 @@ class LowRank(Pass):
     method: Literal["auto", "svd", "activation"] = field(
         default="auto",
         metadata={"help": "least error in the weight or in the output; auto: the latter with calibration data"},
+    )
+    errors: Literal["outputs", "layer"] = field(
+        default="outputs",
+        metadata={"help": "errors in a layer's output count as they change the model's outputs, or all alike"},
     )
     of: Literal["weight", "error"] = field(
         default="weight", metadata={"help": "thin the weights, or bring back what quantizing them has lost"}
@@ -89,7 +94,8 @@ class LowRank(Pass):
         layers, skipped = self._layers(model, context)
         if not layers:
             return Report(skipped=skipped)
-        ranks = self._ranks(model, context, layers)
+        counts, missing = self._counts(model, context, layers)
+        ranks = self._ranks(model, context, layers, counts)
         whole = [layer for layer, rank in ranks.items() if rank == 0]
         skipped += [Skipped(layer.name, "no rank that keeps enough would save multiply-adds") for layer in whole]
         thinned = {layer: rank for layer, rank in ranks.items() if rank}
@@ -97,13 +103,15 @@ class LowRank(Pass):
             return Report(skipped=skipped)
         context.keep_reference(model)
         before = _parameters(model)
-        for layer, parts in self._decomposed(model, context, thinned).items():
+        for layer, parts in self._decomposed(model, context, thinned, counts).items():
             replace_layer(model, layer, parts)
         share = 100 * (1 - _parameters(model) / before)
         notes = [
             f"{len(thinned)} layers thinned to ranks {_span(thinned.values())}",
             f"{share:.1f} % of the parameters cut",
         ]
+        if missing:
+            notes.append(f"errors of all layers count alike: {missing}")
         return Report(len(thinned), skipped, notes, {"ranks": {layer.name: rank for layer, rank in ranks.items()}})
 
     def _layers(self, model: ir.Model, context: Context) -> tuple[list[LinearLayer], list[Skipped]]:
@@ -134,17 +142,27 @@ class LowRank(Pass):
             return f"its weight has fewer than {self.min_elements} elements"
         return ""
 
+    def _counts(
+        self, model: ir.Model, context: Context, layers: Sequence[LinearLayer]
+    ) -> tuple[dict[LinearLayer, np.ndarray], str]:
+        """Return how much errors in what layers give count at the outputs, or none and why."""
+        if not self._by_activation(context) or self.errors == "layer":
+            return {}, ""
+        return output_gradients(model, context, [layer for layer in layers if not self._is_spatial(layer)], self.name)
+
     # --- ranks --------------------------------------------------------------------------------------------------------
 
     def _by_activation(self, context: Context) -> bool:
         return self.method == "activation" or (self.method == "auto" and context.calibration is not None)
 
-    def _ranks(self, model: ir.Model, context: Context, layers: Sequence[LinearLayer]) -> dict[LinearLayer, int]:
+    def _ranks(
+        self, model: ir.Model, context: Context, layers: Sequence[LinearLayer], counts: Mapping[LinearLayer, np.ndarray]
+    ) -> dict[LinearLayer, int]:
         if self.rank:
             return {layer: self._capped(layer, self.rank) for layer in layers}
         if self.conv == "tucker" and not self.energy and any(isinstance(layer, Convolution) for layer in layers):
             return {layer: self._rank_within(layer) for layer in layers}
-        found = self._spectra(model, context, layers)
+        found = self._spectra(model, context, layers, counts)
         if self.energy:
             return {layer: self._capped(layer, rank_for_energy(found[layer], self.energy)) for layer in layers}
         chosen = allocate_ranks([found[layer] for layer in layers], 1.0 - self.ratio)
@@ -160,7 +178,9 @@ class LowRank(Pass):
         fits = [rank for rank in range(1, layer.outputs + 1) if _size_at(layer, rank, self.conv) <= bound]
         return max(fits, default=0)
 
-    def _spectra(self, model: ir.Model, context: Context, layers: Sequence[LinearLayer]) -> dict[LinearLayer, Spectrum]:
+    def _spectra(
+        self, model: ir.Model, context: Context, layers: Sequence[LinearLayer], counts: Mapping[LinearLayer, np.ndarray]
+    ) -> dict[LinearLayer, Spectrum]:
         found = {
             layer: spectrum(_spatial(layer) if self._is_spatial(layer) else layer.matrix(), None)
             for layer in layers
@@ -175,7 +195,7 @@ class LowRank(Pass):
                         part = rows_of(layer, rows[x].changed, context.seed + number)
                         moments[layer].add(part, part)
             for layer, moment in moments.items():
-                found[layer] = spectrum(layer.matrix(), moment.gram[:-1, :-1])
+                found[layer] = spectrum(layer.matrix(), moment.gram[:-1, :-1], counts.get(layer))
         return found
 
     def _is_spatial(self, layer: LinearLayer) -> bool:
@@ -184,7 +204,11 @@ class LowRank(Pass):
     # --- factors ------------------------------------------------------------------------------------------------------
 
     def _decomposed(
-        self, model: ir.Model, context: Context, ranks: Mapping[LinearLayer, int]
+        self,
+        model: ir.Model,
+        context: Context,
+        ranks: Mapping[LinearLayer, int],
+        counts: Mapping[LinearLayer, np.ndarray],
     ) -> dict[LinearLayer, Parts]:
         found: dict[LinearLayer, Parts] = {}
         followed = []
@@ -210,7 +234,7 @@ class LowRank(Pass):
                         moments[layer].add(rows_of(layer, rows[x].changed, seed), rows_of(layer, original, seed))
             for layer, moment in moments.items():
                 best, _ = compensate(layer.matrix(), None, np.ones(layer.inputs, bool), moment)
-                both = factors(best, moment.gram[:-1, :-1], ranks[layer])
+                both = factors(best, moment.gram[:-1, :-1], ranks[layer], counts.get(layer))
                 stage.change(layer.weight, both.second @ both.first)
                 found[layer] = two_parts(layer, both.first, both.second)
         return {layer: found[layer] for layer in ranks}

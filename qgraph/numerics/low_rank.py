@@ -6,6 +6,9 @@ B A = U_r U_r^T W leaves the error s_r+1 + ... That is the truncated singular va
 al. 2024, "SVD-LLM", theorem 3.1; Yuan et al. 2023, "ASVD"). H = I gives the plain decomposition. No inverse of H is
 needed, so that it may be singular.
 
+Where errors of some outputs count more, by a matrix G, W is replaced by G^1/2 W and B by G^-1/2 B: the best for
+tr(G dW H dW^T).
+
 Where several layers share a budget, each gets the rank at which one more multiplication gains the same everywhere.
 """
 
@@ -21,6 +24,7 @@ from qgraph.numerics.products import product, steady
 __all__ = ["Factors", "Spectrum", "allocate_ranks", "factors", "rank_for_energy", "spectrum", "tucker"]
 
 _DAMPING = 1e-6
+_OUTER_DAMPING = 1e-2
 _WIDEST = 4096
 """Outputs up to which the components of the output are looked for on its side."""
 
@@ -80,27 +84,30 @@ def _components(weight: np.ndarray, moment: np.ndarray | None) -> tuple[np.ndarr
         return np.maximum(values[::-1], 0.0), vectors[:, ::-1], False
 
 
-def _root(moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _root(moment: np.ndarray, damping: float = _DAMPING) -> tuple[np.ndarray, np.ndarray]:
     """Return the square root of a moment and its inverse, slightly damped."""
     values, vectors = np.linalg.eigh(moment)
-    values = np.sqrt(np.maximum(values, _DAMPING * max(float(values.mean()), np.finfo(float).tiny)))
+    values = np.sqrt(np.maximum(values, damping * max(float(values.mean()), np.finfo(float).tiny)))
     return np.asarray((vectors * values) @ vectors.T), np.asarray((vectors / values) @ vectors.T)
 
 
-def spectrum(weight: np.ndarray, moment: np.ndarray | None, importance: float = 1.0) -> Spectrum:
+def spectrum(weight: np.ndarray, moment: np.ndarray | None, counts: np.ndarray | None = None) -> Spectrum:
     """Return what every rank of a layer is worth.
 
     Args:
         weight: float [N, K].
         moment: E[x^T x], [K, K]; None counts all inputs alike.
-        importance: how much the layer's relative error counts.
+        counts: G, [N, N]: how much errors of the outputs count, comparable between layers; None counts the layer's
+            relative error.
     """
-    values, _, _ = _components(weight, moment)
+    wide = weight if counts is None else _root(counts, _OUTER_DAMPING)[0] @ weight
+    values, _, _ = _components(wide, moment)
     values = values[: min(weight.shape)]
-    return Spectrum(values / max(float(values.sum()), 1e-300), weight.shape[0], weight.shape[1], importance)
+    total = max(float(values.sum()), 1e-300)
+    return Spectrum(values / total, weight.shape[0], weight.shape[1], 1.0 if counts is None else total)
 
 
-def factors(weight: np.ndarray, moment: np.ndarray | None, rank: int) -> Factors:
+def factors(weight: np.ndarray, moment: np.ndarray | None, rank: int, counts: np.ndarray | None = None) -> Factors:
     """Return the factors of a rank that leave the least error in the output.
 
     What lies between them has entries of about the fourth root of their shares of the output's energy: between one
@@ -110,10 +117,15 @@ def factors(weight: np.ndarray, moment: np.ndarray | None, rank: int) -> Factors
         weight: float [N, K].
         moment: as for `spectrum`.
         rank: 1 to min(N, K).
+        counts: as for `spectrum`.
 
     Raises:
         ValueError: the rank is out of range.
     """
+    if counts is not None:
+        root, inverse = _root(counts, _OUTER_DAMPING)
+        found = factors(root @ weight, moment, rank)
+        return Factors(found.first, (inverse @ found.second).astype(np.float32))
     if not 1 <= rank <= min(weight.shape):
         raise ValueError(f"a matrix of shape {weight.shape} has ranks 1 to {min(weight.shape)}, not {rank}")
     values, vectors, by_outputs = _components(weight, moment)

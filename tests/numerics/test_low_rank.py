@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from qgraph.numerics.low_rank import Spectrum, allocate_ranks, factors, rank_for_energy, spectrum, tucker
+from qgraph.numerics.low_rank import Factors, Spectrum, allocate_ranks, factors, rank_for_energy, spectrum, tucker
 
 RNG = np.random.default_rng(0)
 
@@ -43,6 +43,24 @@ def test_with_a_moment_no_product_of_that_rank_gives_a_better_output(shape: tupl
         plain = factors(weight, None, rank)
         assert error <= np.square(rows @ (plain.second @ plain.first).T - rows @ weight.T).sum()
     np.testing.assert_allclose(spectrum(weight, second_moment).gains, values**2 / np.sum(values**2), atol=1e-6)
+
+
+def test_where_outputs_count_differently_no_product_of_that_rank_is_better():
+    weight = RNG.normal(size=(6, 9))
+    _, second_moment = moment(9)
+    _, counts = moment(6, seed=1)
+    left, right = (np.linalg.cholesky(one).T for one in (counts, second_moment))
+    values = np.linalg.svd(left @ weight @ right.T, compute_uv=False)
+
+    def error(found: Factors) -> float:
+        change = found.second @ found.first - weight
+        return float(np.trace(counts @ change @ second_moment @ change.T))
+
+    best = error(factors(weight, second_moment, 3, counts))
+    assert best == pytest.approx(np.sum(values[3:] ** 2), rel=0.05)  # G is damped
+    assert best < error(factors(weight, second_moment, 3))
+    found = spectrum(weight, second_moment, counts)
+    np.testing.assert_allclose(found.gains * found.weight, values**2, rtol=0.05, atol=1e-2 * values[0] ** 2)
 
 
 def test_more_outputs_than_are_looked_at_together(monkeypatch: pytest.MonkeyPatch):

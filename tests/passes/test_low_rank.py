@@ -109,6 +109,26 @@ def test_looking_at_activations_loses_less_than_half():
     assert better < 0.5 * plain
 
 
+def test_errors_count_as_they_change_the_outputs():
+    alike, _, left = trained("low-rank{ratio=0.3,errors=layer,min_elements=1024}")
+    better, before, other = trained("low-rank{ratio=0.3,min_elements=1024}")
+
+    assert max(left, other) < 0.8 * before
+    assert better < 0.8 * alike
+
+
+def test_without_gradients_errors_count_alike():
+    text = "<ir_version: 9, opset_import: ['' : 15]> g (float[n,8] x) => (float[n,16] y) { y = MatMul (x, w) }"
+    proto = onnx.parser.parse_model(text.replace("'", '"'))
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((8, 16), np.float32), "w"))
+    model = ir.from_proto(proto)
+
+    report = Pipeline.parse("low-rank{min_elements=0}").run(model, calibration=samples(model))
+
+    assert report.changed == 1
+    assert any("count alike: gradients need opset 16" in note for note in report.notes)
+
+
 def test_more_energy_takes_more_and_loses_less():
     rough, _, small = trained("low-rank{energy=0.8,min_elements=1024}")
     fine, before, large = trained("low-rank{energy=0.97,min_elements=1024}")
