@@ -13,6 +13,9 @@ from qgraph.analysis.dimensions import Axis
 
 __all__ = ["LAYERS"]
 
+_MOST_NODES = 6
+"""Between a stored weight and a product: dequantized, cast, turned, reshaped. A longer search would be quadratic."""
+
 
 def _softmax(node: ir.Node, found: Coupling) -> None:
     first(node, found)
@@ -90,12 +93,14 @@ def _matmul(node: ir.Node, found: Coupling) -> None:
         found.note_heads(result[:-2], (left[-1], right[-1]))
 
 
-def _is_stored(value: ir.Value | None) -> bool:
-    """Tell whether a value is a constant, or made of constants alone."""
+def _is_stored(value: ir.Value | None, nodes: int = _MOST_NODES) -> bool:
+    """Tell whether a value is a constant, or made of constants alone by so many nodes in a row at most."""
     if value is None or value.const_value is not None:
         return True
     node = value.producer()
-    return node is not None and bool(node.inputs) and all(map(_is_stored, node.inputs))
+    if node is None or not node.inputs or nodes == 0:
+        return False
+    return all(_is_stored(one, nodes - 1) for one in node.inputs)
 
 
 def _gemm(node: ir.Node, found: Coupling) -> None:
