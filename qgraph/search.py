@@ -196,7 +196,9 @@ class Search:
         tuning = _tuning(run)
         source = run.before.session if isinstance(run.before, Recorded) else run.before
         recorded = Recorded(source, len(tuning), run.context.calibration_memory // _RECORDED)
-        self._place = Workplace(model, run.target, plan.lower or Pipeline(), run.context, tuning, recorded)
+        # A context of its own: the reference that the run's gets from a candidate is not that of the others.
+        context = dataclasses.replace(run.context, _analyses={})
+        self._place = Workplace(model, run.target, plan.lower or Pipeline(), context, tuning, recorded)
         self._shop = Workshop(self._place)
         self._executor: Executor | None = None
         self._known: set[Pipeline] = set()

@@ -145,6 +145,18 @@ def test_the_layer_that_hurts_stays_in_float_and_the_recipe_repeats_that(search:
         assert (artifact.path / name).read_bytes() == (again.path / name).read_bytes()
 
 
+def test_what_mends_compares_with_the_same_float_model_in_a_search_and_on_its_own(
+    search: Callable[..., Searched], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Step("equalization", ("equalize < qdq",)), Step("bias", ("bias-correction{method=full} > qdq",))
+    monkeypatch.setattr(CpuInt8, "ladder", lambda self, compress: steps)
+    artifact, _ = search(network(2), tolerance={"sqnr": 45.0})
+    recipe = artifact.path / "recipe.toml"
+    assert all(name in recipe.read_text() for name in ("equalize", "bias-correction"))
+    again, _ = search(network(2), output="again", passes=None, recipe=recipe)
+    assert (again.path / "model.onnx").read_bytes() == (artifact.path / "model.onnx").read_bytes()
+
+
 def test_bounds_that_cannot_be_met_keep_the_best_and_name_the_reasons(search: Callable[..., Searched]) -> None:
     bounds = {"tolerance": {"sqnr": 25.0}, "budget": {"size": 9300.0}}  # nothing of conv0 fits into that in float
     with pytest.raises(ToleranceError, match=r"SQNR is .*Tried: .*learned rounding.*Worst: 'conv0'") as caught:
