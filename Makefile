@@ -2,7 +2,7 @@
 #
 #   make demo     install, compile a shipped model to 8-bit integers and print what that changed
 #   make test     install with the test tools, then lint, types and every test
-#   make bench    measure against the other quantizers (benchmarks/RESULTS.md, LOW_BIT.md)
+#   make bench    measure against the other quantizers (benchmarks/RESULTS.md, ACCURACY.md, LOW_BIT.md)
 #   make format   mend what the linter can mend by itself
 #   make clean    remove everything that was made
 
@@ -50,6 +50,7 @@ test: install-dev
 
 bench: install-dev
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/accuracy.py
 	@mkdir -p build/low_bit
 	$(BIN)/python benchmarks/language.py -o build/low_bit/language.json
 	$(BIN)/python benchmarks/rtn.py --large -o build/low_bit/rtn.json
