@@ -2,8 +2,9 @@
 
     x -> Conv(W1, b1) -> Relu -> Conv(W2, b2)    =>    x -> Conv(W1, b1 - c) -> Relu -> Conv(W2, b2 + sum of W2 c)
 
-c is the least number that calibration has shown before the Relu, where that is above zero: Relu(x - c) = Relu(x) - c
-for every x that is not below c. So the result is exact for the samples, and the activation spans c less.
+c is below the least number that calibration has shown before the Relu, by a tenth of what the channel spans, where that
+is above zero: Relu(x - c) = Relu(x) - c for every x that is not below c. So the result is exact for the samples and for
+what reaches a little further than they do, and the activation spans c less.
 
 Not where the layer behind pads its input with zeros: a border would then count as -c. Source: Nagel et al. (2019),
 section 4.1.3, which takes c from the statistics of a batch normalization instead.
@@ -24,8 +25,12 @@ from qgraph.pipeline import Skipped
 
 __all__ = ["absorb"]
 
+_BELOW = 0.1
+"""How far below the least number that was seen others may come, as a share of what the channel spans."""
 _WORTH = 1e-2
-"""Of a channel's span: less is not worth a change."""
+"""Of a channel's largest number: less is not worth a change."""
+_FEWEST = 32
+"""Numbers of a channel: the least of fewer says little of others."""
 _SUFFIX = "absorbed"
 
 
@@ -44,12 +49,15 @@ def absorb(model: ir.Model, groups: ChannelGroups, seen: dict[ir.Value, Seen]) -
         one, relu = seen.get(result), qgraph.ir.only_consumer(result)
         if one is None or not qgraph.ir.is_op(relu, "Relu") or relu is None:
             continue
-        shift = np.where(one.low > _WORTH * np.maximum(one.high, 1e-30), np.maximum(one.low, 0.0), 0.0)
+        always = one.low - _BELOW * (one.high - one.low)
+        shift = np.where(always > _WORTH * np.maximum(one.high, 1e-30), always, 0.0)
         if not shift.any():
             continue
         readers, reason = _readers(relu.outputs[0], layers)
         if reason is None and _bias(layer) is None:
             reason = "its bias cannot be rewritten"
+        if reason is None and one.drawn < _FEWEST:
+            reason = f"the samples show {one.drawn} numbers of a channel, fewer than {_FEWEST}"
         if reason is not None:
             skipped.append(Skipped(qgraph.ir.node_label(layer.node), f"its high bias stays: {reason}"))
             continue
@@ -65,7 +73,8 @@ def absorb(model: ir.Model, groups: ChannelGroups, seen: dict[ir.Value, Seen]) -
 
 def _lowered(seen: Seen, shift: np.ndarray) -> Seen:
     square = seen.square - 2.0 * shift * seen.mean + shift**2
-    return Seen(seen.low - shift, seen.high - shift, seen.mean - shift, np.maximum(square, 0.0), seen.passing)
+    low, high, mean = (one - shift for one in (seen.low, seen.high, seen.mean))
+    return Seen(low, high, mean, np.maximum(square, 0.0), seen.passing, seen.drawn)
 
 
 def _readers(value: ir.Value, layers: Mapping[ir.Node, Layer]) -> tuple[list[Layer], str | None]:
@@ -112,14 +121,13 @@ def _carried(reader: Layer, shift: np.ndarray) -> np.ndarray:
 
 def _add(model: ir.Model, layer: Layer, shift: np.ndarray) -> None:
     """Add to the bias of a layer."""
-    node, bias = layer.node, _bias(layer)
-    weight = layer.weight.value.const_value
+    node, bias, weight = layer.node, _bias(layer), qgraph.ir.constant(layer.weight.value)
     assert bias is not None
     assert weight is not None
     old = node.inputs[2] if len(node.inputs) > 2 else None
     name = f"{old.name if old is not None else f'{node.outputs[0].name}_bias'}".removesuffix(f"_{_SUFFIX}")
     node.resize_inputs(3)
-    new = qgraph.ir.initializer(model.graph, f"{name}_{_SUFFIX}", (bias + shift).astype(weight.dtype.numpy()))
+    new = qgraph.ir.initializer(model.graph, f"{name}_{_SUFFIX}", (bias + shift).astype(weight.dtype))
     node.replace_input_with(2, new)
     if old is not None and not old.uses() and not old.is_graph_output() and old.name and old.is_initializer():
         model.graph.initializers.pop(old.name, None)

@@ -26,6 +26,8 @@ _DRAWS = 32
 _ACTIVATION_LEVELS = 255
 _LEAST_VARIANCE = 0.05
 """Of a channel's, as a share of the mean over its layer: a channel that hardly moves does not count for more."""
+_ROUNDING = 1e-10
+"""Of a value's mean square: a variance below it is what float32 leaves of a constant, whose square counts instead."""
 _LEAST_PASSING = 1e-3
 _BENDING = ("Clip", "LeakyRelu", "PRelu", "Relu")
 
@@ -40,6 +42,7 @@ class Seen:
         mean: of what was drawn.
         square: the mean square.
         passing: how often a Relu or Clip that alone reads the value lets it through.
+        drawn: how many different numbers of each channel were drawn, of all samples.
     """
 
     low: np.ndarray
@@ -47,6 +50,7 @@ class Seen:
     mean: np.ndarray
     square: np.ndarray
     passing: np.ndarray
+    drawn: int
 
 
 class _Sums:
@@ -54,13 +58,14 @@ class _Sums:
 
     def __init__(self, bounds: tuple[float, float]) -> None:
         self._bounds = bounds
-        self._feeds: int = 0
+        self._feeds = self._drawn = 0
         self._low = self._high = self._mean = self._square = self._passing = np.zeros(())
 
     def add(self, one: Observation) -> None:
         sample = one.sample
         first = self._feeds == 0
         self._feeds += 1
+        self._drawn += np.unique(sample, axis=1).shape[1]  # of few places some are drawn twice
         self._low = one.low if first else np.minimum(self._low, one.low)
         self._high = one.high if first else np.maximum(self._high, one.high)
         self._mean = self._mean + sample.mean(axis=1, dtype=np.float64)
@@ -69,7 +74,8 @@ class _Sums:
 
     def seen(self) -> Seen:
         count = self._feeds
-        return Seen(self._low, self._high, self._mean / count, self._square / count, self._passing / count)
+        means = (total / count for total in (self._mean, self._square, self._passing))
+        return Seen(self._low, self._high, *means, self._drawn)
 
 
 def observe(model: ir.Model, context: Context, axes: Mapping[ir.Value, int]) -> dict[ir.Value, Seen]:
@@ -200,8 +206,9 @@ def _aligned(
 
 def _inverse_variance(seen: Seen) -> np.ndarray:
     variance = np.maximum(seen.square - seen.mean**2, 0.0)
-    least = _LEAST_VARIANCE * float(variance.mean()) if variance.any() else 1.0
-    return np.asarray(1.0 / (variance + least) / len(variance))
+    mean, square = float(variance.mean()), float(seen.square.mean())
+    least = _LEAST_VARIANCE * mean if mean > _ROUNDING * square else square
+    return np.asarray(1.0 / (variance + (least or 1.0)) / len(variance))
 
 
 def _bending(value: ir.Value) -> ir.Node | None:
