@@ -125,7 +125,8 @@ def _paired(node: ir.Node, twin: ir.Node, fixed: Container[ir.Value | None]) -> 
     channels = _channels(twin)
     if channels is None:
         return "its weight is not a matrix"
-    if any(value.dtype not in (None, ir.DataType.FLOAT) for value in (node.outputs[0], twin.outputs[0])):
+    told = (node.outputs[0], twin.outputs[0], twin.inputs[1])  # outputs that nothing says the type of have the weight's
+    if any(value is not None and value.dtype not in (None, ir.DataType.FLOAT) for value in told):
         return "its output is not float32"
     if node.op_type != "MatMul":
         known = 2 if node.op_type == "Gemm" else len(_dims(twin.inputs[1]) or ())

@@ -507,6 +507,20 @@ def test_float_biases_of_rounded_weights_are_shifted_too():
     assert np.abs(left["last"]).max() < 2e-3
 
 
+def test_a_layer_in_float16_stays_where_nothing_tells_its_type_but_its_weight():
+    text = TRANSPOSED.replace("[N, 6, 6, 6] y", "[N, 3, 6, 6] z").replace("<group = 2> (x, k)", "(x, k) z = Relu (y)")
+    model = filled(text)
+    feeds = [{"x": feed["x"].astype(np.float16)} for feed in samples(model)]
+    weight = next(iter(model.graph)).inputs[1]
+    weight.const_value = ir.tensor(weight.const_value.numpy().astype(np.float16), name=weight.name)
+    for value in (*model.graph.inputs, *model.graph.outputs, weight):
+        value.dtype = ir.DataType.FLOAT16
+    next(iter(model.graph)).outputs[0].type = None
+    mended, _, report = compress(model, "adaround{bits=3,steps=5},bias-correction{significance=0}", feeds)
+    assert [one.reason for one in report.skipped] == ["its output is not float32"]
+    onnx.checker.check_model(ir.to_proto(mended), full_check=True)
+
+
 def test_layers_left_in_float_make_up_for_those_before_them():
     model = filled(BRANCHES)
     feeds = samples(model)

@@ -312,10 +312,17 @@ def test_a_rounded_weight_gives_way_to_its_bias() -> None:
     scale.const_value = ir.tensor(np.where(np.arange(8) == 3, 1e-12, scale.const_value.numpy()).astype(np.float32))
     model.graph.initializers["b"].const_value = ir.tensor(np.full(8, 10, np.float32), name="b")
     exact = outputs(model)
+    weight = model.graph.initializers["q"].const_value.numpy() * scale.const_value.numpy()[:, None, None, None]
 
     quantize(model)
 
     assert sqnr(exact, outputs(model)) >= 33
+    node = next(one for one in model.graph if one.name == "one").inputs[1].producer()
+    codes, raised = (value.const_value.numpy() for value in node.inputs[:2])
+    assert raised[3] > 1e-12
+    np.testing.assert_array_equal(np.delete(raised, 3), np.delete(scale.const_value.numpy(), 3))
+    error = np.abs(codes * raised[:, None, None, None] - weight).max(axis=(1, 2, 3))
+    assert (error <= 0.5 * raised).all(), "the numbers of the raised channel still stand for the old scale"
 
 
 @pytest.mark.parametrize(
