@@ -74,8 +74,8 @@ class _Sums:
 
     def seen(self) -> Seen:
         count = self._feeds
-        means = (total / count for total in (self._mean, self._square, self._passing))
-        return Seen(self._low, self._high, *means, self._drawn)
+        mean, square, passing = (total / count for total in (self._mean, self._square, self._passing))
+        return Seen(self._low, self._high, mean, square, passing, self._drawn)
 
 
 def observe(model: ir.Model, context: Context, axes: Mapping[ir.Value, int]) -> dict[ir.Value, Seen]:
