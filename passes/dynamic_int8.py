@@ -19,7 +19,7 @@ which takes more than twice the time of the two on a CPU.
 
 Left in float: products of two activations, weights that are computed, left factors, of another type than float32, of
 more than two dimensions, smaller than `min_elements` or read by somebody who stays in float, convolutions, GRU and
-RNN, what `exclude` names. A second run finds nothing.
+RNN, what `exclude` names, what the metadata of its node say is to stay in float. A second run finds nothing.
 """
 
 from __future__ import annotations
@@ -46,10 +46,12 @@ from qgraph.passes._integer_layers import (
     subtracted,
     without_shared,
 )
+from qgraph.passes._weight_options import chosen_bits
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
 __all__ = ["DynamicInt8"]
 
+_FLOAT_KEY = "qgraph.float"
 _MICROSOFT = "com.microsoft"
 _LAZY_ABOVE = 1 << 20
 """Weights of more elements are quantized when the file is written."""
@@ -90,6 +92,8 @@ class DynamicInt8(Pass):
                 continue
             if any(fnmatch.fnmatchcase(label, pattern) for pattern in self.exclude):
                 skipped.append(Skipped(label, "it is excluded"))
+            elif chosen_bits([node], 8) is None:
+                skipped.append(Skipped(label, node.metadata_props.get(_FLOAT_KEY, "its weight is to stay in float")))
             elif node.op_type == "Gather" and not self.embeddings:
                 continue
             elif (weight := _not_finite(layer)) is not None:

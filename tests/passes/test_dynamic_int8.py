@@ -261,3 +261,12 @@ def test_the_runtime_does_not_fuse_what_gets_slower(tmp_path: Path, other: str):
     # What is negated is another tensor than the one of that name was: comparisons go by names.
     assert {node.inputs[1].name for node in model.graph if node.op_type == "Sub"} == {"d_negated", "g_negated"}
     assert np.abs(session(model).run(None, ids)[0] - before).max() < 0.05
+
+
+def test_a_node_that_is_marked_for_float_stays_there():
+    text = "g (float[n, 64] x, float[64, 64] w) => (float[n, 64] y) { [layer] y = MatMul (x, w) }"
+    model = model_with(text, w=normal(64, 64))
+    model.graph[0].metadata_props.update({"qgraph.bits": "16", "qgraph.float": "it hurts"})
+    report = quantized(model)
+    assert report.changed == 0
+    assert [tuple(one) for one in report.skipped] == [("layer", "it hurts")]
