@@ -31,6 +31,8 @@ from qgraph.work_folder import SCRATCH
 
 __all__ = ["BlockStream", "Rows", "Stage"]
 
+_SMALL = 1 << 20
+"""Bytes of the weights of a segment that runs in no time."""
 _LARGEST = 1e17
 """Rows of larger numbers would overflow in sums of their squares, of a few thousand at once in float32."""
 
@@ -120,6 +122,8 @@ class BlockStream:
         self._stages = [self._staged(segment, wanted, sequential) for segment in self._chain]
         self._changes: dict[ir.Value, np.ndarray] = {}
         self._last = {value: index for index, segment in enumerate(self._chain) for value in segment.reads}
+        self._places = {node: index for index, segment in enumerate(self._chain) for node in segment.nodes}
+        self._opened: dict[tuple[int, CarriedValues], SegmentRun] = {}
         self._done = 0
 
     @property
@@ -207,32 +211,45 @@ class BlockStream:
         for number in range(self._changed.samples):
             self._step()
             for run, store in zip(runs, self._stores(), strict=True):
-                for value, array in run(number).items():
-                    store.put(value, number, array)
+                found = run(number)
+                for value in segment.gives:
+                    store.put(value, number, found[value])
 
     def _runs(self, segment: Segment, outputs: Sequence[ir.Value]) -> list[SegmentRun]:
-        return [
-            SegmentRun(
-                self._model,
-                segment,
-                outputs,
-                store,
-                changes=self._changes if store is self._changed else None,
-                threads=self._context.threads,
-            )
-            for store in self._stores()
-        ]
+        return [self._run(segment, outputs, store) for store in self._stores()]
+
+    def _run(self, segment: Segment, outputs: Sequence[ir.Value], store: CarriedValues) -> SegmentRun:
+        place = self._places[segment.nodes[0]]
+        changes = self._changes if store is self._changed else {}
+        affected = any(place in self._readers(weight) for weight in changes)
+        if affected or not outputs or segment.weight_bytes > _SMALL:
+            return SegmentRun(self._model, segment, outputs, store, changes=changes, threads=self._context.threads)
+        wanted = dict.fromkeys([*segment.gives, *(x for stage in self._stages[place] for x in stage)])
+        made = [value for value in wanted if value not in segment.reads]
+        if not set(outputs) <= set(made):
+            return SegmentRun(self._model, segment, outputs, store, threads=self._context.threads)
+        # Opening a session takes longer than a small segment runs: one serves for all stages.
+        if (place, store) not in self._opened:
+            self._opened[place, store] = SegmentRun(self._model, segment, made, store, threads=self._context.threads)
+        return self._opened[place, store]
 
     def _forget(self, index: int, segment: Segment) -> None:
         for value in segment.reads:
             if self._last[value] == index:
                 for store in self._stores():
                     store.drop(value)
-        later = {value for one in self._chain[index + 1 :] for node in one.nodes for value in node.inputs}
+        for store in self._stores():
+            self._opened.pop((index, store), None)
         for weight in list(self._changes):
-            if not _is_read(weight, later):
+            if max(self._readers(weight), default=-1) <= index:
                 del self._changes[weight]
         qgraph.ir.forget_pages()
+
+    def _readers(self, weight: ir.Value) -> set[int]:
+        """Return the segments that read a weight, or what a node (a Transpose) makes of it."""
+        nodes = [use.node for use in weight.uses()]
+        nodes += [use.node for node in nodes for output in node.outputs for use in output.uses()]
+        return {self._places[node] for node in nodes if node in self._places}
 
     def change(self, layer: LinearLayer, matrix: np.ndarray) -> None:
         """Let all readers of a layer's weight use `matrix`, float32 [N, K], from where the stream is now.
@@ -252,11 +269,6 @@ class BlockStream:
     def _step(self) -> None:
         self._context.progress(self._who, min(self._done, self._total), self._total)
         self._done += 1
-
-
-def _is_read(weight: ir.Value, later: set[ir.Value | None]) -> bool:
-    """Tell whether later segments read a weight, or what a node (a Transpose) makes of it."""
-    return weight in later or any(output in later for use in weight.uses() for output in use.node.outputs)
 
 
 def _is_convolution(layer: LinearLayer) -> bool:

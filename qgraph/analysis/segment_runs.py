@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
+import qgraph.ir
 from qgraph.analysis.blocks import Segment
 from qgraph.analysis.probes import Probe, first_line, raw_outputs
 from qgraph.errors import UserError
@@ -78,7 +79,19 @@ def _extracted(
     changes: Mapping[ir.Value, np.ndarray],
 ) -> ir.Model:
     """Copy what computes `outputs` from what the segment reads; weights are shared, not copied."""
-    graph = ir.convenience.extract(model.graph, list(segment.reads), list(outputs))
+    nodes = _nodes(model, segment, outputs)
+    constants = {value: None for node in nodes for value in _read(model, node) if value.is_initializer()} | {
+        value: None for value in outputs if value.is_initializer()
+    }
+    # A view of the segment: a search through the whole graph for each would be quadratic.
+    graph = ir.GraphView(
+        list(segment.reads),
+        list(outputs),
+        nodes=nodes,
+        initializers=tuple(value for value in constants if value not in segment.reads),
+        opset_imports=model.graph.opset_imports,
+        name=model.graph.name,
+    ).clone()
     for value, source in zip(graph.inputs, segment.reads, strict=True):
         array = store.get(source, 0)
         value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
@@ -88,6 +101,33 @@ def _extracted(
         if copied is not None:
             copied.const_value = ir.tensor(array, name=weight.name)
     return ir.Model(graph, ir_version=model.ir_version, functions=tuple(model.functions.values()))
+
+
+def _nodes(model: ir.Model, segment: Segment, outputs: Sequence[ir.Value]) -> list[ir.Node]:
+    """Return what computes `outputs` from what the segment reads, in the order of the graph."""
+    found: dict[ir.Node, None] = {}
+    stops = set(segment.reads)
+    stack = [(node, False) for node in map(ir.Value.producer, outputs) if node is not None]
+    while stack:
+        node, ready = stack.pop()
+        if ready:
+            found[node] = None
+        elif node not in found:
+            stack.append((node, True))
+            before = [value.producer() for value in _read(model, node) if value not in stops]
+            stack += [(one, False) for one in before if one is not None and one not in found]
+    if found.keys() <= set(segment.nodes):
+        return [node for node in segment.nodes if node in found]
+    return list(found)
+
+
+def _read(model: ir.Model, node: ir.Node) -> list[ir.Value]:
+    """Return the values of the main graph that a node reads, its subgraphs included."""
+    values = list(node.inputs)
+    for graph in qgraph.ir.inner_graphs(node):
+        values += [value for inner in graph.all_nodes() for value in inner.inputs]
+        values += graph.outputs
+    return [value for value in values if value is not None and value.graph is model.graph]
 
 
 class CarriedValues:
