@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qgraph.numerics.products import product, steady
+from qgraph.numerics.products import gram, product, steady
 
 __all__ = ["Moments", "compensate", "energies", "keep_each", "keep_together", "saliencies"]
 
@@ -43,9 +43,10 @@ class Moments:
         """Count rows in: float [n, K] that the layer gets now, and those that it got in the whole network."""
         one = _with_one(now)
         with steady():
-            gram = product(one.T, one)
-            self._gram += gram
-            self._cross += gram if before is now else product(_with_one(before).T, one)
+            lower = gram(one)
+            square = np.tril(lower) + np.tril(lower, -1).T
+            self._gram += square
+            self._cross += square if before is now else product(_with_one(before).T, one)
         self.rows += len(one)
 
     @property
@@ -103,15 +104,16 @@ def energies(weight: np.ndarray, unit: np.ndarray, count: int, hessian: np.ndarr
         count: the number of units.
         hessian: E[x^T x], [K, K].
     """
-    gram = _gram(weight)
+    squares = _squares(weight)
     found = np.zeros(count)
     for index, inputs in enumerate(_members(unit, count)):
         place = np.ix_(inputs, inputs)
-        found[index] = float((gram[place] * hessian[place]).sum())
+        found[index] = float((squares[place] * hessian[place]).sum())
     return found
 
 
-def _gram(weight: np.ndarray) -> np.ndarray:
+def _squares(weight: np.ndarray) -> np.ndarray:
+    """Return W^T W."""
     wide = weight.astype(np.float64)
     with steady():
         return product(wide.T, wide)
@@ -133,12 +135,14 @@ def saliencies(weight: np.ndarray, unit: np.ndarray, count: int, hessian: np.nda
     damped[np.diag_indices(len(damped))] += _DAMPING * max(float(np.mean(damped.diagonal())), 1e-30)
     with steady():
         inverse = np.linalg.inv(damped)
-    gram = _gram(weight)
+    squares = _squares(weight)
+    members = _members(unit, count)
     found = np.zeros(count)
-    for index, inputs in enumerate(_members(unit, count)):
-        if len(inputs):
-            place = np.ix_(inputs, inputs)
-            found[index] = float((gram[place] * np.linalg.inv(inverse[place])).sum())
+    for size in sorted({len(inputs) for inputs in members} - {0}):
+        alike = [index for index, inputs in enumerate(members) if len(inputs) == size]
+        inputs = np.stack([members[index] for index in alike])
+        place = (inputs[:, :, None], inputs[:, None, :])
+        found[alike] = (squares[place] * np.linalg.inv(inverse[place])).sum(axis=(1, 2))
     return found
 
 
