@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
@@ -73,6 +74,7 @@ class Common:
     jobs: int = 0
     as_json: bool = False
     quiet: bool = False
+    _documents: TextIO | None = None
 
     def data(self, source: str, *, labelled: bool = True) -> Data:
         """Return where samples come from and how they are read; unless `labelled`, --labels is not about them."""
@@ -86,8 +88,12 @@ class Common:
         return None if source is None else self.data(source, labelled=labelled)
 
     def display(self) -> Display:
-        """Open the display that suits standard error."""
+        """Open the display that suits standard error; with --json, what the user's own code prints goes there too."""
         from qgraph.cli_display import open_display
+
+        if self.as_json and self._documents is None:
+            self._documents = sys.stdout
+            click.get_current_context().with_resource(contextlib.redirect_stdout(sys.stderr))
 
         return open_display(quiet=self.quiet)
 
@@ -103,7 +109,7 @@ class Common:
     def print_json(self, document: Any) -> None:
         """Print one document on standard output, if it is wanted."""
         if self.as_json:
-            sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+            (self._documents or sys.stdout).write(json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
 pass_common = click.make_pass_decorator(Common, ensure=True)

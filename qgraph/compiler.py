@@ -135,8 +135,9 @@ def compile(  # noqa: A001 - the name that users look for
     if result.interrupted:
         raise SearchInterrupted(artifact)
     if manifest["failures"]:
+        bounded = " and the ".join(name for name in ("tolerance", "budget") if manifest.get(name))
         raise ToleranceError(
-            f"{folder} is outside the tolerance: {'; '.join(manifest['failures'])}. {result.tried}"
+            f"{folder} is outside the {bounded}: {'; '.join(manifest['failures'])}. {result.tried}"
             "It is kept, marked unverified.",
             artifact,
         )

@@ -32,7 +32,8 @@ def at_least(metric: str) -> bool:
 def known(metric: str) -> None:
     """Raise a UserError, with the nearest name, for a metric that there is not."""
     if metric not in METRICS:
-        raise UserError(f"there is no tolerance '{metric}'.{nearest(metric, METRICS)} There are: {', '.join(METRICS)}.")
+        written = [name for name in METRICS if name != "eval_share"]  # which is written eval=1%
+        raise UserError(f"there is no tolerance '{metric}'.{nearest(metric, METRICS)} There are: {', '.join(written)}.")
 
 
 def parse_tolerance(text: str) -> tuple[str, float]:
@@ -63,7 +64,8 @@ def parse_tolerance(text: str) -> tuple[str, float]:
     if not at_least(metric) and bound < 0:
         raise UserError(f"tolerance {metric}: {value} is negative, but bounds a loss from above")
     if metric == "top1" and (bound > 1 or (bound == 1 and not percent)):
-        raise UserError(f"tolerance top1: {value} is no fraction below 1; for percent write top1={value}%")
+        hint = "" if percent else f"; for percent write top1={value}%"
+        raise UserError(f"tolerance top1: {value} is no loss below 100%{hint}")
     return ("eval_share" if metric == "eval" and percent else metric), bound
 
 

@@ -69,7 +69,7 @@ class UserMetric:
             value: Any = self._function(session)
         except MemoryError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"--eval {self.name} failed: {type(error).__name__}: {error}") from error
         if isinstance(value, np.ndarray) and value.ndim == 0:
             value = value.item()

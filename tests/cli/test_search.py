@@ -44,6 +44,14 @@ def test_a_tolerance_that_cannot_be_met_is_status_3(qgraph: Run, work: Path):
     assert (work / "model.cpu-int8" / "manifest.json").is_file()
 
 
+def test_what_a_measure_prints_is_no_part_of_the_document(qgraph: Run, work: Path):
+    (work / "loud.py").write_text("print('loaded')\ndef loud(session):\n    print('measured')\n    return 1.0\n")
+    done = qgraph(*SEARCH, "--eval", "loud:loud", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["verified"]
+    assert {"loaded", "measured"} <= set(done.stderr.splitlines())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -165,6 +165,7 @@ def test_bounds_that_cannot_be_met_keep_the_best_and_name_the_reasons(search: Ca
     assert not kept.verified
     assert kept.manifest["budget"] == {"size": 9300.0}
     assert (kept.path / "model.onnx").stat().st_size <= 9300
+    assert "is outside the tolerance and the budget: " in caught.value.args[0]
     assert caught.value.args[0].endswith("It is kept, marked unverified.")
 
 
@@ -283,6 +284,7 @@ def test_a_measure_of_ones_own_is_climbed_for(search: Callable[..., Searched], s
     ("function", "message"),
     [
         (lambda session: 1 / 0, "failed: ZeroDivisionError: division by zero"),
+        (lambda session: sys.exit(5), "failed: SystemExit: 5"),
         (lambda session: math.nan, "returned nan, which is no finite number"),
         (lambda session: None, "must return a number, the higher the better, not None: does it lack a return?"),
         (lambda session: "good", "must return a number, the higher the better, not str"),
@@ -328,6 +330,14 @@ def test_top1_needs_labels_or_outputs_that_look_like_scores(search: Callable[...
 def test_bounds_are_read() -> None:
     assert parse_tolerance("eval=0.01") == ("eval", 0.01)
     assert parse_tolerance("eval=1%") == ("eval_share", 0.01)
+    for text, message in {
+        "top1=2": "tolerance top1: 2 is no loss below 100%; for percent write top1=2%",
+        "top1=200%": "tolerance top1: 200% is no loss below 100%",
+        "speed=3": "there is no tolerance 'speed'. There are: sqnr, cosine, max_abs, top1, eval.",
+    }.items():
+        with pytest.raises(UserError) as caught:
+            parse_tolerance(text)
+        assert str(caught.value) == message
     assert parse_budget("size=8MB") == ("size", 8e6)
     assert parse_budget("size = 500KiB") == ("size", 512000.0)
     assert parse_budget("latency=0.5x") == ("latency", 0.5)
