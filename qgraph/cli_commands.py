@@ -261,14 +261,15 @@ def bench(
 
 @commands.command()
 @click.argument("model", metavar="MODEL|ARTIFACT", type=PATH)
+@click.option("--against", metavar="MODEL", type=PATH, help="What it was made from: show before and after, by layer.")
 @output_options
 @pass_common
-def inspect(common: Common, model: Path) -> int:
+def inspect(common: Common, model: Path, against: Path | None) -> int:
     """Show operators, weights, precisions and bytes."""
     from qgraph import verbs
     from qgraph.cli_pages import inspection_tables
 
-    result = verbs.inspect(model)
+    result = verbs.inspect(model, against)
     with common.display() as display:
         for table in inspection_tables(result):
             display.table(table)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qgraph.report.terminal import Table
 from qgraph.report.units import bytes_text, count_text, decibels, percent, ratio_text, seconds_text
 
 if TYPE_CHECKING:
-    from qgraph.analysis.cost import ModelCost, Port
+    from qgraph.analysis.cost import ModelCost, NodeCost, Port
     from qgraph.catalog import Entry
     from qgraph.cli_display import Display
     from qgraph.doctor import Survey
@@ -216,8 +216,46 @@ def inspection_tables(found: Inspection) -> list[Table]:
             tuple((name, bytes_text(count), percent(count / weights)) for name, count in cost.weights.items() if count),
         ),
         *_compressed(found),
+        *_before_and_after(found),
         _operators(cost),
     ]
+
+
+def _before_and_after(found: Inspection) -> list[Table]:
+    """Return what the model and each of its layers took before, and what they take: those that took most first."""
+    if found.before is None:
+        return []
+    both = (found.before, found.cost)
+    whole = [
+        ("parameters", *(count_text(one.parameters) for one in both)),
+        ("bytes of weights", *(bytes_text(one.weight_bytes) for one in both)),
+        ("multiply-adds", *(count_text(one.multiply_adds) for one in both)),
+        ("bytes of activations", *(bytes_text(one.activation_bytes) for one in both)),
+        ("peak activations", *(_known(one.peak_activation_bytes, bytes_text) for one in both)),
+    ]
+    sides = [{(one.graph, one.name): one for one in model.nodes if one.multiply_adds} for model in both]
+    layers = sorted(sides[0].keys() | sides[1].keys())
+    layers.sort(key=lambda key: -max(side[key].multiply_adds or 0 for side in sides if key in side))
+    rows = [("/".join(filter(None, key)), *_layer_row(*(side.get(key) for side in sides))) for key in layers]
+    rest = len(rows) - _WEIGHTS
+    columns = ("layer", ">multiply-adds", ">after", ">bytes of weights", ">after", ">bytes of outputs", ">after")
+    return [
+        Table(("", ">before", ">after"), tuple(whole)),
+        Table(columns, tuple(rows[:_WEIGHTS]), note=f"and {rest} more; --json has them all" if rest > 0 else ""),
+    ]
+
+
+def _layer_row(before: NodeCost | None, after: NodeCost | None) -> tuple[str, ...]:
+    both = (before, after)
+    return (
+        *("" if one is None else _known(one.multiply_adds, count_text) for one in both),
+        *("" if one is None else bytes_text(one.weight_bytes) for one in both),
+        *("" if one is None else _known(one.activation_bytes, bytes_text) for one in both),
+    )
+
+
+def _known(count: int | None, show: Callable[[int], str]) -> str:
+    return "unknown" if count is None else show(count)
 
 
 def _compressed(found: Inspection) -> list[Table]:

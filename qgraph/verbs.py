@@ -96,6 +96,7 @@ class Inspection:
         cost: operators, weights and multiply-adds.
         manifest: of an artifact, else None.
         weights: the compressed weights, as the manifest has them; None where there are none.
+        before: the cost of the model that it is held against; None where there is none.
     """
 
     path: Path
@@ -103,11 +104,14 @@ class Inspection:
     cost: ModelCost
     manifest: Mapping[str, Any] | None = None
     weights: Mapping[str, Any] | None = None
+    before: ModelCost | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
         manifest = None if self.manifest is None else dict(self.manifest)
         found = {"path": str(self.path), "bytes": self.bytes, **self.cost.to_json(), "manifest": manifest}
+        if self.before is not None:
+            found["before"] = self.before.to_json()
         return {**found, "compressed_weights": self.weights}
 
 
@@ -257,22 +261,27 @@ def _bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in (path, *qgraph.ir.data_files(qgraph.ir.load(path))))
 
 
-def inspect(path: str | Path) -> Inspection:
+def inspect(path: str | Path, against: str | Path | None = None) -> Inspection:
     """Count what a model or an artifact holds and takes.
+
+    Args:
+        path: of either.
+        against: a model, or an artifact, whose cost is given too: what the first was made from.
 
     Raises:
         UserError: it is no ONNX model and no artifact with one.
     """
     path = Path(path)
+    before = None if against is None else inspect(against).cost
     if not path.is_dir():
         model = qgraph.ir.load(path)
-        return Inspection(path, _bytes(path), cost(model), weights=weight_facts(model))
+        return Inspection(path, _bytes(path), cost(model), weights=weight_facts(model), before=before)
     artifact = open_artifact(path)
     file = path / "model.onnx"
     if not file.is_file():
         raise UserError(f"{path} holds no model.onnx: its target deploys no ONNX model to look into")
     model = qgraph.ir.load(file)
-    return Inspection(path, _bytes(path), cost(model), artifact.manifest, weight_facts(model))
+    return Inspection(path, _bytes(path), cost(model), artifact.manifest, weight_facts(model), before)
 
 
 def diff(

@@ -166,6 +166,19 @@ def test_inspect_counts(qgraph: Run, artifact: Path):
     assert re.search(r"^int8 +16\.4 kB", compiled.stderr, re.MULTILINE)
 
 
+def test_inspect_shows_before_and_after(qgraph: Run, tmp_path: Path):
+    made = qgraph("compile", "model.onnx", "--target", "cpu-fp32", "--passes", "prune-neurons{ratio=0.25}", "--force")
+    assert made.returncode == 0, made.stderr
+
+    done = qgraph("inspect", "model.cpu-fp32", "--against", "model.onnx", "--json")
+
+    document = json.loads(done.stdout)
+    assert document["before"]["parameters"] == 64 * 256 + 256 * 10
+    assert document["parameters"] == 64 * 192 + 192 * 10
+    assert re.search(r"^multiply-adds +18,944 +14,208", done.stderr, re.MULTILINE)
+    assert re.search(r"^first +16,384 +12,288 +65.5 kB +49.2 kB", done.stderr, re.MULTILINE)
+
+
 def test_diff_names_the_layers(qgraph: Run, artifact: Path):
     done = qgraph("diff", "model.onnx", artifact, "--calib", "calib.npz", "--json")
     assert done.returncode == 0, done.stderr
