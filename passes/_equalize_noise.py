@@ -69,7 +69,7 @@ class _Sums:
         self._low = one.low if first else np.minimum(self._low, one.low)
         self._high = one.high if first else np.maximum(self._high, one.high)
         self._mean = self._mean + sample.mean(axis=1, dtype=np.float64)
-        self._square = self._square + np.square(sample).mean(axis=1, dtype=np.float64)
+        self._square = self._square + np.square(sample, dtype=np.float64).mean(axis=1)
         self._passing = self._passing + ((sample > self._bounds[0]) & (sample < self._bounds[1])).mean(axis=1)
 
     def seen(self) -> Seen:

@@ -131,6 +131,8 @@ class QuantizedValues:
     def become_output(self, index: int, value: ir.Value) -> None:
         """Let the dequantized form of a value be the graph output that it was."""
         name, result, node = self._names[value], self.real(value), self.integers(value).producer()
+        while node is not None and qgraph.ir.is_op(node, "Clip") and node.inputs[0] is not None:
+            node = node.inputs[0].producer()  # that clamps integers
         before = node.inputs[0] if qgraph.ir.is_op(node, "QuantizeLinear") and node is not None else None
         for holder in (value, before):
             if holder is not None and holder.name == name:

@@ -34,6 +34,7 @@ from qgraph.analysis.linear_layers import LinearLayer, linear_layers, matches
 from qgraph.analysis.reductions import Request
 from qgraph.analysis.scale_folding import Folding, current, find_folding, scale_input
 from qgraph.analysis.shapes import shapes_of
+from qgraph.errors import UserError
 from qgraph.numerics.smoothing import ALPHAS, Sample, Smoothing, search_scales
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
@@ -72,7 +73,7 @@ class SmoothQuant(Pass):
         """Smooth what needs it; `figures` has the signal-to-noise ratio of every input before and after, in dB.
 
         Raises:
-            UserError: there are no calibration samples, or the model does not run on one.
+            UserError: there are no calibration samples, the model does not run on one, or a weight is NaN or infinite.
         """
         layers = linear_layers(model).layers
         groups, skipped = self._groups(model, layers)
@@ -91,7 +92,7 @@ class SmoothQuant(Pass):
                 skipped += [Skipped(layer.name, reason) for layer in readers]
                 continue
             folding = find_folding(x, readers, shapes, layers)
-            found = self._search(seen, [layer.matrix().T for layer in readers], folding)
+            found = self._search(seen, [_finite(layer).T for layer in readers], folding)
             gains = self._gains(found, folding)
             if gains:
                 scale_input(model, folding, found.scales, suffix="smooth")
@@ -147,6 +148,13 @@ class SmoothQuant(Pass):
         inner = [node for graph in model.graph.subgraphs() for node in graph if qgraph.ir.is_op(node, "MatMul", "Gemm")]
         reason = "it is inside a subgraph, which calibration does not see"
         return groups, [*skipped, *(Skipped(qgraph.ir.node_label(node), reason) for node in inner)]
+
+
+def _finite(layer: LinearLayer) -> np.ndarray:
+    matrix = layer.matrix()
+    if not np.isfinite(matrix).all():
+        raise UserError(f"smooth-quant: the weight of '{layer.name}' holds NaN or infinity: mend the model")
+    return matrix
 
 
 def _why_not(node: ir.Node) -> str | None:

@@ -40,7 +40,8 @@ class SparseWeight:
 
 def mark_sparse(node: ir.Node, pattern: Pattern, zeros: float) -> None:
     """Note that the weight which `node` reads has zeros of a pattern, and a share of them."""
-    text = f"{pattern.kept}:{pattern.of}" if pattern.kind == "neighbours" else f"{pattern.kind} {zeros:.4f}"
+    share = min(max(zeros, 0.0001), 0.9999)  # a weight may be all zeros
+    text = f"{pattern.kept}:{pattern.of}" if pattern.kind == "neighbours" else f"{pattern.kind} {share:.4f}"
     node.metadata_props[SPARSE_KEY] = text
 
 

@@ -75,10 +75,10 @@ class Window:
             offset = sum(
                 one * dilation * step for one, dilation, step in zip(element, self.dilations, steps, strict=True)
             )
-            taken = rows[start + offset].reshape(len(start), self.groups, -1)
+            taken = rows[start + offset].reshape(len(start), self.groups, channels // self.groups)
             # The kernel of a transposed one is turned around.
             patches[..., elements - 1 - number if self.transposed else number] = taken.transpose(1, 0, 2)
-        return patches.reshape(self.groups, len(start), -1)
+        return patches.reshape(self.groups, len(start), channels // self.groups * elements)
 
     def outputs(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
         """Return the size of the output along each axis."""

@@ -75,6 +75,15 @@ def test_fewer_positions_are_drawn_the_same_way_every_time() -> None:
     assert len(np.unique(first, axis=1).T) == 10
 
 
+@pytest.mark.parametrize("attributes", [{}, {"group": 2}])
+def test_an_empty_batch_has_no_patches(attributes: dict[str, int]) -> None:
+    weight = np.ones((6, 4 // attributes.get("group", 1), 3, 3), np.float32)
+    layer, _ = layer_of("Conv", np.zeros((1, 4, 8, 7), np.float32), weight, attributes)
+    x = np.zeros((0, 4, 8, 7), np.float32)
+    patches = layer.window.rows(x, layer.window.positions(x.shape, 10, 0))
+    assert patches.shape == (layer.groups, 0, layer.inputs)
+
+
 def test_moments_in_groups_are_those_of_each_group() -> None:
     rng = np.random.default_rng(1)
     original = rng.normal(size=(3, 40, 5)).astype(np.float32)

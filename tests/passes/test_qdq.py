@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 from qgraph.errors import UserError
 from qgraph.passes import Qdq
@@ -261,6 +262,26 @@ def test_shared_weight_is_stored_once_and_fits_both_biases() -> None:
     assert [name for name in model.graph.initializers if name.startswith("w_q")] == ["w_q"]
     assert "w" not in model.graph.initializers
     assert sqnr(exact, outputs(model)) >= 35
+
+
+CLAMPED_OUTPUT = """<ir_version: 10, opset_import: ["" : 21]>
+g (float[n,8,8,8] x, float[8,8,1,1] w) => (float[n,8,8,8] y) <float low = {0}, float high = {6}> {
+    a = Conv (x, w)
+    y = Clip (a, low, high)
+}
+"""
+
+
+def test_an_output_may_be_clamped_in_integers() -> None:
+    model = filled(CLAMPED_OUTPUT)
+    feeds = [{"x": np.zeros((1, 8, 8, 8), np.float32)}]  # a scale of 1, at which integers go beyond 6
+    Pipeline.parse("qdq").run(model, context=Context(calibration=feeds, threads=1))
+    made = ir.to_proto(model)
+    onnx.checker.check_model(made, full_check=True)
+    assert "Clip" in [node.op_type for node in made.graph.node]
+    (y,) = ReferenceEvaluator(made).run(["y"], {"x": np.full((1, 8, 8, 8), 100, np.float32)})
+    assert y.max() == 6
+    assert y.min() == 0
 
 
 ROUNDED = """<ir_version: 10, opset_import: ["" : 21]>

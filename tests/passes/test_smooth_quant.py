@@ -100,6 +100,16 @@ def test_what_makes_the_input_takes_the_factors():
         np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
 
 
+def test_weights_that_are_no_numbers_are_told():
+    model = layers(outliers(32))
+    node = next(node for node in model.graph if node.op_type == "MatMul")
+    broken = node.inputs[1].const_value.numpy().copy()
+    broken[0, 0] = np.inf
+    node.inputs[1].const_value = ir.tensor(broken, name=node.inputs[1].name)
+    with pytest.raises(UserError, match="holds NaN or infinity: mend the model"):
+        smooth(model)
+
+
 def test_a_second_run_changes_nothing():
     model = layers(outliers(32))
     smooth(model)

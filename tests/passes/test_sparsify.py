@@ -206,3 +206,13 @@ def test_zeros_and_rounding_in_one_sweep_lose_less_than_one_after_the_other():
         errors.append(np.square(run(copy, held_back) - exact).sum())
 
     assert errors[0] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "block", "2:4"])
+def test_a_weight_of_zeros_alone_may_follow_any_pattern(pattern: str):
+    model = network()
+    model.graph.initializers["w1"].const_value = ir.tensor(np.zeros(SHAPES["w1"], np.float32), name="w1")
+    report = Pipeline.parse(f"sparsify{{pattern={pattern},method=magnitude}}").run(model).parts[0]
+    assert report.changed
+    assert not array(model, "w1").any()
+    assert {one.node.name for one in sparse_weights(model)} >= {"conv"}
