@@ -171,7 +171,7 @@ class Probe:
             Exception: whatever the runtime raises.
         """
         outputs: list[np.ndarray] = self._session.run(
-            self._names, {name: feed[name] for name in self._inputs if name in feed}
+            self._names, {name: np.asarray(feed[name]) for name in self._inputs if name in feed}
         )
         return outputs
 

@@ -214,6 +214,13 @@ def test_outputs_count_alike():
     assert found.sqnr_db(["x"]) == pytest.approx(own, abs=1.0)
 
 
+def test_an_output_may_be_a_scalar():
+    model = filled("g (float[n, 6] x) => (float y) { s = Sin (x) y = ReduceMean <keepdims = 0> (s) }")
+    context = Context(threads=1, calibration=samples((4, 6)))
+    found = effects(model, context, {"x": lambda array: array * 0.01})
+    assert 30 < found.sqnr_db(["x"]) < 50
+
+
 @pytest.mark.usefixtures("measure_on_all")
 def test_what_has_no_gradient_is_measured():
     model = filled(
