@@ -203,6 +203,24 @@ def test_a_share_of_the_multiply_adds_is_cut(passes: str, scope: str):
     assert 0.72 * before < cost(model).multiply_adds <= 0.84 * before
 
 
+def test_a_very_deep_network_is_pruned():
+    nodes = []
+    for layer in range(300):
+        x = f"d{layer - 1}" if layer else "x"
+        nodes += [f"h{layer} = MatMul (x, w1)".replace("(x", f"({x}"), f"r{layer} = Relu (h{layer})"]
+        nodes += [f"m{layer} = MatMul (r{layer}, w2)", f"d{layer} = Tanh (m{layer})"]
+    text = f"g (float[n,s,4] x) => (float[n,s,4] y) {{ {' '.join(nodes)} y = Identity (d299) }}"
+    proto = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 20]> {text}')
+    for name, dims in (("w1", (4, 8)), ("w2", (8, 4))):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.eye(*dims, dtype=np.float32), name))
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+
+    report = Pipeline([PruneNeurons(ratio=0.25)]).run(model)
+
+    assert report.changed == 2
+    assert (shape(model, "w1"), shape(model, "w2")) == ((4, 6), (6, 4))
+
+
 def accuracy(model: ir.Model, images: str, dataset: Dataset) -> float:
     import onnxruntime as ort
 
