@@ -273,7 +273,8 @@ def _sites(model: ir.Model, perturbations: Mapping[str, Perturbation]) -> dict[s
 def _site(model: ir.Model, one: Perturbation, uses: Sequence[tuple[ir.Node, int]], *, whole: bool) -> _Site:
     value = main_values(model)[one.value]
     exposed = value.is_graph_output() and not one.spares_output
-    if isinstance(one.error, np.ndarray) and not exposed and all(_is_linear(node, index) for node, index in uses):
+    linear = all(node.graph is model.graph and _is_linear(node, index) for node, index in uses)
+    if isinstance(one.error, np.ndarray) and not exposed and linear:
         return _Site(tuple((str(node.outputs[0].name), index) for node, index in uses), ())
     if whole and exposed == value.is_graph_output():
         return _Site((), (one.value,))

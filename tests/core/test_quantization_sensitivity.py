@@ -307,3 +307,21 @@ def test_refusals():
         effects(model, Context(), {"x": Rounding(np.float32(1), np.int8(0))})
     with pytest.raises(ValueError, match="no value 'nobody'"):
         effects(model, context, {"nobody": Rounding(np.float32(1), np.int8(0))})
+
+
+def test_a_weight_that_a_subgraph_reads_too_is_measured():
+    text = """g (float[n, 6] x, float[6, 6] w) => (float[n, 6] y) {
+        h = MatMul (x, w)
+        zero = Constant <value = float {0}> ()
+        sum = ReduceSum <keepdims = 0> (x)
+        positive = Greater (sum, zero)
+        y = If (positive) <
+            then_branch = one () => (float[n, 6] a) { a = MatMul (h, w) },
+            else_branch = two () => (float[n, 6] b) { b = Neg (h) }
+        >
+    }"""
+    model, context = filled(text), Context(calibration=samples((4, 6), count=4), threads=1)
+    weight = model.graph.initializers["w"].const_value.numpy()
+    found = effects(model, context, {"w": (0.01 * weight).astype(np.float32)})
+    assert list(found.measured) == ["w"]
+    assert 0 < found.power(["w"]) < 0.01
