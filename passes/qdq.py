@@ -51,8 +51,8 @@ FLOAT_KEY = "qgraph.float"
 _FIRST_OPSET = 13
 """The first whose DequantizeLinear knows channels, and whose movers all take integers."""
 _FOUR_BITS_OPSET = 21
-_LARGEST = 1e30
-"""What reaches further is a mask rather than a number."""
+_LARGEST = 1e15
+"""What reaches further is a mask rather than a number; its scale times that of a weight would overflow."""
 
 Ranges = dict[ir.Value, tuple[float, float]]
 

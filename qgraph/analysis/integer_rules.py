@@ -39,6 +39,8 @@ __all__ = [
 
 SMALLEST_TABLE = 1 << 14
 """Tables of fewer elements are not worth a DequantizeLinear."""
+_LARGEST = 1e15
+"""Numbers beyond this have scales whose products overflow."""
 LEAST_CONSTANT_SQNR = 35.0
 """Decibels that a constant operand of Add or Mul must keep at 8 bits with one scale."""
 CONSTANT_FORMS: Mapping[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
@@ -142,7 +144,10 @@ def _weight(node: ir.Node, position: int = 1) -> str | None:
         return "its weight is computed at run time, or is an input of the model"
     if array.dtype != np.float32:
         return f"its weight is {array.dtype}, not float32"
-    return None if np.isfinite(array).all() else "its weight holds NaN or infinity"
+    if not np.isfinite(array).all():
+        return "its weight holds NaN or infinity"
+    largest = float(np.abs(array).max(initial=0.0))
+    return f"its weight reaches {largest:.3g}, too far for the scale of its bias" if largest > _LARGEST else None
 
 
 def _rounded_weight(node: ir.Node, rounded: ir.Node) -> str | None:

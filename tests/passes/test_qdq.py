@@ -459,6 +459,19 @@ def test_masks_are_left_in_float() -> None:
     assert sqnr(exact, outputs(model)) >= 18
 
 
+def test_weights_without_a_scale_for_their_bias_stay_in_float() -> None:
+    model = filled(CONV)
+    weight = model.graph.initializers["w"]
+    weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(1e30), name="w")
+    for feed in (feeds := samples(model)):
+        feed["x"] = feed["x"] * np.float32(1e-20)
+
+    report = Pipeline([Qdq()]).run(model, calibration=feeds)
+
+    assert report.changed == 0
+    assert any("too far for the scale of its bias" in one.reason for one in report.skipped)
+
+
 def test_infinities_inside_stay_in_float() -> None:
     text = MASKED.replace("Add (a, k_mask)", "Mul (a, a2)").replace(
         "a = MatMul (x, w)", "a = MatMul (x, w)\n    a2 = MatMul (x, k_huge)"
@@ -470,7 +483,8 @@ def test_infinities_inside_stay_in_float() -> None:
     report = quantize(model)
 
     reasons = dict(report.skipped)
-    assert any("as masks do" in reason or "not calibrated" in reason for reason in reasons.values()), reasons
+    assert "reaches 1e+35, too far" in reasons["MatMul->a2"]
+    assert "DequantizeLinear" not in {node.op_type for node in model.graph if node.name == "masked"}
 
 
 def test_subgraphs_are_skipped_with_the_reason() -> None:
