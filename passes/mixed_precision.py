@@ -85,7 +85,7 @@ class MixedPrecision(Pass):
         """
         listed = self._list(model)
         if not (self.sqnr or self.count):
-            return listed
+            return listed if self.nodes else Report(notes=["no nodes are listed, and no sqnr or count to search for"])
         found = self._search(model, context)
         return Report(
             changed=listed.changed + found.changed,

@@ -17,6 +17,8 @@ __all__ = ["Contender", "SideBySide", "render", "terminal_table"]
 
 _MOST = 60
 _ROUNDING_DB = 80.0
+_WIDEST = 160
+"""Characters of a pipeline in a line of the terminal."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +171,7 @@ def terminal_table(found: SideBySide) -> Table:
             *(texts[i] for _, texts in columns),
             f"{one.kernels['integer']}/{sum(one.kernels.values())}" if "integer" in one.kernels else "–",
             str(one.left_alone),
-            one.pipeline or "–",
+            clip(one.pipeline, _WIDEST) or "–",
         )
         for i, one in enumerate(found.contenders)
     ]

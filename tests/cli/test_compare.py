@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -68,6 +69,14 @@ def test_the_terminal_and_the_page_tell_the_same(qgraph: Run, work: Path, three:
             assert told in page
     assert not re.search(r"url\(|@import|https?://|<script", page)
     assert done.stderr.splitlines()[-1] == "page.html"
+
+
+def test_a_long_pipeline_does_not_fill_the_terminal(three: Path):
+    found = compare_artifacts([three / "a", three / "b"])
+    long = dataclasses.replace(found.contenders[0], pipeline=f"qdq{{exclude=[{','.join('n' * 9 for _ in range(99))}]}}")
+    rows = terminal_table(dataclasses.replace(found, contenders=[long, found.contenders[1]])).rows
+    assert len(rows[0][-1]) <= 160
+    assert rows[1][-1] == "qdq"
 
 
 def test_timing_all_in_turn(three: Path):

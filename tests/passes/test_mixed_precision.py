@@ -60,6 +60,11 @@ def test_listed_nodes_are_marked():
     assert mixed_precision.FLOAT_KEY == qdq.FLOAT_KEY
 
 
+def test_nothing_to_do_is_told():
+    report = mixed_precision.MixedPrecision().apply(network(), Context())
+    assert report.notes == ["no nodes are listed, and no sqnr or count to search for"]
+
+
 def test_weights_are_kept_at_8_bits():
     model = network()
     report = run(model, "mixed-precision{nodes=[second,sum,last],to=int8}").parts[0]
