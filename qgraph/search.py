@@ -2,6 +2,11 @@
 
     as the target does it -> ranges -> equalization -> bias correction -> learned rounding -> worst nodes precise
 
+Weights of 4 bits may be so far from the bounds that no rounding can mend it. Whether 8 bits would do is then tried
+first, and the way goes straight from there: as many nodes back to 4 bits as the bounds allow, those that gain most size
+for what they harm before the others. Such candidates share all ranges and learn nothing, so that each is cheap. The
+ladder is climbed besides where next to no weight could go back.
+
 Each step of the target's ladder (`Target.ladder`) has one way or several; the best stays if it helps. Steps for the
 rounding of weights are left out where activations do all the harm, and the other way round, as the sensitivity of every
 tensor tells. Then the nodes that hurt the outputs most keep a higher precision: as many as are predicted to do (for one
@@ -49,7 +54,17 @@ from qgraph.runtime.verification import Verification
 from qgraph.samples import SampleSet
 from qgraph.search_edits import changed, keep_precise, way_name
 from qgraph.search_executors import Executor, Here, Processes, Ray, in_order, portable
-from qgraph.search_ranking import first_count, harm, relevant, worst_nodes
+from qgraph.search_ranking import (
+    between,
+    elements_of,
+    first_count,
+    harm,
+    is_far,
+    near_enough,
+    relevant,
+    saves_little,
+    worst_nodes,
+)
 from qgraph.search_workshop import Job, Made, Workplace, Workshop
 from qgraph.stages import Bounds, Run, bytes_of, told
 from qgraph.targets.base import Session, Step, Target
@@ -92,6 +107,7 @@ class Candidate:
         speedup: of the source, where it was timed.
         seconds: median latency, where it was timed.
         remark: why it was left out.
+        superseded: whether another one meets the bounds with the same kernels and fewer bytes.
     """
 
     name: str
@@ -103,6 +119,7 @@ class Candidate:
     speedup: float | None = None
     seconds: float | None = None
     remark: str = ""
+    superseded: bool = False
 
     @property
     def complete(self) -> bool:
@@ -203,6 +220,7 @@ class Search:
         self._executor: Executor | None = None
         self._known: set[Pipeline] = set()
         self._folders = 0
+        self._harms: dict[Pipeline, tuple[Sensitivities | None, dict[str, int]]] = {}
         self.candidates: list[Candidate] = []
         self.worst: list[str] = []
         self.interrupted = False
@@ -286,14 +304,51 @@ class Search:
         return first
 
     def _meet_tolerance(self, first: Candidate) -> None:
-        steps = relevant(self._run.target.ladder(first.compress), self._harm(first))
-        base = self._steps(first, steps, until_met=True)
+        found, _ = self._harm(first)
+        if self._fewer_bits_for_some(first, found):
+            return
+        base = self._steps(first, relevant(self._run.target.ladder(first.compress), found), until_met=True)
         if base.met or "qdq" not in [one.name for one in base.compress]:
             return
         for to in ("int8", "float") if _four_bits(base.compress) else ("float",):
             base = self._precise(base, to)
             if base.met:
                 return
+
+    def _fewer_bits_for_some(self, first: Candidate, found: Sensitivities | None) -> bool:
+        """Where 4 bits harm too much for a better rounding to mend it, find the nodes that need 8; tell if few do."""
+        by_qdq = any(one.name == "qdq" and getattr(one, "weights", None) == "int4" for one in first.compress)
+        if not by_qdq or not math.isfinite(self._closeness(first)):
+            return False
+        _, elements = self._harm(first)
+        nodes = worst_nodes(found, "int8", elements)
+        if len(nodes) < 2 or not is_far(self._wanted(), self._closeness(first), math.inf):
+            return False
+        whole = self._try(first, nodes, "int8", len(nodes))
+        if not whole.met or not is_far(self._wanted(), self._closeness(first), whole.made.closeness):
+            return False
+        self.worst = nodes
+        failing, holding = 0, len(nodes)
+        while not near_enough(nodes, elements, failing, holding):
+            middle = between(nodes, elements, failing, holding)
+            one = self._try(first, nodes, "int8", middle)
+            if one.met:
+                whole.superseded = True  # by the same kernels with less to read
+                whole, holding = one, middle
+            else:
+                failing = middle
+        return not saves_little(nodes, elements, holding)
+
+    def _wanted(self) -> float | None:
+        """Return the SQNR in dB that the bounds ask for; None where they are on other metrics."""
+        return self._bounds.tolerance.get("sqnr") if len(self._bounds.tolerance) == 1 else None
+
+    def _try(self, base: Candidate, nodes: Sequence[str], to: str, count: int) -> Candidate:
+        """Make and verify the candidate with the first `count` of the nodes at a higher precision."""
+        (one,) = self._made([_precise(base, nodes, to, count)])
+        self._complete(one)
+        self._tell(one)
+        return one
 
     def _steps(self, base: Candidate, ladder: Sequence[Step], *, until_met: bool) -> Candidate:
         """Take every step that helps, and return where that leads."""
@@ -331,8 +386,8 @@ class Search:
 
     def _precise(self, base: Candidate, to: str) -> Candidate:
         """Give the worst nodes a higher precision: ever more of them until the bounds are met, then as few as hold."""
-        found = self._harm(base)
-        nodes = self.worst = worst_nodes(found, to)
+        found, elements = self._harm(base)
+        nodes = self.worst = worst_nodes(found, to, elements)
         if not nodes:
             return base
         count = min(len(nodes), self._first_count(found, nodes, to))
@@ -351,9 +406,7 @@ class Search:
             failing = count
         while holding - failing > max(1, holding // _TRIM):
             middle = (holding + failing) // 2
-            (one,) = self._made([_precise(base, nodes, to, middle)])
-            self._complete(one)
-            self._tell(one)
+            one = self._try(base, nodes, to, middle)
             if one.met:
                 holding, best = middle, one
             else:
@@ -393,13 +446,12 @@ class Search:
 
     def _most(self, base: Candidate, to: str) -> None:
         """Give as many nodes a higher precision as the budget allows, the worst first."""
-        nodes = self.worst = worst_nodes(self._harm(base), to)
+        found, elements = self._harm(base)
+        nodes = self.worst = worst_nodes(found, to, elements)
         holding, breaking = 0, len(nodes) + 1
         while breaking - holding > 1:
             count = (holding + breaking) // 2 if breaking <= len(nodes) else len(nodes)
-            (one,) = self._made([_precise(base, nodes, to, count)])
-            self._complete(one)
-            self._tell(one)
+            one = self._try(base, nodes, to, count)
             if one.made.error or self._broken(one):
                 breaking = count
             else:
@@ -472,11 +524,16 @@ class Search:
     def _tell(self, one: Candidate) -> None:
         self._observer(one.rung(self._bounds))
 
-    def _harm(self, base: Candidate) -> Sensitivities | None:
-        """Return what the rounding of each tensor of a candidate does to the outputs."""
-        model, context, _ = self._shop.compress(base.compress)
-        context.progress = self._run.context.progress
-        return harm(model, context, _spread(self._place.tuning, _RANKING))
+    def _harm(self, base: Candidate) -> tuple[Sensitivities | None, dict[str, int]]:
+        """Return what the rounding of each tensor of a candidate does to the outputs, and node -> weights' elements."""
+        known = self._harms.get(base.compress)
+        if known is None:
+            model, context, _ = self._shop.compress(base.compress)
+            context.progress = self._run.context.progress
+            found = harm(model, context, _spread(self._place.tuning, _RANKING))
+            known = found, elements_of(context.reference, found) if context.reference is not None else {}
+            self._harms[base.compress] = known
+        return known
 
     # --- the choice ---------------------------------------------------------------------------------------------------
 
@@ -493,9 +550,9 @@ class Search:
             return max(met, key=lambda one: self._closeness(one)) if met else self._best(complete)
         if not met:
             return self._best(complete)
-        fastest = min(one.seconds or math.inf for one in met)
-        ties = [one for one in met if (one.seconds or math.inf) <= _SAME_SPEED * fastest]
-        return min(ties or met, key=lambda one: (one.bytes, self.candidates.index(one)))
+        fastest = min(one.seconds or math.inf for one in met if not one.superseded)
+        ties = [one for one in met if not one.superseded and (one.seconds or math.inf) <= _SAME_SPEED * fastest]
+        return min(ties, key=lambda one: (one.bytes, self.candidates.index(one)))
 
     def _time(self, complete: Sequence[Candidate]) -> None:
         """Time the candidates beside one another: those within the bounds, then the others, the last first."""
