@@ -45,6 +45,8 @@ from qgraph.pipeline import Context, Pass, Report, Skipped
 __all__ = ["LowRank"]
 
 _ERROR_RANK = 16
+_MANY_NODES = 2000
+"""Of larger graphs, the layers of a block are thinned at once: opening a session for each would take long."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,8 @@ class LowRank(Pass):
             else:
                 both = factors(layer.matrix(), None, rank)
                 found[layer] = two_parts(layer, both.first, both.second)
-        stream = BlockStream(model, context, followed, who=self.name, originals=True)
+        order: Literal["layer", "block"] = "layer" if len(model.graph) <= _MANY_NODES else "block"
+        stream = BlockStream(model, context, followed, who=self.name, sequential=order, originals=True)
         for stage in stream.stages() if followed else ():
             moments = _moments(stage.layers)
             for number, rows in enumerate(stage.rows()):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.analysis.gradients import FIRST_OPSET, gradient_model, uncovered
+from qgraph.analysis.gradients import FIRST_OPSET, gradient_model
 from qgraph.analysis.linear_layers import LinearLayer
 from qgraph.analysis.probes import Probe, first_line, raw_outputs
 from qgraph.errors import UserError
@@ -28,6 +28,8 @@ _MOST_FEEDS = 32
 _DIRECTIONS = 2
 _MOST_BYTES = 1 << 30
 """The backward pass holds the whole model in memory: larger ones go without."""
+_MOST_NODES = 2000
+"""A session of the backward pass of more would take long to open."""
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
@@ -50,15 +52,14 @@ def output_gradients(
     outputs = [str(value.name) for value in model.graph.outputs if value.dtype in _FLOATS]
     names = {str(layer.node.outputs[0].name): layer for layer in layers}
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    if size > _MOST_BYTES:
+    if size > _MOST_BYTES or len(model.graph) > _MOST_NODES:
         return {}, "the model is too large for a backward pass"
     if not outputs or model.graph.opset_imports.get("", 0) < FIRST_OPSET:
         return {}, f"gradients need opset {FIRST_OPSET} and an output of real numbers"
-    missing = uncovered(model, outputs, list(names))
-    if missing:
-        node, reason = next(iter(missing.items()))
-        return {}, f"there is no gradient through '{node}': {reason}"
-    backward = gradient_model(model, outputs, list(names))
+    try:
+        backward = gradient_model(model, outputs, list(names))
+    except UserError as error:
+        return {}, str(error)
     gradients = [str(backward.values[name].name) for name in names]
     samples = context.samples(f"'{who}' by gradients")
     generator = np.random.default_rng(context.seed)
