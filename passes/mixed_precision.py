@@ -142,6 +142,26 @@ class MixedPrecision(Pass):
             return Report(notes=["nothing would be quantized"])
         return self._told(model, chosen, decibels(1.0, before), decibels(1.0, power), (layers, layers - left))
 
+    def choices(self, model: ir.Model, context: Context, goals: Iterable[float]) -> list[list[str]]:
+        """Return for each of several SQNRs of the outputs, in dB, the nodes that have to stay in float for it.
+
+        For those who try several: the noise is looked at once, so that what is quantized only because of the nodes in
+        float is not looked at anew, as `apply` does.
+
+        Args:
+            model: is not changed; what it would be quantized to is found out by `qdq`.
+            context: its calibration samples are run.
+            goals: in dB.
+
+        Raises:
+            UserError: there are no calibration samples, or the model does not run on one.
+        """
+        tensors = self._tensors(model, context)
+        if not tensors:
+            return [[] for _ in goals]
+        search = PrecisionSearch(model, tensors, self._effects(model, context, tensors), self._barred)
+        return [_labels(model, search.until(10 ** (-goal / 10)).floats) for goal in goals]
+
     def _tensors(self, model: ir.Model, context: Context) -> dict[str, QuantizedTensor]:
         """Return what a quantizer would round; of weights of 4 bits, what 8 would be as well, behind the others."""
         found, _ = quantized_tensors(model, self._quantized(model, context, self.weights))

@@ -52,8 +52,9 @@ from qgraph.runtime.recorded import Recorded
 from qgraph.runtime.tolerances import at_least
 from qgraph.runtime.verification import Verification
 from qgraph.samples import SampleSet
-from qgraph.search_edits import changed, keep_precise, way_name
+from qgraph.search_edits import before_loss, changed, keep_precise, quantizes, way_name
 from qgraph.search_executors import Executor, Here, Processes, Ray, in_order, portable
+from qgraph.search_precision import float_sets, wanted_sqnr
 from qgraph.search_ranking import (
     between,
     elements_of,
@@ -91,6 +92,7 @@ _CORES_FOR_PROCESSES = 4
 """Fewer cores do more with threads, since what candidates share is then made once."""
 _RECORDED = 4
 _NAMED = 3
+_INTEGER_ACTIVATIONS = ("dynamic-int8", "qdq")
 
 
 @dataclasses.dataclass
@@ -176,7 +178,7 @@ class Searched:
 def can_climb(target: Target, plan: Plan) -> bool:
     """Tell whether there is anything to try beyond the plan."""
     compress = plan.compress or Pipeline()
-    return bool(target.ladder(compress)) or any(one.name == "qdq" for one in compress)
+    return bool(target.ladder(compress)) or quantizes(compress)
 
 
 class Search:
@@ -308,12 +310,12 @@ class Search:
         if self._fewer_bits_for_some(first, found):
             return
         base = self._steps(first, relevant(self._run.target.ladder(first.compress), found), until_met=True)
-        if base.met or "qdq" not in [one.name for one in base.compress]:
+        if base.met or not quantizes(base.compress):
             return
-        for to in ("int8", "float") if _four_bits(base.compress) else ("float",):
-            base = self._precise(base, to)
-            if base.met:
-                return
+        if _four_bits(base.compress):
+            base = self._precise(base, "int8")
+        if not base.met:
+            self._in_float(base)
 
     def _fewer_bits_for_some(self, first: Candidate, found: Sensitivities | None) -> bool:
         """Where 4 bits harm too much for a better rounding to mend it, find the nodes that need 8; tell if few do."""
@@ -413,25 +415,74 @@ class Search:
                 failing = middle
         return best
 
+    def _in_float(self, base: Candidate) -> None:
+        """Keep in float what belongs together: ever more of it until the bounds are met, then as little as holds."""
+        sets = self._float_sets(base)
+        if not sets:
+            self._precise(base, "float")
+            return
+        self.worst = sets[0][1]
+        wanted = self._wanted_in_float()
+        place = next((number for number, (goal, _) in enumerate(sets) if goal >= wanted), len(sets) - 1)
+        failing, stride = -1, 1
+        while not self._kept_in_float(base, sets[place][1]).met:
+            failing = place
+            if place == len(sets) - 1:
+                return
+            place, stride = min(place + stride, len(sets) - 1), 2 * stride
+        while place - failing > 1:
+            middle = (place + failing) // 2
+            if self._kept_in_float(base, sets[middle][1]).met:
+                place = middle
+            else:
+                failing = middle
+
+    def _float_sets(self, base: Candidate) -> list[tuple[float, list[str]]]:
+        """Return ever larger sets of nodes to keep in float; none for weights alone, whose nodes do not hang together.
+
+        For activations that are quantized at run time, static ones stand in.
+        """
+        if not any(one.name in _INTEGER_ACTIVATIONS for one in base.compress):
+            return []
+        model, context, _ = self._shop.compress(before_loss(base.compress))
+        return float_sets(model, context, base.compress)
+
+    def _kept_in_float(self, base: Candidate, nodes: Sequence[str]) -> Candidate:
+        """Make and verify the candidate with some nodes in float."""
+        name = f"{len(nodes)} node{'s' if len(nodes) > 1 else ''} in float"
+        (one,) = self._made([(name, keep_precise(base.compress, nodes, "float"))])
+        self._complete(one)
+        self._tell(one)
+        return one
+
+    def _wanted_in_float(self) -> float:
+        """Return the predicted SQNR with which to begin."""
+        (metric, bound), *others = self._bounds.tolerance.items()
+        return 0.0 if others else wanted_sqnr(self._losses(metric), _loss(metric, bound))
+
+    def _losses(self, metric: str) -> list[tuple[float, float]]:
+        """Return SQNR and loss of the candidates that were verified, rising."""
+        verified = [one.verification for one in self.candidates if one.verification is not None]
+        figures = [(one.figure("sqnr"), one.figure(metric)) for one in verified]
+        known = [(sqnr, figure) for sqnr, figure in figures if sqnr is not None and figure is not None]
+        return sorted((sqnr, _loss(metric, figure)) for sqnr, figure in known)
+
     def _first_count(self, found: Sensitivities | None, nodes: Sequence[str], to: str) -> int:
         """Return with how many nodes to begin: where one bound is missed, as many as are predicted to meet it."""
         (metric, bound), *others = self._bounds.tolerance.items()
         if others:
             return 1
-        verified = [one.verification for one in self.candidates if one.verification is not None]
-        figures = [(one.figure("sqnr"), one.figure(metric)) for one in verified]
-        losses = [(sqnr, _loss(metric, figure)) for sqnr, figure in figures if sqnr is not None and figure is not None]
-        losses.sort()
-        return first_count(found, nodes, to, losses, _loss(metric, bound))
+        return first_count(found, nodes, to, self._losses(metric), _loss(metric, bound))
 
     # --- with a budget ------------------------------------------------------------------------------------------------
 
     def _fill_budget(self, first: Candidate) -> None:
-        base = self._steps(first, self._run.target.ladder(first.compress), until_met=False)
+        base = self._smaller(first) if first.bytes > self._bounds.budget.get("size", math.inf) else first
+        base = self._steps(base, self._run.target.ladder(base.compress), until_met=False)
         if "qdq" not in [one.name for one in base.compress]:
             return
         if not self._broken(base):
-            self._most(base, "float")
+            self._most_in_float(base)
             return
         four = changed(base.compress, "qdq.weights=int4")
         if four is None:
@@ -443,6 +494,35 @@ class Search:
             return
         small = self._steps(small, self._run.target.ladder(small.compress), until_met=False)
         self._most(small, "int8")
+
+    def _most_in_float(self, base: Candidate) -> None:
+        """Keep as much in float as the budget allows, what hurts most first."""
+        sets = self._float_sets(base)
+        if not sets:
+            self._most(base, "float")
+            return
+        self.worst = sets[0][1]
+        holding, breaking = -1, len(sets)
+        while breaking - holding > 1:
+            middle = (holding + breaking) // 2
+            one = self._kept_in_float(base, sets[middle][1])
+            if one.made.error or self._broken(one):
+                breaking = middle
+            else:
+                holding = middle
+
+    def _smaller(self, first: Candidate) -> Candidate:
+        """Return the first of the target's smaller forms that is within the size, the last one, or what there is."""
+        found = first
+        wanted = [(name, override(one, self._overrides)) for name, one in self._run.target.smaller(first.compress)]
+        for one in self._made(wanted):
+            self._complete(one)
+            self._tell(one)
+            if one.complete:
+                found = one
+                if one.bytes <= self._bounds.budget["size"]:
+                    break
+        return found
 
     def _most(self, base: Candidate, to: str) -> None:
         """Give as many nodes a higher precision as the budget allows, the worst first."""

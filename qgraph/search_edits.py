@@ -8,9 +8,9 @@ from qgraph import spec
 from qgraph.pipeline import Pass, Pipeline
 from qgraph.plan import override
 
-__all__ = ["changed", "keep_precise", "pattern", "way_name"]
+__all__ = ["before_loss", "changed", "keep_precise", "pattern", "quantizes", "way_name"]
 
-_WEIGHT_QUANTIZERS = frozenset({"adaround", "gptq", "rtn", "hqq", "qdq"})
+_WEIGHT_QUANTIZERS = frozenset({"adaround", "dynamic-int8", "gptq", "hqq", "qdq", "rtn"})
 _ROUNDING = frozenset({"adaround", "gptq"})
 """Ways to round the same weights: one takes the place of another."""
 _MIXED = "mixed-precision"
@@ -65,10 +65,21 @@ def _short(text: str, ways: Sequence[str]) -> str:
     return name if alone or not brace else options.rstrip("}").rpartition("=")[2]
 
 
+def quantizes(pipeline: Pipeline) -> bool:
+    """Tell whether there is a pass that marks for a higher precision can hold back."""
+    return any(one.name in _WEIGHT_QUANTIZERS for one in pipeline)
+
+
+def before_loss(pipeline: Pipeline) -> Pipeline:
+    """Return the passes that stand before the first quantizer."""
+    place = next((number for number, one in enumerate(pipeline) if one.name in _WEIGHT_QUANTIZERS), len(pipeline))
+    return Pipeline(pipeline.passes[:place])
+
+
 def keep_precise(pipeline: Pipeline, nodes: Collection[str], to: str) -> Pipeline:
     """Return the pipeline with `nodes` at a higher precision: `float`, or `int8` for weights of 8 bits."""
     (one,) = Pipeline.from_specs([spec.Spec(_MIXED, {"nodes": [pattern(node) for node in nodes], "to": to})])
-    place = next(number for number, other in enumerate(pipeline) if other.name in _WEIGHT_QUANTIZERS)
+    place = len(before_loss(pipeline))
     return Pipeline([*pipeline.passes[:place], one, *pipeline.passes[place:]])
 
 

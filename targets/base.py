@@ -117,8 +117,16 @@ class Target(abc.ABC):
     def ladder(self, compress: Pipeline) -> Sequence[Step]:
         """Return what a search may try on the compress part to meet a tolerance, the cheapest first.
 
-        What comes last, higher precision for the worst nodes, every search tries where there is a `qdq`; the default
-        is nothing else. Must depend on nothing but `compress`.
+        What comes last, higher precision for the worst nodes, every search tries where something is quantized; the
+        default is nothing else. Must depend on nothing but `compress`.
+        """
+        del compress
+        return ()
+
+    def smaller(self, compress: Pipeline) -> Sequence[tuple[str, Pipeline]]:
+        """Return other compress parts, each with a name in few words, for a size that `compress` does not keep to.
+
+        The least loss first; for targets that choose what is fastest, and leave in float what is not.
         """
         del compress
         return ()

@@ -243,6 +243,11 @@ class CpuInt8(_OnnxRuntimeCpu):
             if per_channel or step.mends != "weights"
         ]
 
+    def smaller(self, compress: Pipeline) -> Sequence[tuple[str, Pipeline]]:
+        """Return static integers for all that can be, where some was left in float or dynamic for its speed."""
+        static = Pipeline.parse("qdq")
+        return [] if static == compress else [("all that can be in static integers", static)]
+
     def tune(self, model: ir.Model, context: Context, default: Pipeline) -> Pipeline:
         """Return the fastest of the default, all static, all dynamic and all float, timed here in turn."""
         candidates = {"default": default, "dynamic": _compress(model, context, {}, static=False), "float": Pipeline()}

@@ -36,7 +36,7 @@ def test_the_ladder_is_printed_as_it_is_climbed(qgraph: Run, work: Path):
 
 
 def test_a_tolerance_that_cannot_be_met_is_status_3(qgraph: Run, work: Path):
-    done = qgraph(*SEARCH[:6], "--passes", "dynamic-int8", "--tolerance", "sqnr=90", "--jobs", "1")
+    done = qgraph(*SEARCH[:6], "--passes", "to-fp16", "--tolerance", "sqnr=150", "--jobs", "1")
     assert done.returncode == 3
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: model.cpu-int8 is outside the tolerance: SQNR is ")

@@ -33,7 +33,7 @@ LAYERS = (
     ("artifact",),
     ("plan", "building"),
     ("stages",),
-    ("search_edits", "search_ranking", "search_workshop"),
+    ("search_edits", "search_precision", "search_ranking", "search_workshop"),
     ("search_executors",),
     ("search",),
     ("compiler",),

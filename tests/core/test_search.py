@@ -22,6 +22,7 @@ from qgraph.runtime.recorded import Recorded
 from qgraph.runtime.tolerances import parse_budget, parse_tolerance
 from qgraph.search_edits import changed, keep_precise, way_name
 from qgraph.search_executors import Processes, parse_executor
+from qgraph.search_precision import float_sets, wanted_sqnr
 from qgraph.search_ranking import first_count, predicted, relevant, worst_nodes
 from qgraph.search_workshop import SharingContext
 from qgraph.targets.base import Step
@@ -167,6 +168,37 @@ def test_bounds_that_cannot_be_met_keep_the_best_and_name_the_reasons(search: Ca
     assert (kept.path / "model.onnx").stat().st_size <= 9300
     assert "is outside the tolerance and the budget: " in caught.value.args[0]
     assert caught.value.args[0].endswith("It is kept, marked unverified.")
+
+
+def test_what_belongs_together_stays_in_float(search: Callable[..., Searched]) -> None:
+    artifact, rungs = search(network(spoilt=0), tolerance={"sqnr": 25.0}, settings=("qdq.method=minmax",))
+
+    assert artifact.verified
+    assert names(rungs)[-1].endswith(" in float")
+    kernels = artifact.manifest["kernels"]["integer"]
+    assert kernels["QLinearConv"] >= 3, "the layers that do no harm run in integers"
+
+
+def test_dynamic_layers_are_held_back_too(search: Callable[..., Searched]) -> None:
+    found, rungs = search(
+        network(),
+        passes="dynamic-int8{min_elements=0}",
+        tolerance={"sqnr": 60.0},
+        settings=("dynamic-int8.method=mse",),
+    )
+
+    assert found.verified
+    assert any(name.endswith(" in float") for name in names(rungs))
+
+
+def test_a_size_that_the_fastest_form_does_not_keep_to_is_met_by_a_smaller_one(search: Callable[..., Searched]) -> None:
+    whole, _ = search(network(), "whole", passes='qdq{exclude=["*"]}')
+    size = (whole.path / "model.onnx").stat().st_size
+
+    found, rungs = search(network(), passes='qdq{exclude=["*"]}', budget={"size": 0.95 * size})
+
+    assert found.verified
+    assert "all that can be in static integers" in names(rungs)
 
 
 def test_a_recipe_is_taken_as_it_is(search: Callable[..., Searched], tmp_path: Path) -> None:
@@ -454,3 +486,23 @@ def test_ways_have_names() -> None:
         told = [way_name(step.name, way, step.ways) for way in step.ways]
         assert len(set(told)) == len(told)
         assert all(len(name) < 40 for name in told)
+
+
+def test_where_to_begin_among_sets_for_float() -> None:
+    assert wanted_sqnr([(10.0, 0.1), (20.0, 0.01)], 0.001) == pytest.approx(31.0)
+    assert wanted_sqnr([(10.0, 0.1)], 0.005) == pytest.approx(31.0)
+    assert wanted_sqnr([(10.0, 0.1)], 0.5) == pytest.approx(11.0)
+    assert wanted_sqnr([], 0.5) == 0.0
+
+
+def test_sets_for_float_grow_and_hold_what_hurts_first(samples: Path) -> None:
+    model = network(spoilt=2)
+    with np.load(samples) as arrays:
+        feeds = [{"image": arrays["image"]}]
+
+    sets = float_sets(model, Context(calibration=feeds), Pipeline.parse("qdq"))
+
+    goals, nodes = zip(*sets, strict=True)
+    assert list(goals) == sorted(goals)
+    assert [len(one) for one in nodes] == sorted({len(one) for one in nodes})
+    assert "conv2" in nodes[0]
