@@ -61,6 +61,7 @@ from qgraph.search_ranking import (
     first_count,
     harm,
     is_far,
+    is_luck,
     near_enough,
     relevant,
     saves_little,
@@ -109,7 +110,7 @@ class Candidate:
         speedup: of the source, where it was timed.
         seconds: median latency, where it was timed.
         remark: why it was left out.
-        superseded: whether another one meets the bounds with the same kernels and fewer bytes.
+        superseded: whether another one is taken in its place: of the same kernels with fewer bytes, or surer.
     """
 
     name: str
@@ -330,13 +331,13 @@ class Search:
         if not whole.met or not is_far(self._wanted(), self._closeness(first), whole.made.closeness):
             return False
         self.worst = nodes
-        failing, holding = 0, len(nodes)
+        failing, holding, held = 0, len(nodes), whole
         while not near_enough(nodes, elements, failing, holding):
             middle = between(nodes, elements, failing, holding)
-            one = self._try(first, nodes, "int8", middle)
-            if one.met:
-                whole.superseded = True  # by the same kernels with less to read
-                whole, holding = one, middle
+            one = self._try(first, nodes, "int8", middle, surer=whole)
+            if one.met and not one.superseded:
+                held.superseded = True  # by the same kernels with less to read
+                held, holding = one, middle
             else:
                 failing = middle
         return not saves_little(nodes, elements, holding)
@@ -345,10 +346,19 @@ class Search:
         """Return the SQNR in dB that the bounds ask for; None where they are on other metrics."""
         return self._bounds.tolerance.get("sqnr") if len(self._bounds.tolerance) == 1 else None
 
-    def _try(self, base: Candidate, nodes: Sequence[str], to: str, count: int) -> Candidate:
-        """Make and verify the candidate with the first `count` of the nodes at a higher precision."""
+    def _try(
+        self, base: Candidate, nodes: Sequence[str], to: str, count: int, *, surer: Candidate | None = None
+    ) -> Candidate:
+        """Make and verify the candidate with the first `count` of the nodes at a higher precision.
+
+        Where it meets the bounds by luck, it is not taken, but `surer` is, or what lies between.
+        """
         (one,) = self._made([_precise(base, nodes, to, count)])
         self._complete(one)
+        if surer is not None and one.met and one.verification is not None:
+            close = one.made.closeness, surer.made.closeness
+            if is_luck(self._bounds.tolerance, one.verification.samples, *close):
+                one.superseded, one.remark = True, "too few samples to be sure"
         self._tell(one)
         return one
 

@@ -20,6 +20,7 @@ __all__ = [
     "first_count",
     "harm",
     "is_far",
+    "is_luck",
     "near_enough",
     "predicted",
     "relevant",
@@ -31,7 +32,7 @@ _NO_HARM = 0.05
 """Share of the noise at the outputs below which mending it is not tried."""
 _ROUNDING_GAIN = 15.0
 """dB that all steps of a ladder bring weights of 4 bits, mostly: 12 on MobileNetV2, which has much to mend."""
-_HEADROOM = 6.0
+_HEADROOM = 5.0
 """dB below what weights of 8 bits give that a bound on something other than the SQNR is taken to need."""
 _LITTLE = 0.25
 """Share of all weights' elements; with fewer than these in 4 bits, other ways are tried as well."""
@@ -104,6 +105,20 @@ def is_far(wanted: float | None, reached: float, with_8_bits: float) -> bool:
     """
     needed = with_8_bits - _HEADROOM if wanted is None else wanted
     return needed - reached > _ROUNDING_GAIN
+
+
+def is_luck(bounds: Mapping[str, float], samples: int, reached: float, with_8_bits: float) -> bool:
+    """Tell whether a bound on top1 may be met only because the samples are too few to tell so small a loss.
+
+    Then the nearness to the source's outputs, which few samples do tell, has to be like that of 8 bits.
+
+    Args:
+        bounds: metric -> bound.
+        samples: on which it is met.
+        reached: SQNR in dB.
+        with_8_bits: of weights of 8 bits, in dB.
+    """
+    return samples * bounds.get("top1", math.inf) < 1 and reached < with_8_bits - _HEADROOM
 
 
 def between(nodes: Sequence[str], elements: Mapping[str, int], failing: int, holding: int) -> int:

@@ -17,7 +17,7 @@ from qgraph.analysis.quantization_sensitivity import Sensitivities, TensorSensit
 from qgraph.errors import ToleranceError
 from qgraph.pipeline import Context
 from qgraph.report.ladder import Rung
-from qgraph.search_ranking import between, elements_of, is_far, near_enough, saves_little, worst_nodes
+from qgraph.search_ranking import between, elements_of, is_far, is_luck, near_enough, saves_little, worst_nodes
 
 WIDTHS = (8, 16, 64, 64, 256, 32)
 OUTLIER = 12.0
@@ -143,6 +143,13 @@ def test_how_far_rounding_reaches() -> None:
     assert not is_far(20.0, 6.0, math.inf)
     assert is_far(None, -4.0, 21.6)
     assert not is_far(None, 8.0, 21.6)
+
+
+def test_a_loss_smaller_than_one_sample_is_not_told_by_luck() -> None:
+    assert is_luck({"top1": 0.005}, 20, 12.0, 21.6)
+    assert not is_luck({"top1": 0.005}, 20, 17.6, 21.6)  # as near as 8 bits are
+    assert not is_luck({"top1": 0.005}, 400, 12.0, 21.6)  # enough samples
+    assert not is_luck({"cosine": 0.99}, 20, 12.0, 21.6)
 
 
 def test_what_is_left_in_4_bits_may_be_little() -> None:
