@@ -49,9 +49,8 @@ from qgraph.pipeline import Pipeline, Report, Samples
 from qgraph.plan import Override, Plan, override
 from qgraph.report.ladder import Rung
 from qgraph.runtime.recorded import Recorded
-from qgraph.runtime.tolerances import at_least
-from qgraph.runtime.verification import Verification
 from qgraph.samples import SampleSet
+from qgraph.search_candidates import Candidate, Searched, distance, loss
 from qgraph.search_edits import before_loss, changed, keep_precise, quantizes, way_name
 from qgraph.search_executors import Executor, Here, Processes, Ray, in_order, portable
 from qgraph.search_precision import float_sets, wanted_sqnr
@@ -69,10 +68,10 @@ from qgraph.search_ranking import (
 )
 from qgraph.search_workshop import Job, Made, Workplace, Workshop
 from qgraph.stages import Bounds, Run, bytes_of, told
-from qgraph.targets.base import Session, Step, Target
+from qgraph.targets.base import Step, Target
 from qgraph.work_folder import SCRATCH
 
-__all__ = ["Candidate", "Search", "Searched", "can_climb"]
+__all__ = ["Search", "Searched", "can_climb"]
 
 _LEAST_GAIN = 0.1
 _TUNING = 64
@@ -94,86 +93,6 @@ _CORES_FOR_PROCESSES = 4
 _RECORDED = 4
 _NAMED = 3
 _INTEGER_ACTIVATIONS = ("dynamic-int8", "qdq")
-
-
-@dataclasses.dataclass
-class Candidate:
-    """A pipeline that was tried.
-
-    Attributes:
-        name: what it adds.
-        compress: the compress part.
-        made: what came out.
-        bytes: of its files.
-        verification: on the verification data; None for candidates that are no nearer to the source than others.
-        failures: what it lies outside of.
-        speedup: of the source, where it was timed.
-        seconds: median latency, where it was timed.
-        remark: why it was left out.
-        superseded: whether another one is taken in its place: of the same kernels with fewer bytes, or surer.
-    """
-
-    name: str
-    compress: Pipeline
-    made: Made
-    bytes: int = 0
-    verification: Verification | None = None
-    failures: Sequence[str] = ()
-    speedup: float | None = None
-    seconds: float | None = None
-    remark: str = ""
-    superseded: bool = False
-
-    @property
-    def complete(self) -> bool:
-        """Whether it was verified."""
-        return self.verification is not None
-
-    @property
-    def met(self) -> bool:
-        """Whether it is complete and within all bounds."""
-        return self.complete and not self.failures
-
-    def rung(self, bounds: Bounds, *, chosen: bool = False) -> Rung:
-        """Return its row of the ladder."""
-        figures = {}
-        if self.verification is not None:
-            for metric in dict.fromkeys(("sqnr", *bounds.tolerance)):
-                figure = self.verification.figure(metric)
-                if figure is not None and math.isfinite(figure):
-                    figures[metric] = figure
-        return Rung(
-            name=self.name,
-            pipeline=self.compress.describe(),
-            figures=figures,
-            bytes=self.bytes or None,
-            seconds=self.seconds,
-            speedup=self.speedup,
-            met=self.met,
-            chosen=chosen,
-            remark=self.remark,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Searched:
-    """What a compilation has built, with a search or without.
-
-    Attributes:
-        plan: all three parts, as they were chosen.
-        built: what was done.
-        tested: session and figures, where it was verified already.
-        rungs: the ladder; empty without a search.
-        tried: what was tried, for a search that did not meet the bounds; ends in a space, or is ''.
-        interrupted: whether Ctrl-C ended the search.
-    """
-
-    plan: Plan
-    built: Built
-    tested: tuple[Session, Verification] | None = None
-    rungs: Sequence[Rung] = ()
-    tried: str = ""
-    interrupted: bool = False
 
 
 def can_climb(target: Target, plan: Plan) -> bool:
@@ -468,21 +387,21 @@ class Search:
     def _wanted_in_float(self) -> float:
         """Return the predicted SQNR with which to begin."""
         (metric, bound), *others = self._bounds.tolerance.items()
-        return 0.0 if others else wanted_sqnr(self._losses(metric), _loss(metric, bound))
+        return 0.0 if others else wanted_sqnr(self._losses(metric), loss(metric, bound))
 
     def _losses(self, metric: str) -> list[tuple[float, float]]:
         """Return SQNR and loss of the candidates that were verified, rising."""
         verified = [one.verification for one in self.candidates if one.verification is not None]
         figures = [(one.figure("sqnr"), one.figure(metric)) for one in verified]
         known = [(sqnr, figure) for sqnr, figure in figures if sqnr is not None and figure is not None]
-        return sorted((sqnr, _loss(metric, figure)) for sqnr, figure in known)
+        return sorted((sqnr, loss(metric, figure)) for sqnr, figure in known)
 
     def _first_count(self, found: Sensitivities | None, nodes: Sequence[str], to: str) -> int:
         """Return with how many nodes to begin: where one bound is missed, as many as are predicted to meet it."""
         (metric, bound), *others = self._bounds.tolerance.items()
         if others:
             return 1
-        return first_count(found, nodes, to, self._losses(metric), _loss(metric, bound))
+        return first_count(found, nodes, to, self._losses(metric), loss(metric, bound))
 
     # --- with a budget ------------------------------------------------------------------------------------------------
 
@@ -656,44 +575,13 @@ class Search:
 
     def _best(self, candidates: Sequence[Candidate]) -> Candidate:
         """Return the complete candidate that is nearest to the bounds; of equals the earlier one."""
-        return min((one for one in candidates if one.complete), key=self._distance)
-
-    def _distance(self, one: Candidate) -> float:
-        assert one.verification is not None
-        size = self._bounds.budget.get("size", math.inf)
-        latency = self._bounds.budget.get("latency", math.inf)
-        distance = max(0.0, one.bytes / size - 1) + max(0.0, 1 / (one.speedup or 1.0) / latency - 1)
-        if any(output.broken for output in one.verification.outputs):
-            return math.inf
-        for metric, bound in self._bounds.tolerance.items():
-            figure = one.verification.figure(metric)
-            if figure is None:
-                distance += 1.0
-            else:
-                distance += _miss(metric, figure, bound)
-        return distance
-
-
-def _miss(metric: str, figure: float, bound: float) -> float:
-    """Return by how much a figure lies outside its bound, in units of the bound."""
-    if metric == "cosine":
-        return max(0.0, (bound - figure) / max(1 - bound, 1e-6))
-    if at_least(metric):
-        return max(0.0, (bound - figure) / max(abs(bound), 1.0))
-    return max(0.0, (figure - bound) / max(bound, 1e-3))
+        return min((one for one in candidates if one.complete), key=lambda one: distance(one, self._bounds))
 
 
 def _precise(base: Candidate, nodes: Sequence[str], to: str, count: int) -> tuple[str, Pipeline]:
     what = "8 bits" if to == "int8" else "float"
     name = f"{count} node{'s' if count > 1 else ''} in {what}"
     return name, keep_precise(base.compress, nodes[:count], to)
-
-
-def _loss(metric: str, figure: float) -> float:
-    """Return a figure as a loss that falls exponentially with the SQNR in dB, near enough."""
-    if metric == "sqnr":
-        return 10 ** (-figure / 20)
-    return 1 - figure if metric == "cosine" else figure
 
 
 def _four_bits(pipeline: Pipeline) -> bool:

@@ -34,7 +34,7 @@ LAYERS = (
     ("plan", "building"),
     ("stages",),
     ("search_edits", "search_precision", "search_ranking", "search_workshop"),
-    ("search_executors",),
+    ("search_candidates", "search_executors"),
     ("search",),
     ("compiler",),
     ("catalog", "evaluation", "float_form"),
