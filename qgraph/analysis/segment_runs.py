@@ -126,7 +126,7 @@ def _read(model: ir.Model, node: ir.Node) -> list[ir.Value]:
     values = list(node.inputs)
     for graph in qgraph.ir.inner_graphs(node):
         values += [value for inner in graph.all_nodes() for value in inner.inputs]
-        values += graph.outputs
+        values.extend(graph.outputs)
     return [value for value in values if value is not None and value.graph is model.graph]
 
 
