@@ -13,7 +13,6 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.block_stream import BlockStream
-from qgraph.analysis.convolutions import Convolution
 from qgraph.analysis.cut_multiply_adds import CutMultiplyAdds
 from qgraph.analysis.cutting import cut
 from qgraph.analysis.dimensions import Atom
@@ -173,7 +172,7 @@ class StructuredPruning(Pass):
                 array = None if bias is None else _vector(bias)
                 weight, shifted = compensate(layer.matrix(), array, readers[layer], moments[layer])
                 stage.change(layer.weight, weight)
-                changed[layer.weight] = _stored(layer, weight)
+                changed[layer.weight] = layer.stored(weight)
                 if bias is not None and shifted is not None:
                     stage.replace(bias, shifted)
                     changed[bias] = shifted
@@ -211,12 +210,6 @@ def _vector(value: ir.Value) -> np.ndarray:
     tensor = value.const_value
     assert tensor is not None
     return np.asarray(tensor.numpy(), np.float32).reshape(-1)
-
-
-def _stored(layer: LinearLayer, matrix: np.ndarray) -> np.ndarray:
-    if isinstance(layer, Convolution):
-        return layer.stored(matrix)
-    return matrix if layer.transposed else np.ascontiguousarray(matrix.T)
 
 
 def _step(multiple: int, width: int) -> int:

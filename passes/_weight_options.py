@@ -13,10 +13,13 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.errors import UserError
 
-__all__ = ["BITS", "GROUP", "chosen_bits", "chosen_group", "forget_bits", "set_bits"]
+__all__ = ["BITS", "FLOAT_KEY", "GROUP", "chosen_bits", "chosen_group", "forget_bits", "set_bits"]
 
 BITS = "qgraph.bits"
 """Key in a node's metadata: the width of the weight that it reads, in bits; 16 and above: it stays in float."""
+
+FLOAT_KEY = "qgraph.float"
+"""Key in a node's metadata: why it stays in float."""
 
 GROUP = "qgraph.group"
 """Key in a node's metadata: how many inputs of the weight share a scale; 0: a whole row."""

@@ -46,12 +46,11 @@ from qgraph.passes._integer_layers import (
     subtracted,
     without_shared,
 )
-from qgraph.passes._weight_options import chosen_bits
+from qgraph.passes._weight_options import FLOAT_KEY, chosen_bits
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
 __all__ = ["DynamicInt8"]
 
-_FLOAT_KEY = "qgraph.float"
 _MICROSOFT = "com.microsoft"
 _LAZY_ABOVE = 1 << 20
 """Weights of more elements are quantized when the file is written."""
@@ -93,7 +92,7 @@ class DynamicInt8(Pass):
             if any(fnmatch.fnmatchcase(label, pattern) for pattern in self.exclude):
                 skipped.append(Skipped(label, "it is excluded"))
             elif chosen_bits([node], 8) is None:
-                skipped.append(Skipped(label, node.metadata_props.get(_FLOAT_KEY, "its weight is to stay in float")))
+                skipped.append(Skipped(label, node.metadata_props.get(FLOAT_KEY, "its weight is to stay in float")))
             elif node.op_type == "Gather" and not self.embeddings:
                 continue
             elif (weight := _not_finite(layer)) is not None:

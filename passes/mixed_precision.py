@@ -37,14 +37,12 @@ from qgraph.analysis.linear_layers import matches
 from qgraph.analysis.perturbation_effects import Effects, decibels, effects
 from qgraph.analysis.quantized_tensors import QuantizedTensor, quantized_tensors
 from qgraph.passes._precision_search import Choice, PrecisionSearch
-from qgraph.passes._weight_options import BITS, chosen_bits, set_bits
+from qgraph.passes._weight_options import BITS, FLOAT_KEY, chosen_bits, set_bits
 from qgraph.pipeline import Context, Feeds, Pass, Pipeline, Report, Samples, Skipped
 from qgraph.spec import Spec, Value
 
 __all__ = ["FLOAT_KEY", "MixedPrecision", "mark"]
 
-FLOAT_KEY = "qgraph.float"
-"""Key in a node's metadata: why it stays in float."""
 _WIDTHS = {"float": 16, "int8": 8}
 _LISTED = "it is listed in mixed-precision"
 _ROWS = 64

@@ -41,13 +41,11 @@ from qgraph.errors import UserError, nearest
 from qgraph.numerics.schemes import INT8_WEIGHT, UINT8_WEIGHT, Scheme
 from qgraph.passes._qdq_nodes import rewrite
 from qgraph.passes._qdq_values import Schemes
-from qgraph.passes._weight_options import chosen_bits, forget_bits
+from qgraph.passes._weight_options import FLOAT_KEY, chosen_bits, forget_bits
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
 __all__ = ["FLOAT_KEY", "Qdq"]
 
-FLOAT_KEY = "qgraph.float"
-"""Metadata of a node that stays in float: the reason."""
 _FIRST_OPSET = 13
 """The first whose DequantizeLinear knows channels, and whose movers all take integers."""
 _FOUR_BITS_OPSET = 21

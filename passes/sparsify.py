@@ -155,7 +155,7 @@ class Sparsify(Pass):
                     }
         for layer in layers:
             figures.setdefault(layer.name, {})["zeros"] = float(np.mean(matrices[layer] == 0))
-        return {layer: _stored(layer, matrices[layer]) for layer in layers}, figures
+        return {layer: layer.stored(matrices[layer]) for layer in layers}, figures
 
     def _moments(self, stage: Stage, context: Context) -> Mapping[LinearLayer, LayerMoments]:
         found = {layer: LayerMoments(layer.inputs) for group in stage.layers.values() for layer in group}
@@ -201,9 +201,3 @@ def _relative(weight: np.ndarray, sparse: np.ndarray, hessian: np.ndarray) -> fl
     lost = float(np.einsum("nk,kl,nl->", error, hessian, error, optimize=True))
     power = float(np.einsum("nk,kl,nl->", weight, hessian, weight, optimize=True))
     return float(f"{lost / max(power, 1e-300):.4g}")
-
-
-def _stored(layer: LinearLayer, matrix: np.ndarray) -> np.ndarray:
-    if isinstance(layer, Convolution):
-        return layer.stored(matrix)
-    return matrix if layer.transposed else np.ascontiguousarray(matrix.T)

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.analysis.linear_layers import LinearLayer, LinearLayers, linear_layers
+from qgraph.analysis.linear_layers import LinearLayer, LinearLayers, UnfitError, collect, linear_layers
 from qgraph.numerics.patches import Window
 from qgraph.pipeline import Context, Skipped
 
@@ -25,10 +25,6 @@ __all__ = ["OPERATORS", "Convolution", "convolutions", "weighted_layers"]
 
 OPERATORS = ("Conv", "ConvTranspose")
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-
-
-class _UnfitError(Exception):
-    """The reason why the weight of a convolution is left alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,23 +100,11 @@ def convolutions(model: ir.Model, context: Context | None = None) -> LinearLayer
         context: not used; `Context.analyse` passes it.
     """
     del context
-    found: list[Convolution] = []
-    skipped: list[Skipped] = []
-    for node in qgraph.ir.walk(model):
-        if not qgraph.ir.is_op(node, *OPERATORS):
-            continue
-        label = qgraph.ir.node_label(node)
-        try:
-            if node.graph is not model.graph:
-                raise _UnfitError("it lies inside a subgraph")
-            found.append(_convolution(node, label))
-        except _UnfitError as reason:
-            skipped.append(Skipped(label, str(reason)))
-    kept, shared = _without_foreign_readers(found)
-    by_weight: dict[ir.Value, list[LinearLayer]] = {}
-    for layer in kept:
-        by_weight.setdefault(layer.weight, []).append(layer)
-    return LinearLayers(tuple(kept), tuple(skipped + shared), by_weight)
+    return collect(model, _is_candidate, _convolution, _without_foreign_readers)
+
+
+def _is_candidate(node: ir.Node) -> bool:
+    return qgraph.ir.is_op(node, *OPERATORS)
 
 
 def _without_foreign_readers(found: Sequence[Convolution]) -> tuple[list[Convolution], list[Skipped]]:
@@ -144,21 +128,21 @@ def _alike(other: Convolution | None, layer: Convolution) -> bool:
 def _convolution(node: ir.Node, label: str) -> Convolution:
     x, weight = node.inputs[:2]
     if x is None or weight is None:
-        raise _UnfitError("it has no input")
+        raise UnfitError("it has no input")
     if weight.const_value is None:
         compressed = qgraph.ir.is_op(weight.producer(), "DequantizeLinear")
-        raise _UnfitError("its weight is compressed already" if compressed else "its weight is computed")
+        raise UnfitError("its weight is compressed already" if compressed else "its weight is computed")
     if x.const_value is not None:
-        raise _UnfitError("both its factors are constants")
+        raise UnfitError("both its factors are constants")
     if weight.is_graph_input():
-        raise _UnfitError("its weight is also an input of the model, which a caller may replace")
+        raise UnfitError("its weight is also an input of the model, which a caller may replace")
     if weight.is_graph_output():
-        raise _UnfitError("its weight is an output of the model")
+        raise UnfitError("its weight is an output of the model")
     if weight.const_value.dtype not in _FLOATS:
-        raise _UnfitError(f"its weight is {weight.const_value.dtype.name.lower()}")
+        raise UnfitError(f"its weight is {weight.const_value.dtype.name.lower()}")
     shape = tuple(weight.const_value.shape.numpy())
     if len(shape) < 3 or math.prod(shape) == 0:
-        raise _UnfitError(f"its weight has the shape {list(shape)}")
+        raise UnfitError(f"its weight has the shape {list(shape)}")
     window = _window(node, shape)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     transposed = node.op_type == "Conv"
@@ -187,9 +171,9 @@ def _window(node: ir.Node, shape: tuple[int, ...]) -> Window:
     pads = tuple(attributes.get_ints("pads", zeros * 2)) if automatic == "NOTSET" else zeros * 2
     if transposed:
         if groups > 1:
-            raise _UnfitError("it is transposed and in groups: no axis of its weight is that of its outputs")
+            raise UnfitError("it is transposed and in groups: no axis of its weight is that of its outputs")
         if automatic not in ("NOTSET", "VALID") or "output_shape" in attributes:
-            raise _UnfitError("it is transposed, and its output's shape is given in the place of its pads")
+            raise UnfitError("it is transposed, and its output's shape is given in the place of its pads")
         more = attributes.get_ints("output_padding", zeros)
         pads = pads[:axes] + tuple(pad - one for pad, one in zip(pads[axes:], more, strict=True))
     return Window(

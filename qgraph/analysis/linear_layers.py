@@ -12,9 +12,9 @@ output layer, say) is one weight with several layers; it stays one.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -22,7 +22,9 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.pipeline import Context, Skipped
 
-__all__ = ["LinearLayer", "LinearLayers", "linear_layers", "matches"]
+__all__ = ["LinearLayer", "LinearLayers", "UnfitError", "collect", "linear_layers", "matches"]
+
+Layer = TypeVar("Layer", bound="LinearLayer")
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
@@ -35,7 +37,7 @@ _LONGEST_CHAIN = 8
 """Nodes between an initializer and the weight that they compute from it; exporters write two or three."""
 
 
-class _UnfitError(Exception):
+class UnfitError(Exception):
     """The reason why a node is no linear layer."""
 
 
@@ -114,19 +116,36 @@ def linear_layers(model: ir.Model, context: Context | None = None) -> LinearLaye
         context: not used; `Context.analyse` passes it.
     """
     del context
-    found: list[LinearLayer] = []
+    return collect(model, _is_candidate, _layer, _without_foreign_readers)
+
+
+def collect(
+    model: ir.Model,
+    is_candidate: Callable[[ir.Node], bool],
+    layer_of: Callable[[ir.Node, str], Layer],
+    without_foreign_readers: Callable[[Sequence[Layer]], tuple[list[Layer], list[Skipped]]],
+) -> LinearLayers:
+    """Find the layers of one kind in the main graph.
+
+    Args:
+        model: is not changed.
+        is_candidate: tells which nodes might be one.
+        layer_of: makes a layer of a node and its label, or raises `UnfitError` with the reason why not.
+        without_foreign_readers: leaves out those whose weight others read too.
+    """
+    found: list[Layer] = []
     skipped: list[Skipped] = []
     for node in qgraph.ir.walk(model):
-        if not _is_candidate(node):
+        if not is_candidate(node):
             continue
         label = qgraph.ir.node_label(node)
         try:
             if node.graph is not model.graph:
-                raise _UnfitError("it lies inside a subgraph")
-            found.append(_layer(node, label))
-        except _UnfitError as reason:
+                raise UnfitError("it lies inside a subgraph")
+            found.append(layer_of(node, label))
+        except UnfitError as reason:
             skipped.append(Skipped(label, str(reason)))
-    kept, shared = _without_foreign_readers(found)
+    kept, shared = without_foreign_readers(found)
     by_weight: dict[ir.Value, list[LinearLayer]] = {}
     for layer in kept:
         by_weight.setdefault(layer.weight, []).append(layer)
@@ -154,9 +173,9 @@ def _is_table(node: ir.Node) -> bool:
 
 def _layer(node: ir.Node, label: str) -> LinearLayer:
     if node.op_type in _CONVOLUTIONS:
-        raise _UnfitError("it is a convolution: its weight is no matrix that rows of activations are multiplied with")
+        raise UnfitError("it is a convolution: its weight is no matrix that rows of activations are multiplied with")
     if node.op_type in _RECURRENT:
-        raise _UnfitError(f"the weights of an {node.op_type} are read at every step")
+        raise UnfitError(f"the weights of an {node.op_type} are read at every step")
     if node.op_type == "Gather":
         return _embedding(node, label)
     return _product(node, label)
@@ -165,17 +184,17 @@ def _layer(node: ir.Node, label: str) -> LinearLayer:
 def _product(node: ir.Node, label: str) -> LinearLayer:
     x, right = node.inputs[:2]
     if x is None or right is None:
-        raise _UnfitError("it has no input")
+        raise UnfitError("it has no input")
     weight, flipped = _behind_transpose(right)
     if weight.const_value is None:
-        raise _UnfitError(_why_computed(x, weight))
+        raise UnfitError(_why_computed(x, weight))
     _require_weight(weight)
     if x.const_value is not None:
-        raise _UnfitError("both its factors are constants")
+        raise UnfitError("both its factors are constants")
     if x.shape is not None and len(x.shape) < 2:
-        raise _UnfitError("its input is a vector")
+        raise UnfitError("its input is a vector")
     if node.attributes.get_int("transA", 0):
-        raise _UnfitError("its input is transposed")
+        raise UnfitError("its input is transposed")
     transposed = flipped != bool(node.attributes.get_int("transB", 0))
     outputs, inputs = _dims(weight) if transposed else reversed(_dims(weight))
     bias = _gemm_bias(node) if node.op_type == "Gemm" else _added(node, outputs)
@@ -188,9 +207,9 @@ def _embedding(node: ir.Node, label: str) -> LinearLayer:
     assert ids is not None
     _require_weight(table)
     if ids.const_value is not None:
-        raise _UnfitError("the rows that it looks up are always the same")
+        raise UnfitError("the rows that it looks up are always the same")
     if _gives_factors(node):
-        raise _UnfitError("what it looks up is multiplied with activations: a table of factors, not an embedding")
+        raise UnfitError("what it looks up is multiplied with activations: a table of factors, not an embedding")
     outputs, inputs = _dims(table)
     return LinearLayer(
         node, table, ids, "embedding", transposed=True, bias=None, name=label, inputs=inputs, outputs=outputs
@@ -240,15 +259,15 @@ def _from_constants(node: ir.Node) -> bool:
 def _require_weight(weight: ir.Value) -> None:
     assert weight.const_value is not None
     if weight.is_graph_input():
-        raise _UnfitError("its weight is also an input of the model, which a caller may replace")
+        raise UnfitError("its weight is also an input of the model, which a caller may replace")
     if weight.is_graph_output():
-        raise _UnfitError("its weight is an output of the model")
+        raise UnfitError("its weight is an output of the model")
     if len(_dims(weight)) != 2:
-        raise _UnfitError(f"its weight has {len(_dims(weight))} dimensions, not 2")
+        raise UnfitError(f"its weight has {len(_dims(weight))} dimensions, not 2")
     if weight.const_value.dtype not in _FLOATS:
-        raise _UnfitError(f"its weight is {weight.const_value.dtype.name.lower()}")
+        raise UnfitError(f"its weight is {weight.const_value.dtype.name.lower()}")
     if weight.const_value.size == 0:
-        raise _UnfitError("its weight is empty")
+        raise UnfitError("its weight is empty")
 
 
 def _dims(value: ir.Value) -> tuple[int, ...]:
