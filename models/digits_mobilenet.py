@@ -27,7 +27,7 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from qgraph.models import checkpoint, data
-from qgraph.models.graph import Attribute, GraphWriter
+from qgraph.models.graph import GraphWriter
 
 __all__ = ["BLOCKS", "EPSILON", "HIDDEN", "LAST", "NAME", "STEM", "Block", "build", "dataset"]
 
@@ -145,18 +145,7 @@ def _conv(
 ) -> ir.Value:
     """Write Conv (padded to keep the size), BatchNormalization and, if there is one, the activation."""
     with writer.scope(name):
-        with writer.scope("conv"):
-            attributes: dict[str, Attribute] = {
-                "dilations": [1, 1],
-                "group": groups,
-                "kernel_shape": [kernel, kernel],
-                "pads": [kernel // 2] * 4,
-                "strides": [stride, stride],
-            }
-            x = writer.op("Conv", x, writer.parameter("weight"), attributes=attributes)
-        with writer.scope("norm"):
-            statistics = [writer.parameter(part) for part in ("weight", "bias", "running_mean", "running_var")]
-            x = writer.op("BatchNormalization", x, *statistics, attributes={"epsilon": EPSILON})
+        x = writer.normed_conv(x, kernel=kernel, stride=stride, groups=groups, epsilon=EPSILON)
         return x if activation is None else writer.op(activation, x)
 
 

@@ -89,6 +89,23 @@ class GraphWriter:
         product = self.op("MatMul", x, self.parameter("weight", transpose=True))
         return self.op("Add", product, self.parameter("bias")) if bias else product
 
+    def normed_conv(
+        self, x: ir.Value, *, kernel: int, stride: int = 1, groups: int = 1, epsilon: float = 1e-5
+    ) -> ir.Value:
+        """Write Conv (scope ``conv``, no bias, padded to keep the size) and BatchNormalization (scope ``norm``)."""
+        with self.scope("conv"):
+            attributes: dict[str, Attribute] = {
+                "dilations": [1, 1],
+                "group": groups,
+                "kernel_shape": [kernel, kernel],
+                "pads": [kernel // 2] * 4,
+                "strides": [stride, stride],
+            }
+            x = self.op("Conv", x, self.parameter("weight"), attributes=attributes)
+        with self.scope("norm"):
+            statistics = [self.parameter(part) for part in ("weight", "bias", "running_mean", "running_var")]
+            return self.op("BatchNormalization", x, *statistics, attributes={"epsilon": epsilon})
+
     def model(self, output: ir.Value, name: str, shape: Sequence[int | str]) -> ir.Model:
         """Return the model whose only output is the float32 ``output``, renamed to ``name``."""
         output.name = name
