@@ -124,7 +124,7 @@ def layer_normalize(x: np.ndarray, fraction: np.ndarray, epsilon: np.ndarray, nu
         int32, the shape of `x`.
     """
     scaled = np.asarray(x).astype(np.int64) * np.int64(fraction)
-    mean = rounded_divide(scaled.sum(axis=-1, keepdims=True), np.int64(scaled.shape[-1]))
+    mean = rounded_divide(scaled.sum(axis=-1, keepdims=True), np.array(scaled.shape[-1]))
     return _over_deviation(scaled - mean, epsilon, numerator)
 
 
