@@ -1,0 +1,228 @@
+"""Sums, products, quotients, reductions and casts in integers.
+
+    D(a) + D(b) -> Q           =>    a * k1 + b * k2 -> Requantize          k: how many steps of the sum one step is
+    D(a) * D(b) -> Q           =>    a * b -> Requantize
+    D(a) / D(b) -> Q           =>    RoundedDivide(a * 2^k, b) -> Requantize
+    ReduceMean(D(x)) -> Q      =>    ReduceSum(x) -> Requantize, by the count of elements
+    Sqrt(D(a)^2 + D(b)^2)      =>    IntegerSqrt(a * a + b * b) -> Requantize
+
+Integers stand here less their zero points, in int32. The factors of a sum are as large as its accumulator has room.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+import qgraph.ir
+from qgraph.analysis.integer_rules import is_stored
+from qgraph.analysis.integer_units import Unit
+from qgraph.passes._requantize_writer import LIMIT, Codes, Target, UnfitError, Writer
+
+__all__ = ["add", "divide", "hypot", "multiply", "numbers", "reduce"]
+
+_INT32, _INT64 = ir.DataType.INT32, ir.DataType.INT64
+_FINEST, _COARSEST = 22, -30
+_HALF = LIMIT // 2
+_ROOT_BITS = 8
+_MEAN_BITS = 8
+_LARGEST_SQUARES = 1 << 61
+
+
+def add(writer: Writer, unit: Unit, target: Target) -> ir.Value:
+    """Write a sum of tensors and constants, each with a sign, and a clamp behind it."""
+    dynamic: list[tuple[Codes, int]] = []
+    constants: list[np.ndarray] = []
+    for value, sign in zip(unit.terms, unit.signs, strict=True):
+        if is_stored(value):
+            constants.append(sign * writer.real(value))
+        else:
+            dynamic.append((writer.codes(value), sign))
+    offset = constants[0] if constants else np.zeros(())
+    for array in constants[1:]:
+        offset = offset + array
+    step, factors = _common_step(dynamic, offset)
+    total: ir.Value | None = None
+    for (codes, sign), factor in zip(dynamic, factors, strict=True):
+        term = writer.times(writer.centred(codes), sign * factor)
+        total = term if total is None else writer.op("Add", [total, term], _INT32)
+    assert total is not None
+    rounded = np.rint(offset / step)
+    if np.any(rounded):
+        total = writer.op("Add", [total, writer.constant(rounded, _INT32)], _INT32)
+    return writer.requantize(total, step, target, unit.tail.low, unit.tail.high)
+
+
+def _common_step(terms: list[tuple[Codes, int]], offset: np.ndarray) -> tuple[float, list[int]]:
+    """Return the step of an accumulator, and how many of it one step of each term is.
+
+    The step is that of the first term, divided by a power of two as large as half of int32 has room for, so that
+    scales which are powers of two stay exact.
+    """
+    first = terms[0][0].form.scale
+    for places in range(_FINEST, _COARSEST - 1, -1):
+        step = math.ldexp(first, -places)
+        factors = [round(codes.form.scale / step) for codes, _ in terms]
+        bound = sum(factor * codes.form.reach for factor, (codes, _) in zip(factors, terms, strict=True))
+        if bound + float(np.max(np.abs(offset), initial=0.0)) / step <= _HALF:
+            return step, factors
+    raise UnfitError("its terms have such different scales that no accumulator holds them")
+
+
+def multiply(writer: Writer, unit: Unit, target: Target) -> ir.Value:
+    """Write a product of two tensors, or of one and a constant, or a quotient with a constant divisor."""
+    left, right = unit.terms
+    if is_stored(left) or is_stored(right):
+        return _by_constant(writer, unit, target)
+    one, other = writer.codes(left), writer.codes(right)
+    if one.form.reach * other.form.reach > LIMIT:
+        raise UnfitError("its products could leave int32: quantize one of its inputs to 8 bits")
+    product = writer.op("Mul", [writer.centred(one), writer.centred(other)], _INT32)
+    return writer.requantize(product, one.form.scale * other.form.scale, target, unit.tail.low, unit.tail.high)
+
+
+def _by_constant(writer: Writer, unit: Unit, target: Target) -> ir.Value:
+    left, right = unit.terms
+    source = writer.codes(right if is_stored(left) else left)
+    array = writer.real(left if is_stored(left) else right)
+    if unit.main.op_type == "Div":
+        array = 1.0 / array
+    largest = float(np.max(np.abs(array), initial=0.0))
+    if not math.isfinite(largest):
+        raise UnfitError("its constant holds NaN or infinity")
+    if largest == 0.0:
+        largest = 1.0
+    # A power of two keeps factors that are powers of two exact.
+    step = 2.0 ** math.ceil(math.log2(largest * source.form.reach / _HALF))
+    factors = writer.constant(np.rint(array / step), _INT32)
+    product = writer.op("Mul", [writer.centred(source), factors], _INT32)
+    return writer.requantize(product, source.form.scale * step, target, unit.tail.low, unit.tail.high)
+
+
+def divide(writer: Writer, unit: Unit, target: Target) -> ir.Value:
+    """Write a quotient of two tensors, or of a constant and a tensor."""
+    left, right = unit.terms
+    below = writer.codes(right)
+    if is_stored(left):
+        array = writer.real(left)
+        largest = float(np.max(np.abs(array), initial=0.0)) or 1.0
+        step = 2.0 ** math.ceil(math.log2(largest / _HALF))
+        numerator = writer.constant(np.rint(array / step), _INT64)
+        scale, places = step / below.form.scale, 0
+    else:
+        above = writer.codes(left)
+        places = (_HALF // above.form.reach).bit_length() - 1
+        wide = writer.cast(writer.centred(above), _INT64)
+        numerator = writer.op("Mul", [wide, writer.constant(1 << places, _INT64)], _INT64)
+        scale = above.form.scale / below.form.scale
+    divisor = writer.cast(writer.centred(below), _INT64)
+    quotient = writer.cast(writer.function("RoundedDivide", [numerator, divisor], _INT64), _INT32)
+    return writer.requantize(quotient, math.ldexp(scale, -places), target, unit.tail.low, unit.tail.high)
+
+
+def reduce(writer: Writer, unit: Unit, target: Target) -> ir.Value:
+    """Write a sum or mean over axes."""
+    node = unit.main
+    source = writer.codes(unit.inputs[0])
+    axes, attributes = _axes(unit)
+    count = _count(unit, axes)
+    most = LIMIT // source.form.reach
+    if count is not None and count > most:
+        raise UnfitError(f"its sums of {count} elements could leave int32 (at most {most} cannot)")
+    if count is None:
+        writer.limit(most)
+    inputs = [writer.centred(source)]
+    if axes is not None:
+        inputs.append(writer.constant(np.asarray(axes), _INT64))
+    total = writer.op("ReduceSum", inputs, _INT32, attributes)
+    if node.op_type == "ReduceSum":
+        return writer.requantize(total, source.form.scale, target)
+    if count is not None:
+        return writer.requantize(total, source.form.scale / count, target)
+    sizes = [writer.op("Size", [value], _INT64) for value in (source.value, total)]
+    elements = writer.op("Div", sizes, _INT64)
+    places = writer.constant(1 << _MEAN_BITS, _INT64)
+    wide = writer.op("Mul", [writer.cast(total, _INT64), places], _INT64)
+    mean = writer.cast(writer.function("RoundedDivide", [wide, elements], _INT64), _INT32)
+    return writer.requantize(mean, math.ldexp(source.form.scale, -_MEAN_BITS), target)
+
+
+def _axes(unit: Unit) -> tuple[list[int] | None, dict[str, int]]:
+    """Return the axes of a reduction, None for all, and the attributes of a ReduceSum over them."""
+    node = unit.main
+    shape = unit.inputs[0].shape
+    if node.op_type == "GlobalAveragePool":
+        if shape is None:
+            raise UnfitError("its rank is not known")
+        return list(range(2, len(shape))), {"keepdims": 1}
+    keep = {"keepdims": node.attributes.get_int("keepdims", 1)}
+    given = node.inputs[1] if len(node.inputs) > 1 else None
+    if given is None:
+        listed = node.attributes.get_ints("axes", [])
+        if node.attributes.get_int("noop_with_empty_axes", 0) and not listed:
+            raise UnfitError("it reduces nothing")
+        return (list(listed) or None), keep
+    array = qgraph.ir.constant(given)
+    if array is None:
+        raise UnfitError("its axes are computed at run time")
+    return [int(axis) for axis in array.reshape(-1)], keep
+
+
+def _count(unit: Unit, axes: list[int] | None) -> int | None:
+    """Return how many elements each sum has, or None where that is not known."""
+    shape = unit.inputs[0].shape
+    if shape is None:
+        return None
+    sizes = [shape[axis] for axis in (range(len(shape)) if axes is None else axes)]
+    return (
+        math.prod(size for size in sizes if isinstance(size, int)) if all(isinstance(s, int) for s in sizes) else None
+    )
+
+
+def hypot(writer: Writer, unit: Unit, target: Target) -> ir.Value:
+    """Write the root of a sum of squares: over an axis, or of two tensors."""
+    sources = [writer.codes(value) for value in unit.inputs]
+    step = math.ldexp(sources[0].form.scale, -_ROOT_BITS)
+    factors = [round(codes.form.scale / step) for codes in sources]
+    summed = next((node for node in unit.nodes if node.op_type == "ReduceSum"), None)
+    squares = []
+    for codes, factor in zip(sources, factors, strict=True):
+        wide = writer.cast(writer.centred(codes), _INT64)
+        fine = writer.op("Mul", [wide, writer.constant(factor, _INT64)], _INT64)
+        squares.append(writer.op("Mul", [fine, fine], _INT64))
+    bound = sum((codes.form.reach * factor) ** 2 for codes, factor in zip(sources, factors, strict=True))
+    if summed is None:
+        total = writer.op("Add", squares, _INT64)
+    else:
+        axes, attributes = _axes_of(summed)
+        count = _count(unit, axes)
+        if count is None:
+            raise UnfitError("the number of its squares is not known: fix the shape of the input (--shape)")
+        bound *= count
+        inputs = [squares[0]] + ([] if axes is None else [writer.constant(np.asarray(axes), _INT64)])
+        total = writer.op("ReduceSum", inputs, _INT64, attributes)
+    if bound > _LARGEST_SQUARES:
+        raise UnfitError("its squares could leave int64")
+    root = writer.cast(writer.function("IntegerSqrt", [total], _INT64), _INT32)
+    return writer.requantize(root, step, target)
+
+
+def _axes_of(node: ir.Node) -> tuple[list[int] | None, dict[str, int]]:
+    array = qgraph.ir.constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    if array is None and len(node.inputs) > 1 and node.inputs[1] is not None:
+        raise UnfitError("its axes are computed at run time")
+    return (
+        None if array is None else [int(axis) for axis in array.reshape(-1)],
+        {"keepdims": node.attributes.get_int("keepdims", 1)},
+    )
+
+
+def numbers(writer: Writer, unit: Unit, target: Target) -> ir.Value:
+    """Write integers (or truth values) that the graph treats as real numbers."""
+    value = unit.inputs[0]
+    if value.dtype is not ir.DataType.BOOL and value.dtype not in (_INT32, ir.DataType.INT8, ir.DataType.UINT8):
+        bounds = [writer.constant(bound, value.dtype or _INT64) for bound in (-_HALF, _HALF)]
+        value = writer.op("Clip", [value, *bounds], value.dtype or _INT64)
+    return writer.requantize(writer.cast(value, _INT32), 1.0, target)

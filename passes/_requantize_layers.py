@@ -1,0 +1,254 @@
+"""Linear layers, products of activations and sums over windows in integers.
+
+    D(x) -> Conv(D(w), b) -> Relu -> Q    =>    ConvInteger(x, w) -> Add(b) -> Requantize
+    D(a), D(b) -> MatMul -> Q             =>    MatMulInteger(a, b) -> Requantize
+    D(x) -> AveragePool -> Q              =>    ConvInteger(x, 1) -> Requantize, by each window's count
+
+A 16-bit input is multiplied as two of 8 bits: x = 256 * high + low. No accumulator can leave int32: for each output
+the sum of |w| times the reach of the inputs, and the bias, are added up, and where they could, the weights of that
+output are halved until they cannot; the pass names the layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+import qgraph.ir
+from qgraph.analysis.integer_rules import output_axis
+from qgraph.analysis.integer_units import Unit, layer_weight
+from qgraph.passes._requantize_writer import LIMIT, Codes, Target, UnfitError, Writer
+
+__all__ = ["layer", "matmul", "pool"]
+
+_INT32, _INT8, _UINT8 = ir.DataType.INT32, ir.DataType.INT8, ir.DataType.UINT8
+_SPLIT = 256
+_CONV_ATTRIBUTES = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
+
+
+def layer(writer: Writer, unit: Unit, target: Target) -> ir.Value:
+    """Write a layer with a constant weight, and what is done to its accumulator."""
+    node = unit.main
+    found = layer_weight(node)
+    assert found is not None
+    index, stored = found
+    source = writer.codes(unit.inputs[0])
+    weight, weight_scale, axis = _weight(node, stored)
+    if weight.size == 0:
+        raise UnfitError("its weight is empty")
+    factor, offset = _affine(writer, unit, weight.shape[axis])
+    scale = np.abs(factor) * source.form.scale * weight_scale
+    weight = weight * _along(np.sign(factor), axis, weight.ndim).astype(np.int64)
+    bias = np.asarray(offset / scale)
+    weight, bias, scale = _bounded(writer, unit, weight, axis, bias, scale, source.form)
+    accumulator = _multiply(writer, node, source, weight, index)
+    accumulator = _add_bias(writer, node, accumulator, bias)
+    spread = _over_outputs(scale, node)
+    return writer.requantize(accumulator, spread, target, unit.tail.low, unit.tail.high)
+
+
+def _weight(node: ir.Node, stored: ir.Value) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return the integers of a weight (int64), its scale () or (outputs,), and the axis of the outputs."""
+    axis = output_axis(node) if node.op_type != "MatMul" else -1
+    rounded = stored.producer()
+    if rounded is None or not qgraph.ir.is_op(rounded, "DequantizeLinear"):
+        raise UnfitError("its weight is not quantized")
+    integers, scale = qgraph.ir.constant(rounded.inputs[0]), qgraph.ir.constant(rounded.inputs[1])
+    assert integers is not None
+    assert scale is not None
+    zero = rounded.inputs[2] if len(rounded.inputs) > 2 else None
+    zero_point = 0 if zero is None else qgraph.ir.constant(zero)
+    if rounded.attributes.get_int("block_size", 0):
+        raise UnfitError("its weight has a scale for every group of inputs; quantize it with one for each output")
+    codes = np.asarray(integers).astype(np.int64)
+    if scale.size == 1:
+        return codes - np.asarray(zero_point).astype(np.int64), np.asarray(scale.reshape(()), np.float64), axis
+    if rounded.attributes.get_int("axis", 1) % codes.ndim != axis % codes.ndim:
+        raise UnfitError("its weight has its scales along the inputs; quantize it with one for each output")
+    centred = codes - _along(np.asarray(zero_point).astype(np.int64).reshape(-1), axis, codes.ndim)
+    return centred, np.asarray(scale.reshape(-1), np.float64), axis
+
+
+def _affine(writer: Writer, unit: Unit, outputs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return factor and offset behind the product of input and weight, () or (outputs,) each, the bias included."""
+    node = unit.main
+    factor, offset = unit.tail.factor, unit.tail.offset
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None:
+        beta = node.attributes.get_float("beta", 1.0) if node.op_type == "Gemm" else 1.0
+        array = writer.real(bias).reshape(-1)
+        if array.size not in (1, outputs):
+            raise UnfitError("its bias is not one number for each output")
+        offset = offset + factor * beta * (array if array.size > 1 else array.reshape(()))
+    alpha = node.attributes.get_float("alpha", 1.0) if node.op_type == "Gemm" else 1.0
+    if alpha == 0:
+        raise UnfitError("its alpha is zero")
+    return np.asarray(factor * alpha), np.asarray(offset)
+
+
+def _along(entries: np.ndarray, axis: int, rank: int) -> np.ndarray:
+    """Return one entry for each index along an axis in a shape that broadcasts against an array of that rank."""
+    entries = np.asarray(entries)
+    return entries if entries.ndim == 0 else entries.reshape([-1 if one == axis % rank else 1 for one in range(rank)])
+
+
+def _bounded(
+    writer: Writer, unit: Unit, weight: np.ndarray, axis: int, bias: np.ndarray, scale: np.ndarray, source: Target
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return weight, bias (integers) and scale at which no input whatsoever leads beyond int32."""
+    others = tuple(one for one in range(weight.ndim) if one != axis % weight.ndim)
+    reach = source.reach + (_SPLIT if source.dtype is ir.DataType.INT16 else 0)  # what the two halves add up to at most
+    outputs = weight.shape[axis]
+    scale = np.array(np.broadcast_to(scale, (outputs,)))
+    real_bias = np.array(np.broadcast_to(bias * np.broadcast_to(scale, bias.shape or (outputs,)), (outputs,)))
+    integers = weight
+    halved = np.zeros(outputs, bool)
+    while True:
+        rounded = np.rint(real_bias / scale)
+        bound = np.abs(integers).sum(axis=others) * float(reach) + np.abs(rounded)
+        beyond = bound > LIMIT
+        if not beyond.any():
+            break
+        halved |= beyond
+        scale = np.where(beyond, scale * 2, scale)
+        integers = np.where(_along(beyond, axis, weight.ndim), np.rint(integers / 2).astype(np.int64), integers)
+    if halved.any():
+        count = f"{int(halved.sum())} of {outputs} outputs"
+        writer.remark(f"'{unit.label}': {count} could leave int32, so that their weights have fewer bits")
+    return integers, rounded.astype(np.int64), scale
+
+
+def _multiply(writer: Writer, node: ir.Node, source: Codes, weight: np.ndarray, index: int) -> ir.Value:
+    """Multiply integers and return the accumulator, int32."""
+    if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != 0:
+        weight = weight.T
+    limits = np.iinfo(np.int8)
+    if weight.min() < limits.min or weight.max() > limits.max:
+        raise UnfitError("its weight less the zero point does not fit into int8")
+    stored = writer.constant(weight, _INT8, f"{qgraph.ir.node_label(node)}/weight")
+    kept = {name: node.attributes[name] for name in _CONV_ATTRIBUTES if name in node.attributes}
+
+    def product(codes: ir.Value, zero_point: int) -> ir.Value:
+        zero = writer.constant(zero_point, codes.dtype or _UINT8)
+        if node.op_type == "Conv":
+            return writer.op("ConvInteger", [codes, stored, zero], _INT32, kept)
+        if index == 1:
+            return writer.op("MatMulInteger", [codes, stored, zero], _INT32)
+        return writer.op("MatMulInteger", [stored, codes, None, zero], _INT32)
+
+    return _in_halves(writer, source, product)
+
+
+def _in_halves(writer: Writer, source: Codes, product: Callable[[ir.Value, int], ir.Value]) -> ir.Value:
+    """Apply a linear function of 8-bit integers to these, or to the two halves of 16-bit ones."""
+    if source.form.dtype is not ir.DataType.INT16:
+        return product(source.value, source.form.zero_point)
+    shifted = writer.op("Add", [writer.centred(source), writer.constant(1 << 15, _INT32)], _INT32)
+    split = writer.constant(_SPLIT, _INT32)
+    high = writer.op("Div", [shifted, split], _INT32)
+    low = writer.op("Sub", [shifted, writer.op("Mul", [high, split], _INT32)], _INT32)
+    upper = product(writer.cast(high, _UINT8), _SPLIT // 2)
+    lower = product(writer.cast(low, _UINT8), 0)
+    return writer.op("Add", [writer.op("Mul", [upper, split], _INT32), lower], _INT32)
+
+
+def _add_bias(writer: Writer, node: ir.Node, accumulator: ir.Value, bias: np.ndarray) -> ir.Value:
+    if not np.any(bias):
+        return accumulator
+    name = f"{qgraph.ir.node_label(node)}/bias"
+    spread = _over_outputs(bias, node)
+    spread = spread[None] if node.op_type == "Conv" else spread
+    return writer.op("Add", [accumulator, writer.constant(spread, _INT32, name)], _INT32)
+
+
+def _over_outputs(entries: np.ndarray, node: ir.Node) -> np.ndarray:
+    """Return one entry for each output in the shape that broadcasts against the accumulator."""
+    if entries.ndim == 0 or (
+        entries.size > 1 and np.ptp(entries) == 0 and not np.issubdtype(entries.dtype, np.integer)
+    ):
+        return entries.reshape(-1)[:1].reshape(())
+    if node.op_type != "Conv":
+        return entries
+    weight = node.inputs[1]
+    rank = 4 if weight is None or weight.shape is None else len(weight.shape)
+    return entries.reshape(-1, *[1] * (rank - 2))
+
+
+def matmul(writer: Writer, unit: Unit, target: Target) -> ir.Value:
+    """Write a product of two activations."""
+    left, right = (writer.codes(value) for value in unit.inputs)
+    if ir.DataType.INT16 in (left.form.dtype, right.form.dtype):
+        raise UnfitError("it multiplies 16-bit activations with activations: quantize both to 8 bits")
+    width = _last(unit.inputs[0])
+    most = LIMIT // (left.form.reach * right.form.reach)
+    if width is not None and width > most:
+        raise UnfitError(f"its sums of {width} products could leave int32 (at most {most} cannot)")
+    if width is None:
+        writer.limit(most)
+    factor = float(unit.tail.factor)
+    zeros = [writer.constant(one.form.zero_point, one.form.dtype) for one in (left, right)]
+    accumulator = writer.op("MatMulInteger", [left.value, right.value, *zeros], _INT32)
+    if factor < 0:
+        accumulator = writer.op("Neg", [accumulator], _INT32)
+    scale = abs(factor) * left.form.scale * right.form.scale
+    offset = round(float(unit.tail.offset) / scale)
+    if offset:
+        if width is None or width * left.form.reach * right.form.reach + abs(offset) > LIMIT:
+            raise UnfitError("what is added to its sums could lead beyond int32")
+        accumulator = writer.op("Add", [accumulator, writer.constant(offset, _INT32)], _INT32)
+    return writer.requantize(accumulator, scale, target, unit.tail.low, unit.tail.high)
+
+
+def _last(value: ir.Value) -> int | None:
+    size = value.shape[-1] if value.shape is not None and len(value.shape) else None
+    return size if isinstance(size, int) else None
+
+
+def pool(writer: Writer, unit: Unit, target: Target) -> ir.Value:
+    """Write an AveragePool as sums over windows, divided by the counts of their elements."""
+    node = unit.main
+    source = writer.codes(unit.inputs[0])
+    shape = unit.inputs[0].shape
+    channels = None if shape is None or len(shape) < 3 else shape[1]
+    if not isinstance(channels, int):
+        raise UnfitError("the number of its channels is not known: fix the shape of the input (--shape)")
+    if node.attributes.get_int("ceil_mode", 0):
+        raise UnfitError("it may reach beyond the border (ceil_mode)")
+    kernel = list(node.attributes.get_ints("kernel_shape"))
+    if math.prod(kernel) * source.form.reach > LIMIT // 2:
+        raise UnfitError("its windows are so large that their sums could leave int32")
+    ones = writer.constant(np.ones((channels, 1, *kernel)), _INT8)
+    kept = {name: node.attributes[name] for name in _CONV_ATTRIBUTES if name in node.attributes}
+    kept["group"] = ir.AttrInt64("group", channels)
+
+    def sums(codes: ir.Value, zero_point: int) -> ir.Value:
+        zero = writer.constant(zero_point, codes.dtype or _UINT8)
+        return writer.op("ConvInteger", [codes, ones, zero], _INT32, kept)
+
+    total = _in_halves(writer, source, sums)
+    return writer.requantize(total, source.form.scale / _counts(node, shape, kernel), target)
+
+
+def _counts(node: ir.Node, shape: ir.Shape | None, kernel: list[int]) -> np.ndarray:
+    """Return the elements that count in each window, () or over the output's places."""
+    pads = list(node.attributes.get_ints("pads", [0] * 2 * len(kernel)))
+    auto = node.attributes.get_string("auto_pad", "NOTSET")
+    padded = any(pads) or auto not in ("NOTSET", "VALID")
+    if node.attributes.get_int("count_include_pad", 0) or not padded:
+        return np.asarray(float(math.prod(kernel)))
+    sizes = [] if shape is None else list(shape)[2:]
+    if auto not in ("NOTSET", "VALID") or not all(isinstance(size, int) for size in sizes):
+        raise UnfitError("its border counts less than the inside, and its size is not known: fix the shape (--shape)")
+    strides = list(node.attributes.get_ints("strides", [1] * len(kernel)))
+    dilations = list(node.attributes.get_ints("dilations", [1] * len(kernel)))
+    counts = np.ones(())
+    for axis, (size, width, step, gap) in enumerate(zip(sizes, kernel, strides, dilations, strict=True)):
+        assert isinstance(size, int)
+        before, after = pads[axis], pads[axis + len(kernel)]
+        starts = np.arange(0, size + before + after - (width - 1) * gap, step) - before
+        taps = starts[:, None] + np.arange(width) * gap
+        counts = np.multiply.outer(counts, ((taps >= 0) & (taps < size)).sum(axis=1))
+    return np.maximum(counts, 1)

@@ -1,0 +1,151 @@
+"""What moves, selects or joins elements, on the integers themselves.
+
+    D(x) -> Transpose -> Q                 =>    Transpose(x)
+    Concat(D(a), D(b)) -> Q                =>    Concat(Requantize(a), b)        each at the scale of the result
+    Where(c, D(a), -inf) -> Q              =>    Where(c, a, lowest)
+
+ONNX Runtime has no 16-bit kernels for some of these; they are then done in int32 between two casts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+import qgraph.ir
+from qgraph.analysis.integer_rules import is_stored
+from qgraph.analysis.integer_units import Unit, is_float
+from qgraph.passes._requantize_writer import Codes, Target, UnfitError, Writer
+
+__all__ = ["join", "move"]
+
+_INT16, _INT32, _INT64 = ir.DataType.INT16, ir.DataType.INT32, ir.DataType.INT64
+_NO_16_BITS = frozenset({
+    "ArgMax", "ArgMin", "DepthToSpace", "Max", "Min", "Pad", "ReduceMax", "ReduceMin", "Resize", "SpaceToDepth",
+    "Trilu", "Where",
+})  # fmt: skip
+
+
+def move(writer: Writer, unit: Unit) -> list[tuple[ir.Value, Target | None]]:
+    """Move integers, and return them for each output with what they stand for, None for what never was real.
+
+    Raises:
+        UnfitError: the operator cannot work on these integers.
+    """
+    node = unit.main
+    if node.op_type == "ConstantOfShape":
+        return [_filled(writer, node)]
+    source = writer.codes(unit.inputs[0])
+    form = source.form
+    if node.op_type == "MaxPool" and form.dtype is _INT16:
+        raise UnfitError("MaxPool has no 16-bit form: quantize its input to 8 bits")
+    if node.op_type == "Trilu" and form.zero_point:
+        return [(_triangle(writer, node, source), form)]
+    inputs: list[ir.Value | None] = [source.value, *node.inputs[1:]]
+    wide = form.dtype is _INT16 and node.op_type in _NO_16_BITS
+    kind = _INT32 if wide else form.dtype
+    inputs[0] = writer.cast(source.value, kind)
+    op_type, attributes = node.op_type, dict(node.attributes)
+    if op_type == "Pad":
+        inputs = _padding(writer, node, form, kind, inputs)
+    elif op_type == "Resize":
+        inputs, attributes = _sizes(writer, unit, inputs, attributes)
+    elif op_type == "GlobalMaxPool":
+        op_type, inputs, attributes = _over_space(writer, unit, inputs[0])
+    real = [is_float(value) for value in node.outputs]
+    new = writer.node(op_type, inputs, kind, attributes, outputs=len(node.outputs))
+    results: list[tuple[ir.Value, Target | None]] = []
+    for value, before, is_real in zip(new.outputs, node.outputs, real, strict=True):
+        if not is_real:
+            value.dtype = before.dtype or _INT64
+            results.append((value, None))
+        else:
+            results.append((writer.cast(value, form.dtype), form))
+    return results
+
+
+def _filled(writer: Writer, node: ir.Node) -> tuple[ir.Value, Target | None]:
+    """Write a ConstantOfShape: one number is all that it stands for, so its integers are free."""
+    attribute = node.attributes.get("value")
+    number = 0.0 if attribute is None else float(np.asarray(attribute.as_tensor().numpy()).item())
+    form = _form_read(writer, node.outputs[0])
+    code = ir.tensor(form.quantize(np.asarray([number])), dtype=form.dtype)
+    return writer.op("ConstantOfShape", node.inputs, form.dtype, {"value": ir.AttrTensor("value", code)}), form
+
+
+def _form_read(writer: Writer, value: ir.Value) -> Target:
+    for use in value.uses():
+        if qgraph.ir.is_op(use.node, "QuantizeLinear"):
+            return writer.form(use.node, value)
+    raise UnfitError("its result is not quantized")
+
+
+def _triangle(writer: Writer, node: ir.Node, source: Codes) -> ir.Value:
+    """Write a Trilu, which fills in zeros: those are zero points."""
+    zero = writer.constant(source.form.zero_point, _INT32)
+    kept = writer.op("Trilu", [writer.centred(source), *node.inputs[1:]], _INT32, dict(node.attributes))
+    return writer.cast(writer.op("Add", [kept, zero], _INT32), source.form.dtype)
+
+
+def _padding(
+    writer: Writer, node: ir.Node, form: Target, kind: ir.DataType, inputs: Sequence[ir.Value | None]
+) -> list[ir.Value | None]:
+    """Return the inputs of a Pad whose number is a code."""
+    if node.attributes.get_string("mode", "constant") != "constant":
+        return list(inputs)
+    given = node.inputs[2] if len(node.inputs) > 2 else None
+    number = np.zeros(()) if given is None else writer.real(given).reshape(())
+    fill = writer.constant(form.quantize(number), kind)
+    return [*inputs[:2], fill, *inputs[3:]]
+
+
+def _sizes(
+    writer: Writer, unit: Unit, inputs: Sequence[ir.Value | None], attributes: dict[str, ir.Attr]
+) -> tuple[list[ir.Value | None], dict[str, ir.Attr]]:
+    """Name the result's sizes rather than real scales, along the axes that change."""
+    before, after = unit.inputs[0].shape, unit.outputs[0].shape
+    if before is None or after is None:
+        raise UnfitError("the shapes around it are not known: fix the shape of the input (--shape)")
+    axes = [axis for axis, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
+    if not all(isinstance(after[axis], int) and isinstance(before[axis], int) for axis in axes):
+        raise UnfitError("the sizes that it changes are not known: fix the shape of the input (--shape)")
+    attributes["axes"] = ir.AttrInt64s("axes", axes)
+    sizes = writer.constant(np.asarray([after[axis] for axis in axes]), _INT64)
+    return [inputs[0], None, None, sizes], attributes
+
+
+def _over_space(
+    writer: Writer, unit: Unit, value: ir.Value | None
+) -> tuple[str, list[ir.Value | None], dict[str, ir.Attr]]:
+    """Return a ReduceMax that does what a GlobalMaxPool does."""
+    shape = unit.inputs[0].shape
+    if shape is None:
+        raise UnfitError("its rank is not known")
+    axes = writer.constant(np.arange(2, len(shape)), _INT64)
+    return "ReduceMax", [value, axes], {"keepdims": ir.AttrInt64("keepdims", 1)}
+
+
+def join(writer: Writer, unit: Unit, target: Target) -> ir.Value:
+    """Bring several tensors to one scale and join them."""
+    node = unit.main
+    dtype = _INT32 if target.dtype is _INT16 and node.op_type in _NO_16_BITS else target.dtype
+    terms = [writer.cast(_at(writer, value, target), dtype) for value in unit.terms]
+    if node.op_type in ("Max", "Min"):
+        result = functools.reduce(lambda one, other: writer.op(node.op_type, [one, other], dtype), terms)
+    elif node.op_type == "Where":
+        result = writer.op("Where", [node.inputs[0], *terms], dtype)
+    else:
+        result = writer.op("Concat", terms, dtype, dict(node.attributes))
+    return writer.cast(result, target.dtype)
+
+
+def _at(writer: Writer, value: ir.Value, target: Target) -> ir.Value:
+    """Return a tensor or a constant at a scale."""
+    if is_stored(value) and not qgraph.ir.is_op(value.producer(), "DequantizeLinear"):
+        array = qgraph.ir.constant(value)
+        assert array is not None
+        return writer.constant(target.quantize(array), target.dtype)
+    return writer.rescale(writer.codes(value), target)

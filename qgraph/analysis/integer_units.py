@@ -1,0 +1,462 @@
+"""The parts of a graph that become integer arithmetic as a whole: one rounding for each, at its end.
+
+    Conv -> Mul(c) -> Add(b) -> Relu            LAYER      an accumulator, then one rescaling that also clamps
+    MatMul(a, b) -> Div(8)                      MATMUL     the same between two activations
+    Add(Add(a, b), c)                           SUM        any number of addends
+    x -> Div -> Erf -> Add -> Mul(x) -> Mul     TABLE      whatever is a function of one tensor, element by element
+    ReduceMean(x * x) ... x / sqrt(...)         NORM       RMS normalization written out; LayerNormalization
+
+Between units lie the tensors that integers must stand for; inside them nothing is rounded. A unit is found in a float
+graph, where quantization is still to be put around it, and again in the graph that has DequantizeLinear before and
+QuantizeLinear behind it.
+
+What belongs to no unit (operators without an integer form, what subgraphs hold) is refused, with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+import qgraph.ir
+from qgraph.analysis.elementwise import ELEMENTWISE
+from qgraph.analysis.integer_patterns import PATTERNS
+from qgraph.analysis.integer_rules import is_constant, is_stored, output_axis
+
+__all__ = ["FLOATS", "Form", "Tail", "Unit", "Units", "integer_units", "is_float", "layer_weight"]
+
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+
+
+class Form(enum.Enum):
+    """What a unit computes, and so how integers do it."""
+
+    LAYER = "layer"
+    MATMUL = "product of activations"
+    SUM = "sum"
+    PRODUCT = "product"
+    QUOTIENT = "quotient"
+    TABLE = "function of one tensor"
+    MOVE = "movement"
+    JOIN = "several tensors brought to one scale"
+    POOL = "average pooling"
+    REDUCE = "reduction"
+    SOFTMAX = "softmax"
+    NORM = "normalization"
+    HYPOT = "root of a sum of squares"
+    CAST = "integers as numbers"
+
+
+@dataclasses.dataclass
+class Tail:
+    """What is done to an accumulator before it is rounded: y = clamp(x * factor + offset, low, high).
+
+    Attributes:
+        factor: float64, () or broadcasting over the last axis of a product, or over the channels of a convolution.
+        offset: the same.
+        low: the least result.
+        high: the largest.
+    """
+
+    factor: np.ndarray = dataclasses.field(default_factory=lambda: np.array(1.0))
+    offset: np.ndarray = dataclasses.field(default_factory=lambda: np.array(0.0))
+    low: float = -math.inf
+    high: float = math.inf
+
+
+@dataclasses.dataclass(eq=False)
+class Unit:
+    """One part of the graph.
+
+    Attributes:
+        form: what it computes.
+        main: the node that names it.
+        nodes: its nodes in topological order, the main one among them.
+        inputs: the tensors that it reads and that integers must stand for, or, for CAST, the integers.
+        outputs: the tensors that it makes, of which the first is what it rounds to.
+        tail: what is done before rounding (LAYER, MATMUL, SUM, PRODUCT).
+        signs: of the addends of a SUM, in the order of `terms`.
+        terms: the addends of a SUM: tensors and constants; the operands of a PRODUCT or QUOTIENT.
+    """
+
+    form: Form
+    main: ir.Node
+    nodes: tuple[ir.Node, ...]
+    inputs: tuple[ir.Value, ...]
+    outputs: tuple[ir.Value, ...]
+    tail: Tail = dataclasses.field(default_factory=Tail)
+    signs: tuple[int, ...] = ()
+    terms: tuple[ir.Value, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The name of the main node."""
+        return qgraph.ir.node_label(self.main)
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """The units of a graph in topological order, and the nodes that belong to none, with the reason."""
+
+    units: Sequence[Unit]
+    refused: Mapping[ir.Node, str]
+
+
+MOVERS = frozenset({
+    "ArgMax", "ArgMin", "DepthToSpace", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "GlobalMaxPool",
+    "Identity", "MaxPool", "Pad", "ReduceMax", "ReduceMin", "Reshape", "Resize", "Shape", "Size", "Slice",
+    "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Trilu", "Unsqueeze", "ConstantOfShape",
+})  # fmt: skip
+"""Operators whose results are some of the elements of their first input, or know nothing of their values."""
+_JOINERS = {"Concat": 0, "Where": 1, "Max": 0, "Min": 0}
+"""Operators of several tensors that end up at one scale, and how many inputs come before these."""
+_REDUCTIONS = ("ReduceSum", "ReduceMean", "GlobalAveragePool")
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+def is_float(value: ir.Value | None) -> bool:
+    """Tell whether a value holds floating-point numbers, or something of which nothing is known."""
+    return value is not None and (value.dtype is None or value.dtype in FLOATS)
+
+
+def layer_weight(node: ir.Node) -> tuple[int, ir.Value] | None:
+    """Return position and value of the constant weight of a linear layer, or None if it has none."""
+    for index in (1, 0) if node.op_type == "MatMul" else (1,):
+        value = node.inputs[index]
+        if value is not None and is_stored(value):
+            return index, value
+    return None
+
+
+def integer_units(graph: ir.Graph) -> Units:
+    """Cut the main graph into units.
+
+    Args:
+        graph: types must be known (`infer-shapes`); QuantizeLinear and DequantizeLinear bound units and are none.
+    """
+    return _Cutter(graph).run()
+
+
+class _Cutter:
+    """Goes over the nodes once; a node may take those behind it along, and functions of one tensor grow backwards."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._units: list[Unit] = []
+        self._refused: dict[ir.Node, str] = {}
+        self._taken: set[ir.Node] = set()
+        self._root: dict[ir.Value, ir.Value] = {}
+        self._order = {node: index for index, node in enumerate(graph)}
+
+    def run(self) -> Units:
+        for node in self._graph:
+            if node not in self._taken and _touches_floats(node):
+                self._visit(node)
+        self._make_tables()
+        self._units.sort(key=lambda unit: self._order[unit.nodes[-1]])
+        return Units(self._units, self._refused)
+
+    def _visit(self, node: ir.Node) -> None:
+        if qgraph.ir.is_op(node, "QuantizeLinear", "DequantizeLinear"):
+            return
+        if node.domain not in ("", "ai.onnx"):
+            self._refused[node] = f"{node.domain}.{node.op_type} is not an operator of ONNX"
+            return
+        for pattern in PATTERNS:
+            found = pattern(node)
+            if found is not None and not self._taken.intersection(found.nodes):
+                self._add(
+                    Unit(Form(found.form), found.nodes[-1], self._sorted(found.nodes), found.sources, (found.result,))
+                )
+                return
+        if self._grow(node):
+            return
+        unit = self._unit(node)
+        if isinstance(unit, str):
+            self._refused[node] = unit
+        else:
+            self._add(unit)
+
+    def _add(self, unit: Unit) -> None:
+        self._units.append(unit)
+        self._taken.update(unit.nodes)
+
+    # --- functions of one tensor --------------------------------------------------------------------------------------
+
+    def _grow(self, node: ir.Node) -> bool:
+        """Let a node join a function of one tensor, if it computes its result from one alone, element by element."""
+        if node.op_type not in ELEMENTWISE or len(node.outputs) != 1:
+            return False
+        roots = set()
+        for value in node.inputs:
+            if value is None or _is_scalar(value):
+                continue
+            if is_constant(value):
+                return False
+            root = self._root.get(value, value)
+            if value not in self._root and not is_float(value):
+                return False
+            roots.add(root)
+        if len(roots) != 1:
+            return False
+        self._root[node.outputs[0]] = roots.pop()
+        self._taken.add(node)
+        return True
+
+    def _make_tables(self) -> None:
+        """Make a unit of every function whose values somebody else reads."""
+        wanted = {value for unit in self._units for value in (*unit.inputs, *unit.terms)}
+        for value, root in self._root.items():
+            readers = [use.node for use in value.uses()]
+            outside = any(reader.graph is not self._graph or reader in self._refused for reader in readers)
+            bounded = any(qgraph.ir.is_op(reader, "QuantizeLinear") for reader in readers)
+            discrete = not is_float(value) and any(reader.outputs[0] not in self._root for reader in readers)
+            if value in wanted or value.is_graph_output() or outside or bounded or discrete:
+                path = self._path(root, value)
+                self._units.append(Unit(Form.TABLE, path[-1], path, (root,), (value,)))
+
+    def _path(self, root: ir.Value, value: ir.Value) -> tuple[ir.Node, ...]:
+        found: dict[ir.Node, None] = {}
+        stack = [value]
+        while stack:
+            node = stack.pop().producer()
+            if node is None or node in found:
+                continue
+            found[node] = None
+            stack += [one for one in node.inputs if one is not None and one in self._root and one is not root]
+        return self._sorted(found)
+
+    def _sorted(self, nodes: Iterable[ir.Node]) -> tuple[ir.Node, ...]:
+        return tuple(sorted(nodes, key=self._order.__getitem__))
+
+    # --- the other forms ----------------------------------------------------------------------------------------------
+
+    def _unit(self, node: ir.Node) -> Unit | str:
+        op_type = node.op_type
+        if op_type in _LAYERS:
+            return self._layer(node)
+        if op_type in ("Add", "Sub"):
+            return self._sum(node)
+        if op_type in ("Mul", "Div"):
+            return self._product(node)
+        if op_type in MOVERS:
+            return _mover(node)
+        if op_type in _JOINERS:
+            return _joiner(node, _JOINERS[op_type])
+        if op_type == "Cast":
+            return _cast(node)
+        single = {"AveragePool": Form.POOL, **dict.fromkeys(_REDUCTIONS, Form.REDUCE), "Softmax": Form.SOFTMAX,
+                  "LayerNormalization": Form.NORM, "RMSNormalization": Form.NORM}  # fmt: skip
+        form = single.get(op_type)
+        if form is None:
+            return f"{op_type} has no integer form"
+        if form is Form.NORM and any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
+            return "its mean or deviation is read"
+        source = node.inputs[0]
+        if source is None or is_constant(source):
+            return "it reads only constants"
+        return Unit(form, node, (node,), (source,), _outputs(node)[:1])
+
+    def _layer(self, node: ir.Node) -> Unit | str:
+        weight = layer_weight(node)
+        if weight is None:
+            if node.op_type != "MatMul":
+                return f"{node.op_type} with a computed weight has no integer form"
+            left, right = node.inputs
+            assert left is not None
+            assert right is not None
+            tail, nodes = self._tail(node, per_channel=False)
+            return Unit(Form.MATMUL, node, nodes, (left, right), tuple(nodes[-1].outputs), tail)
+        index, _ = weight
+        source = node.inputs[1 - index] if node.op_type == "MatMul" else node.inputs[0]
+        if source is None or is_constant(source):
+            return "it reads only constants"
+        if node.op_type == "ConvTranspose":
+            return "ConvTranspose has an integer form only where it was written as Conv (shapes must be known)"
+        if node.op_type == "Gemm" and node.attributes.get_int("transA", 0) != 0:
+            return "it transposes its left operand (transA)"
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if bias is not None and qgraph.ir.constant(bias) is None and not is_stored(bias):
+            return "its bias is computed at run time"
+        tail, nodes = self._tail(node, per_channel=index == 1)
+        return Unit(Form.LAYER, node, nodes, (source,), tuple(nodes[-1].outputs), tail)
+
+    def _sum(self, node: ir.Node) -> Unit | str:
+        """Collect the addends of a sum of sums, of which `node` is the first; each other one reads the one before."""
+        left, right = node.inputs
+        assert left is not None
+        assert right is not None
+        terms = [(left, 1), (right, 1 if node.op_type == "Add" else -1)]
+        nodes = [node]
+        while (after := self._next_sum(nodes[-1])) is not None:
+            position = 0 if after.inputs[0] is nodes[-1].outputs[0] else 1
+            rest = after.inputs[1 - position]
+            assert rest is not None
+            negative = after.op_type == "Sub"
+            terms = [(value, -sign if negative and position == 1 else sign) for value, sign in terms]
+            terms.append((rest, -1 if negative and position == 0 else 1))
+            nodes.append(after)
+        dynamic = tuple(dict.fromkeys(value for value, _ in terms if not is_stored(value)))
+        if not dynamic:
+            return "it reads only constants"
+        values, signs = zip(*terms, strict=True)
+        tail, rest_nodes = self._clamp(nodes[-1])
+        inside = (*nodes, *rest_nodes)
+        return Unit(Form.SUM, nodes[-1], inside, dynamic, tuple(inside[-1].outputs), tail, signs, values)
+
+    def _next_sum(self, node: ir.Node) -> ir.Node | None:
+        after = qgraph.ir.only_consumer(node.outputs[0])
+        if after is None or after in self._taken or after.graph is not self._graph:
+            return None
+        return after if qgraph.ir.is_op(after, "Add", "Sub") else None
+
+    def _product(self, node: ir.Node) -> Unit | str:
+        left, right = node.inputs
+        assert left is not None
+        assert right is not None
+        dynamic = tuple(dict.fromkeys(value for value in (left, right) if not is_stored(value)))
+        if not dynamic:
+            return "it reads only constants"
+        form = Form.PRODUCT
+        if node.op_type == "Div":
+            if is_stored(right) and not np.all(_array(right)):
+                return "it divides by zero"
+            form = Form.PRODUCT if is_stored(right) else Form.QUOTIENT
+        tail, rest = self._clamp(node)
+        nodes = (node, *rest)
+        return Unit(form, node, nodes, dynamic, tuple(nodes[-1].outputs), tail, terms=(left, right))
+
+    # --- what stands behind an accumulator ----------------------------------------------------------------------------
+
+    def _tail(self, node: ir.Node, *, per_channel: bool) -> tuple[Tail, tuple[ir.Node, ...]]:
+        """Follow a layer through what can be done to its accumulator."""
+        tail, nodes = Tail(), [node]
+        while True:
+            after = qgraph.ir.only_consumer(nodes[-1].outputs[0])
+            if after is None or after.graph is not self._graph or len(after.outputs) != 1:
+                break
+            if not self._follow(tail, after, nodes[-1].outputs[0], node, per_channel=per_channel):
+                break
+            nodes.append(after)
+        clamp, rest = self._clamp(nodes[-1])
+        tail.low, tail.high = clamp.low, clamp.high
+        return tail, (*nodes, *rest)
+
+    def _follow(self, tail: Tail, after: ir.Node, value: ir.Value, layer: ir.Node, *, per_channel: bool) -> bool:
+        if not qgraph.ir.is_op(after, "Add", "Sub", "Mul", "Div"):
+            return False
+        position = 0 if after.inputs[0] is value else 1
+        array = qgraph.ir.constant(after.inputs[1 - position])
+        if array is None or array.dtype != np.float32 or not np.isfinite(array).all():
+            return False
+        operand = _over_channels(np.asarray(array, np.float64), layer, per_channel=per_channel)
+        if operand is None or (after.op_type == "Div" and (position == 1 or not np.all(operand))):
+            return False
+        if after.op_type in ("Mul", "Div"):
+            factor = operand if after.op_type == "Mul" else 1.0 / operand
+            if not np.all(factor):
+                return False
+            tail.factor, tail.offset = tail.factor * factor, tail.offset * factor
+        elif after.op_type == "Add" or position == 0:
+            tail.offset = tail.offset + (operand if after.op_type == "Add" else -operand)
+        else:
+            tail.factor, tail.offset = -tail.factor, operand - tail.offset
+        return True
+
+    def _clamp(self, node: ir.Node) -> tuple[Tail, list[ir.Node]]:
+        """Return the bounds of the Relu or Clip that alone reads the result of `node`, and that node."""
+        after = qgraph.ir.only_consumer(node.outputs[0])
+        if after is None or after.graph is not self._graph or not qgraph.ir.is_op(after, "Relu", "Clip"):
+            return Tail(), []
+        if after.op_type == "Relu":
+            return Tail(low=0.0), [after]
+        bounds = [qgraph.ir.constant(after.inputs[i]) if i < len(after.inputs) else None for i in (1, 2)]
+        given = [value for value in after.inputs[1:] if value is not None]
+        if len(given) != sum(bound is not None for bound in bounds):
+            return Tail(), []
+        low, high = (None if bound is None else float(bound.item()) for bound in bounds)
+        return Tail(low=-math.inf if low is None else low, high=math.inf if high is None else high), [after]
+
+
+def _touches_floats(node: ir.Node) -> bool:
+    values = (*node.inputs, *node.outputs)
+    return any(value is not None and (value.dtype in FLOATS) for value in values)
+
+
+def _outputs(node: ir.Node) -> tuple[ir.Value, ...]:
+    return tuple(value for value in node.outputs if value.name)
+
+
+def _is_scalar(value: ir.Value) -> bool:
+    array = qgraph.ir.constant(value)
+    return array is not None and array.size == 1 and array.ndim <= 1
+
+
+def _array(value: ir.Value) -> np.ndarray:
+    array = qgraph.ir.constant(value)
+    return np.ones(()) if array is None else array
+
+
+def _cast(node: ir.Node) -> Unit | str:
+    source = node.inputs[0]
+    if source is None or is_float(source) or node.outputs[0].dtype is not ir.DataType.FLOAT:
+        return "numbers of another type than float32 have no integer form"
+    return Unit(Form.CAST, node, (node,), (source,), _outputs(node))
+
+
+def _mover(node: ir.Node) -> Unit | str:
+    if node.op_type == "ConstantOfShape":
+        return Unit(Form.MOVE, node, (node,), (), _outputs(node))
+    reason = _unmovable(node)
+    if reason is not None:
+        return reason
+    source = node.inputs[0]
+    assert source is not None
+    return Unit(Form.MOVE, node, (node,), (source,), _outputs(node))
+
+
+def _unmovable(node: ir.Node) -> str | None:
+    if node.op_type == "Resize" and node.attributes.get_string("mode", "nearest") != "nearest":
+        return "it interpolates, which has an integer form only where the shapes are known"
+    if (
+        node.op_type == "Resize"
+        and node.attributes.get_string("coordinate_transformation_mode") == "tf_crop_and_resize"
+    ):
+        return "it may fill in a number from outside"
+    if node.op_type == "Pad" and len(node.inputs) > 2 and node.inputs[2] is not None:
+        return None if qgraph.ir.constant(node.inputs[2]) is not None else "the number that it pads with is computed"
+    if node.op_type == "MaxPool" and any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
+        return "its second output is used"
+    return None
+
+
+def _joiner(node: ir.Node, first: int) -> Unit | str:
+    values = [value for value in node.inputs[first:] if value is not None]
+    dynamic = tuple(dict.fromkeys(value for value in values if not is_stored(value)))
+    if not dynamic and node.op_type != "Where":
+        return "it reads only constants"
+    return Unit(Form.JOIN, node, (node,), dynamic, _outputs(node), terms=tuple(values))
+
+
+def _over_channels(array: np.ndarray, layer: ir.Node, *, per_channel: bool) -> np.ndarray | None:
+    """Return a constant as () or (channels,) if it is the same everywhere else, else None."""
+    if array.size == 1:
+        return array.reshape(())
+    if not per_channel:
+        return None
+    weight = layer.inputs[1]
+    if weight is None or weight.shape is None:
+        return None
+    if layer.op_type == "Conv":
+        rank, channels = len(weight.shape), weight.shape[0]
+        fits = array.size == channels and array.ndim >= rank - 1 and array.shape[-(rank - 1)] == channels
+    else:
+        channels = weight.shape[output_axis(layer) - 2 if len(weight.shape) > 2 else output_axis(layer)]
+        channels = weight.shape[-1] if layer.op_type == "MatMul" else channels
+        fits = array.size == channels and array.ndim >= 1 and array.shape[-1] == channels
+    return array.reshape(-1) if fits else None
