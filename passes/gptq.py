@@ -22,6 +22,7 @@ goes before. A second run finds nothing to do.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -92,8 +93,10 @@ class Gptq(SequentialRounding):
         """Quantize all layers; those that become sparse are marked, and later passes have to keep their zeros."""
         prepared = super().prepare(model, context, chosen)
         pattern = self._pattern()
-        sparse = [layer for layers, _ in chosen.values() for layer in layers if pattern and _suits(layer, pattern)]
-        if pattern is None or not sparse:
+        if pattern is None:
+            return prepared
+        sparse = [layer for layers, _ in chosen.values() if _suits(layers, pattern) for layer in layers]
+        if not sparse:
             return prepared
         for layer in sparse:
             mark_sparse(layer.node, pattern, _HALF)
@@ -136,5 +139,6 @@ class Gptq(SequentialRounding):
         return result.quantized, result.damping
 
 
-def _suits(layer: LinearLayer, pattern: Pattern) -> bool:
-    return layer.kind == "linear" and pattern.fits(layer.inputs)
+def _suits(layers: Sequence[LinearLayer], pattern: Pattern) -> bool:
+    """Tell whether a weight gets zeros: not a table, even where the output layer shares it."""
+    return all(layer.kind == "linear" for layer in layers) and pattern.fits(layers[0].inputs)

@@ -13,8 +13,10 @@ import pytest
 
 from qgraph.analysis.compressed_weights import compressed
 from qgraph.analysis.linear_layers import linear_layers
+from qgraph.analysis.sparse_weights import sparse_weights
 from qgraph.errors import UserError
 from qgraph.numerics.gptq import GptqResult, gptq
+from qgraph.numerics.sparsity import Pattern, follows
 from qgraph.numerics.weights import WeightScheme, quantize_weight
 from qgraph.passes._weight_options import set_bits
 from qgraph.passes.gptq import Gptq
@@ -126,6 +128,18 @@ def test_tied_and_shared_weights_stay_one() -> None:
     assert sorted(one.name for one in found) == ["table", "w"]
     assert sorted(len(one.readers) for one in found) == [2, 2]
     np.testing.assert_allclose(run(model, feeds[0]), before, atol=0.02 * np.abs(before).max())
+
+
+def test_a_table_gets_no_zeros_where_the_output_layer_shares_it() -> None:
+    model = model_of(TIED)
+    feeds = [{"ids": np.random.default_rng(seed).integers(0, 40, 16)} for seed in range(8)]
+    report = apply(model, gptq_of(sparse="2:4"), context(calibration=feeds))
+    assert "2 of them 2:4" in report.notes
+    sparse = list(sparse_weights(model))
+    assert len(sparse) == 2
+    for one in sparse:
+        assert one.matrix is not None
+        assert follows(one.matrix, Pattern("neighbours"))
 
 
 def test_what_is_left_alone_is_told_and_stays_as_it_is() -> None:
