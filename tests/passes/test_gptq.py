@@ -118,6 +118,31 @@ def test_outputs_are_nearer_than_by_rounding_to_the_nearest(options: dict[str, o
     assert all(0 < one["relative_error"] < 0.3 for one in report.figures["layers"].values())
 
 
+@pytest.mark.parametrize("drift", [None, 0.5])
+def test_weights_make_up_for_all_that_the_layers_before_have_changed(
+    drift: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aims = []
+
+    def recording(weight: np.ndarray, *arguments: object, **options: object) -> GptqResult:
+        aims.append(weight)
+        return gptq(weight, *arguments, **options)
+
+    monkeypatch.setattr("qgraph.passes.gptq.gptq", recording)
+    model, given = model_of(LAYERS), context()
+    apply(model, gptq_of(bits=2, **({} if drift is None else {"drift": drift})), given)
+
+    first = next(one for one in compressed(model) if one.name == "a").quantized().dequantize()
+    plain = {name: model_of(LAYERS).graph.initializers[name].const_value.numpy() for name in "ab"}
+    x = np.concatenate([feed["x"] for feed in given.samples("a test")])
+    before, now = np.maximum(x @ plain["a"], 0).astype(np.float64), np.maximum(x @ first.T, 0).astype(np.float64)
+    gram = now.T @ now
+    damping = 0.1 * 48 / len(x) * np.trace(gram) / 48  # grows with the inputs for each row seen
+    moved = np.linalg.solve(gram + damping * np.eye(48), now.T @ (before - now) @ plain["b"]).T
+    np.testing.assert_allclose(aims[1] - plain["b"].T, (drift or 1.0) * moved, rtol=1e-3, atol=1e-4)
+    assert np.abs(moved).max() > 0.05
+
+
 def test_tied_and_shared_weights_stay_one() -> None:
     model = model_of(TIED)
     feeds = [{"ids": np.random.default_rng(seed).integers(0, 40, 16)} for seed in range(8)]
