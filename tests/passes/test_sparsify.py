@@ -125,8 +125,9 @@ def test_weights_make_up_for_all_that_sparse_layers_before_have_changed(
         return sparse_gptq(weight, *arguments, **options)
 
     monkeypatch.setattr("qgraph.passes.sparsify.sparse_gptq", recording)
-    text = '<ir_version: 10, opset_import: ["" : 21]> g (float[n,16] x) => (y) <float[16,24] a = {0}, float[24,8] b = {0}>'
-    model = ir.from_onnx_text(text + " { h = MatMul (x, a)  r = Relu (h)  y = MatMul (r, b) }")
+    text = '<ir_version: 10, opset_import: ["" : 21]> g (float[n,16] x) => (y) '
+    text += "<float[16,24] a = {0}, float[24,8] b = {0}> { h = MatMul (x, a)  r = Relu (h)  y = MatMul (r, b) }"
+    model = ir.from_onnx_text(text)
     random = np.random.default_rng(3)
     plain = {name: random.normal(size=shape).astype(np.float32) for name, shape in (("a", (16, 24)), ("b", (24, 8)))}
     for name, values in plain.items():
