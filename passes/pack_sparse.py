@@ -5,10 +5,9 @@
                               y = MatMul(x, W)                                             Gemm and Conv likewise
 
 ONNX Runtime computes all of it once, while it loads the model (constant folding, on unless a session turns graph
-optimizations off), and then runs the same operators on the same floats, as fast as before, after a longer load (0.05
-to 0.07 s more for a million weights on one core). Without graph optimizations it unpacks at every run, thirty times slower.
-Of float32 it leaves 53 % where half of the weights are zero (2:4 too), 23 % at 80 %, 13 % at 90 %; of float16 56, 26
-and 16 %.
+optimizations off), then runs the same operators on the same floats, as fast as before. Loading takes 0.05 to 0.07 s
+longer for a million weights on one core; without graph optimizations every run unpacks, thirty times slower. Of float32
+it leaves 53 % where half of the weights are zero (2:4 too), 23 % at 80 %, 13 % at 90 %; of float16 56, 26 and 16 %.
 
 ONNX's own sparse initializers are no alternative: their indices are 64 bits wide by the specification, so that half of
 the weights zero makes a file half as large again, 80 % leaves 60 %, and few tools but ONNX Runtime read them.

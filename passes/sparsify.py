@@ -135,6 +135,8 @@ class Sparsify(Pass):
         """Return the sparse weights as they are stored, and facts by layer."""
         matrices: dict[LinearLayer, np.ndarray] = {}
         figures: dict[str, dict[str, float]] = {}
+        for layer in layers:  # before any of them spoils what the samples give
+            _finite(layer)
         if method == "magnitude":
             for layer in layers:
                 weight = _finite(layer)

@@ -159,12 +159,20 @@ def test_a_table_gets_no_zeros_where_the_output_layer_shares_it() -> None:
     model = model_of(TIED)
     feeds = [{"ids": np.random.default_rng(seed).integers(0, 40, 16)} for seed in range(8)]
     report = apply(model, gptq_of(sparse="2:4"), context(calibration=feeds))
-    assert "2 of them 2:4" in report.notes
+    assert "1 of them 2:4" in report.notes
     sparse = list(sparse_weights(model))
     assert len(sparse) == 2
     for one in sparse:
         assert one.matrix is not None
         assert follows(one.matrix, Pattern("neighbours"))
+
+
+def test_layers_whose_inputs_do_not_fit_a_pattern_are_told() -> None:
+    model = model_of(LAYERS)
+    report = apply(model, gptq_of(sparse="3:5"), context())
+    told = "not 3:5, since their inputs are no multiple of 5: MatMul->one, MatMul->two, MatMul->three and 1 more"
+    assert told in report.notes
+    assert not list(sparse_weights(model))
 
 
 def test_what_is_left_alone_is_told_and_stays_as_it_is() -> None:

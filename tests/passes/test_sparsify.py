@@ -212,13 +212,14 @@ def test_patterns_that_there_are_not_are_refused(options: str, message: str):
         Pipeline.parse(f"sparsify{{{options}}}")
 
 
-def test_a_weight_that_is_not_finite_is_named():
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_a_weight_that_is_not_finite_is_named(method: str):
     model = network()
     bad = array(model, "w3").copy()
     bad[0, 0] = np.inf
     model.graph.initializers["w3"].const_value = ir.tensor(bad, name="w3")
     with pytest.raises(UserError, match="the weight 'w3' of 'odd' holds NaN or infinity"):
-        Pipeline([Sparsify(min_elements=0, method="magnitude")]).run(model)
+        Pipeline([Sparsify(min_elements=0, method=method)]).run(model, calibration=samples())
 
 
 def test_zeros_and_rounding_in_one_sweep_lose_less_than_one_after_the_other():
