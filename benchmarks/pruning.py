@@ -15,7 +15,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -406,20 +406,25 @@ PARTS: dict[str, Callable[[bool], Figures]] = {
 }
 
 
-def render(results: Figures) -> str:
+def render(
+    results: Figures,
+    parts: Mapping[str, Callable[..., Figures]] = PARTS,
+    title: str = "Fewer weights",
+    file: str = "pruning.py",
+) -> str:
     """Return the page, in Markdown."""
     machine = results["machine"]
     where = (
         f"{machine['processor']}, {machine['cores']} cores; onnxruntime {machine['onnxruntime']}, numpy "
-        f"{machine['numpy']}. `benchmarks/pruning.py` made it; only ratios of times mean something elsewhere."
+        f"{machine['numpy']}. `benchmarks/{file}` made it; only ratios of times mean something elsewhere."
     )
-    lines = ["# Fewer weights", "", where, "", "| what | must reach | found | reached |", "|---|---|---|---|"]
+    lines = [f"# {title}", "", where, "", "| what | must reach | found | reached |", "|---|---|---|---|"]
     for part in results["parts"].values():
         for one in part["claims"]:
             verdict = "yes" if one["reached"] else "**no**"
             lines.append(f"| {one['what']} | {one['must']} | {one['found']} | {verdict} |")
     for name, part in results["parts"].items():
-        shown = (PARTS[name].__doc__ or "").strip().rstrip(".") + (" (quick)" if part["quick"] else "")
+        shown = (parts[name].__doc__ or "").strip().rstrip(".") + (" (quick)" if part["quick"] else "")
         columns = [key for key in part["rows"][0] if key != "notes"]
         lines += ["", f"## {shown}", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
         lines += [f"| {' | '.join(_cell(row.get(key)) for key in columns)} |" for row in part["rows"]]

@@ -34,6 +34,7 @@ _HOMES = {
     "MergeDuplicates": "merge_duplicates",
     "MixedBits": "mixed_bits",
     "MixedPrecision": "mixed_precision",
+    "PackSparse": "pack_sparse",
     "PruneChannels": "prune_channels",
     "PruneHeads": "prune_heads",
     "PruneLayers": "prune_layers",

@@ -22,13 +22,13 @@ goes before. A second run finds nothing to do.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.analysis.linear_layers import LinearLayer
 from qgraph.analysis.sparse_weights import ZerosStay, mark_sparse
 from qgraph.errors import UserError
 from qgraph.numerics.channel_rounding import round_channels, round_stack
@@ -36,7 +36,7 @@ from qgraph.numerics.gptq import gptq
 from qgraph.numerics.sparsity import Pattern, parse_pattern, sparse_gptq
 from qgraph.numerics.weights import QuantizedWeight, WeightScheme, quantize_weight
 from qgraph.passes._sequential_rounding import Problem, SequentialRounding
-from qgraph.passes._weight_rounding import Chosen, Prepared
+from qgraph.passes._weight_rounding import Chosen, Prepared, some_of
 from qgraph.pipeline import Context
 
 __all__ = ["Gptq"]
@@ -92,13 +92,20 @@ class Gptq(SequentialRounding):
         """Quantize all layers; those that become sparse are marked, and later passes have to keep their zeros."""
         prepared = super().prepare(model, context, chosen)
         pattern = self._pattern()
-        sparse = [layer for layers, _ in chosen.values() for layer in layers if pattern and _suits(layer, pattern)]
-        if pattern is None or not sparse:
+        if pattern is None:
             return prepared
-        for layer in sparse:
+        products = [layers for layers, _ in chosen.values() if all(layer.kind == "linear" for layer in layers)]
+        sparse = [layers for layers in products if pattern.fits(layers[0].inputs)]
+        ragged = [layers[0].name for layers in products if not pattern.fits(layers[0].inputs)]
+        notes = [*prepared.notes]
+        if ragged:
+            notes.append(f"not {pattern}, since their inputs are no multiple of {pattern.of}: {some_of(ragged)}")
+        if sparse:
+            notes.append(f"{len(sparse)} of them {pattern}")
+            context.promises.append(ZerosStay())
+        for layer in itertools.chain(*sparse):
             mark_sparse(layer.node, pattern, _HALF)
-        context.promises.append(ZerosStay())
-        return dataclasses.replace(prepared, notes=[*prepared.notes, f"{len(sparse)} of them {pattern}"])
+        return dataclasses.replace(prepared, notes=notes)
 
     def solve(self, problem: Problem) -> tuple[QuantizedWeight, float]:
         """Round rows of weights against the Hessian of their inputs; return them, and the damping that was used."""
@@ -134,7 +141,3 @@ class Gptq(SequentialRounding):
             refine=self.refine,
         )
         return result.quantized, result.damping
-
-
-def _suits(layer: LinearLayer, pattern: Pattern) -> bool:
-    return layer.kind == "linear" and pattern.fits(layer.inputs)

@@ -8,8 +8,8 @@ layer (Frantar and Alistarh 2023), each seeing what the sparse layers before it 
 `unstructured` or `block` (4 x 4) with a `ratio` of zeros. They run along the inputs of each output, those of a
 convolution along the channels of every element of its kernel, as sparse tensor cores want them.
 
-The file does not get smaller by itself: zeros are stored like other numbers. Quantizers round zero to zero, and the
-pipeline checks after every pass that no zero was filled in.
+The file does not get smaller by itself: zeros are stored like other numbers, until `pack-sparse` leaves them out.
+Quantizers round zero to zero, and the pipeline checks after every pass that no zero was filled in.
 
 It does not fire on weights that are computed, shared, embeddings, compressed or sparse already, or smaller than
 `min_elements`; n:m not where the inputs of a layer are fewer than m.
@@ -135,6 +135,8 @@ class Sparsify(Pass):
         """Return the sparse weights as they are stored, and facts by layer."""
         matrices: dict[LinearLayer, np.ndarray] = {}
         figures: dict[str, dict[str, float]] = {}
+        for layer in layers:  # before any of them spoils what the samples give
+            _finite(layer)
         if method == "magnitude":
             for layer in layers:
                 weight = _finite(layer)

@@ -191,7 +191,7 @@ def _why_float(node: ir.Node) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class CpuFp32(_OnnxRuntimeCpu):
-    """Float on the CPU: cleaned up, nothing quantized."""
+    """Float on the CPU: cleaned up, nothing quantized; sparse weights are unpacked at load."""
 
     name: ClassVar[str] = "cpu-fp32"
     summary: ClassVar[str] = "float32 in ONNX Runtime on the CPU: for pruning and other passes without quantization"
@@ -200,6 +200,10 @@ class CpuFp32(_OnnxRuntimeCpu):
         """Return no passes."""
         del model, context
         return Pipeline()
+
+    def lower_passes(self) -> Pipeline:
+        """Store what was made sparse in fewer bytes, and clean up."""
+        return Pipeline.parse("pack-sparse,remove-unused")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,12 +13,25 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
+from qgraph.numerics.sparse_packing import with_zeros
 from qgraph.numerics.sparsity import Pattern, follows, parse_pattern
 
-__all__ = ["SPARSE_KEY", "SparseWeight", "ZerosStay", "mark_sparse", "pattern_of", "sparse_weights", "weight_matrix"]
+__all__ = [
+    "SPARSE_KEY",
+    "SparseWeight",
+    "ZerosStay",
+    "mark_packed",
+    "mark_sparse",
+    "pattern_of",
+    "sparse_weights",
+    "weight_matrix",
+]
 
 SPARSE_KEY = "qgraph.sparse"
 """Metadata of a node that reads a sparse weight: "2:4", or "unstructured 0.5"."""
+
+_PACKED_KEY = "qgraph.packed"
+"""Metadata of the Gather that ends the unpacking of a weight (`qgraph.numerics.sparse_packing`)."""
 
 _READERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
@@ -43,6 +56,11 @@ def mark_sparse(node: ir.Node, pattern: Pattern, zeros: float) -> None:
     share = min(max(zeros, 0.0001), 0.9999)  # a weight may be all zeros
     text = f"{pattern.kept}:{pattern.of}" if pattern.kind == "neighbours" else f"{pattern.kind} {share:.4f}"
     node.metadata_props[SPARSE_KEY] = text
+
+
+def mark_packed(gather: ir.Node) -> None:
+    """Note that a Gather of constant values gives a weight that is stored as a mask and what is not zero."""
+    gather.metadata_props[_PACKED_KEY] = "mask"
 
 
 def pattern_of(node: ir.Node) -> Pattern | None:
@@ -121,6 +139,8 @@ def _array(value: ir.Value) -> np.ndarray | None:
     node = value.producer()
     if node is None or node.inputs[0] is None:
         return None
+    if _PACKED_KEY in node.metadata_props:
+        return _unpacked(node)
     if qgraph.ir.is_op(node, "Cast", "Identity"):
         return _array(node.inputs[0])
     if qgraph.ir.is_op(node, "Transpose"):
@@ -133,6 +153,22 @@ def _array(value: ir.Value) -> np.ndarray | None:
     if codes is None or offset is None:
         return None
     return np.asarray(codes.astype(np.int32) - _spread(offset.astype(np.int32), codes.shape, node))
+
+
+def _unpacked(gather: ir.Node) -> np.ndarray | None:
+    """Return the weight that a marked Gather gives; None where what stands before it is not as it was written."""
+    values, place = qgraph.ir.constant(gather.inputs[0]), gather.inputs[1]
+    reshape = None if place is None else place.producer()
+    if values is None or not qgraph.ir.is_op(reshape, "Reshape"):
+        return None
+    assert reshape is not None
+    shape, value = qgraph.ir.constant(reshape.inputs[1]), reshape.inputs[0]
+    while value is not None and (producer := value.producer()) is not None:
+        value = producer.inputs[0] if producer.inputs else None
+    mask = qgraph.ir.constant(value)
+    if shape is None or mask is None:
+        return None
+    return with_zeros(mask, values, tuple(shape.tolist()))
 
 
 def _spread(offset: np.ndarray, shape: tuple[int, ...], node: ir.Node) -> np.ndarray:

@@ -16,6 +16,7 @@ import data
 import metrics
 import report
 import report_accuracy
+import sparsity
 import timing
 
 
@@ -217,3 +218,10 @@ def test_labels_are_cut_as_the_feeds_are(tmp_path):
         accuracy._digest([tmp_path / "plain" / "0000.npz"]),
     )
     assert first == again != accuracy._digest([tmp_path / "plain" / "0001.npz"])
+
+
+def test_the_published_loop_of_the_sparsity_benchmark_is_ours_without_the_fit():
+    weight, x = sparsity.problem(8, 160)
+    hessian = 2 / len(x) * (x.T.astype(np.float64) @ x)
+    found = sparsity.sparse_gptq(weight, hessian, sparsity.Pattern("neighbours"), fits=0).weight
+    np.testing.assert_allclose(sparsity.published(weight, hessian), found, atol=1e-4)

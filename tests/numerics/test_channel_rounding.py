@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from qgraph.numerics.channel_rounding import channel_scales, nearest, round_channels, round_stack
+from qgraph.numerics.channel_rounding import channel_scales, damped, nearest, round_channels, round_stack
 from qgraph.numerics.weights import QuantizedWeight, WeightScheme
 
 
@@ -92,6 +93,45 @@ def test_numbers_that_lie_on_a_grid_stay_there() -> None:
     weight = (numbers * np.array([0.5, 0.01, 3.0, 1e-6, 100.0])[:, None]).astype(np.float32)
     found = round_channels(weight, hessian_of(12, 3), WeightScheme(bits=4, group=0, symmetric=True))
     np.testing.assert_allclose(found.dequantize(), weight, rtol=1e-5)
+
+
+def few_rows(seed: int, inputs: int = 48) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return weights, the Hessian of fewer samples than inputs, and that of many."""
+    rng = np.random.default_rng(seed)
+    weight, mix = rng.normal(size=(16, inputs)).astype(np.float32), rng.normal(size=(inputs, inputs))
+    few, many = (rng.normal(size=(count, inputs)) @ mix for count in (20, 2000))
+    return weight, few.T @ few / 10, many.T @ many / 1000
+
+
+def in_one_stack(weight: np.ndarray, hessian: np.ndarray, scheme: WeightScheme, **options: float) -> QuantizedWeight:
+    return round_stack(weight[None], hessian[None], scheme, **options)
+
+
+@pytest.mark.parametrize("rounding", [round_channels, in_one_stack])
+def test_damping_keeps_to_what_few_samples_show(rounding: Callable[..., QuantizedWeight]) -> None:
+    scheme = WeightScheme(bits=3, group=0, symmetric=True)
+    lost = dict.fromkeys((0.0, None, 1.0), 0.0)
+    for seed in range(3):
+        weight, few, many = few_rows(seed)
+        for damping in lost:
+            found = rounding(weight, few, scheme, **({} if damping is None else {"damping": damping}))
+            lost[damping] += errors(weight, found, many).sum()
+    assert lost[1.0] < 0.75 * lost[None]
+    assert lost[None] < 0.95 * lost[0.0]
+
+
+@pytest.mark.parametrize("rounding", [round_channels, in_one_stack])
+def test_with_no_end_of_damping_nearly_all_numbers_are_the_nearest(rounding: Callable[..., QuantizedWeight]) -> None:
+    weight, few, _ = few_rows(0)
+    found = rounding(weight, few, WeightScheme(bits=4, group=0, symmetric=True), damping=1e6)
+    # Scales are fitted once more, to numbers that stay.
+    assert np.mean(found.codes - 8.0 == nearest(weight, found.scale, 4)) > 0.95
+
+
+def test_damping_is_a_share_of_the_mean_diagonal() -> None:
+    hessian = np.array([[[2.0, 1.0], [1.0, 4.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    np.testing.assert_allclose(damped(hessian, 0.1), [[[2.3, 1.0], [1.0, 4.3]], np.eye(2)])
+    np.testing.assert_allclose(damped(hessian, 0.0)[0], hessian[0] + 3e-6 * np.eye(2), rtol=1e-12)
 
 
 def test_what_does_not_fit_is_refused() -> None:

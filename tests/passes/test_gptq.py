@@ -13,8 +13,10 @@ import pytest
 
 from qgraph.analysis.compressed_weights import compressed
 from qgraph.analysis.linear_layers import linear_layers
+from qgraph.analysis.sparse_weights import sparse_weights
 from qgraph.errors import UserError
 from qgraph.numerics.gptq import GptqResult, gptq
+from qgraph.numerics.sparsity import Pattern, follows
 from qgraph.numerics.weights import WeightScheme, quantize_weight
 from qgraph.passes._weight_options import set_bits
 from qgraph.passes.gptq import Gptq
@@ -116,6 +118,31 @@ def test_outputs_are_nearer_than_by_rounding_to_the_nearest(options: dict[str, o
     assert all(0 < one["relative_error"] < 0.3 for one in report.figures["layers"].values())
 
 
+@pytest.mark.parametrize("drift", [None, 0.5])
+def test_weights_make_up_for_all_that_the_layers_before_have_changed(
+    drift: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aims = []
+
+    def recording(weight: np.ndarray, *arguments: object, **options: object) -> GptqResult:
+        aims.append(weight)
+        return gptq(weight, *arguments, **options)
+
+    monkeypatch.setattr("qgraph.passes.gptq.gptq", recording)
+    model, given = model_of(LAYERS), context()
+    apply(model, gptq_of(bits=2, **({} if drift is None else {"drift": drift})), given)
+
+    first = next(one for one in compressed(model) if one.name == "a").quantized().dequantize()
+    plain = {name: model_of(LAYERS).graph.initializers[name].const_value.numpy() for name in "ab"}
+    x = np.concatenate([feed["x"] for feed in given.samples("a test")])
+    before, now = np.maximum(x @ plain["a"], 0).astype(np.float64), np.maximum(x @ first.T, 0).astype(np.float64)
+    gram = now.T @ now
+    damping = 0.1 * 48 / len(x) * np.trace(gram) / 48  # grows with the inputs for each row seen
+    moved = np.linalg.solve(gram + damping * np.eye(48), now.T @ (before - now) @ plain["b"]).T
+    np.testing.assert_allclose(aims[1] - plain["b"].T, (drift or 1.0) * moved, rtol=1e-3, atol=1e-4)
+    assert np.abs(moved).max() > 0.05
+
+
 def test_tied_and_shared_weights_stay_one() -> None:
     model = model_of(TIED)
     feeds = [{"ids": np.random.default_rng(seed).integers(0, 40, 16)} for seed in range(8)]
@@ -126,6 +153,26 @@ def test_tied_and_shared_weights_stay_one() -> None:
     assert sorted(one.name for one in found) == ["table", "w"]
     assert sorted(len(one.readers) for one in found) == [2, 2]
     np.testing.assert_allclose(run(model, feeds[0]), before, atol=0.02 * np.abs(before).max())
+
+
+def test_a_table_gets_no_zeros_where_the_output_layer_shares_it() -> None:
+    model = model_of(TIED)
+    feeds = [{"ids": np.random.default_rng(seed).integers(0, 40, 16)} for seed in range(8)]
+    report = apply(model, gptq_of(sparse="2:4"), context(calibration=feeds))
+    assert "1 of them 2:4" in report.notes
+    sparse = list(sparse_weights(model))
+    assert len(sparse) == 2
+    for one in sparse:
+        assert one.matrix is not None
+        assert follows(one.matrix, Pattern("neighbours"))
+
+
+def test_layers_whose_inputs_do_not_fit_a_pattern_are_told() -> None:
+    model = model_of(LAYERS)
+    report = apply(model, gptq_of(sparse="3:5"), context())
+    told = "not 3:5, since their inputs are no multiple of 5: MatMul->one, MatMul->two, MatMul->three and 1 more"
+    assert told in report.notes
+    assert not list(sparse_weights(model))
 
 
 def test_what_is_left_alone_is_told_and_stays_as_it_is() -> None:

@@ -13,7 +13,7 @@ import pytest
 from qgraph.analysis.sparse_weights import sparse_weights
 from qgraph.errors import UserError
 from qgraph.models import digits_cnn, digits_encoder
-from qgraph.numerics.sparsity import follows, parse_pattern
+from qgraph.numerics.sparsity import SparseResult, follows, parse_pattern, sparse_gptq
 from qgraph.passes import Sparsify
 from qgraph.pipeline import Context, Feeds, Pass, PassError, Pipeline, Report
 from qgraph.targets.cpu import CpuFp32
@@ -114,6 +114,36 @@ def test_the_methods_lose_less_and_less():
     assert errors["wanda"] < errors["magnitude"]
 
 
+@pytest.mark.parametrize("drift", [None, 0.5])
+def test_weights_make_up_for_all_that_sparse_layers_before_have_changed(
+    drift: float | None, monkeypatch: pytest.MonkeyPatch
+):
+    aims = []
+
+    def recording(weight: np.ndarray, *arguments: object, **options: object) -> SparseResult:
+        aims.append(weight)
+        return sparse_gptq(weight, *arguments, **options)
+
+    monkeypatch.setattr("qgraph.passes.sparsify.sparse_gptq", recording)
+    text = '<ir_version: 10, opset_import: ["" : 21]> g (float[n,16] x) => (y) '
+    text += "<float[16,24] a = {0}, float[24,8] b = {0}> { h = MatMul (x, a)  r = Relu (h)  y = MatMul (r, b) }"
+    model = ir.from_onnx_text(text)
+    random = np.random.default_rng(3)
+    plain = {name: random.normal(size=shape).astype(np.float32) for name, shape in (("a", (16, 24)), ("b", (24, 8)))}
+    for name, values in plain.items():
+        model.graph.initializers[name].const_value = ir.tensor(values, name=name)
+    x = random.normal(size=(300, 16)).astype(np.float32)
+    options = {} if drift is None else {"drift": drift}
+    Pipeline([Sparsify(min_elements=0, **options)]).run(model, calibration=[{"x": part} for part in np.split(x, 3)])
+
+    before, now = (np.maximum(x @ one, 0).astype(np.float64) for one in (plain["a"], array(model, "a")))
+    gram = now.T @ now
+    damping = 0.01 * np.trace(gram) / 24
+    moved = np.linalg.solve(gram + damping * np.eye(24), now.T @ (before - now) @ plain["b"]).T
+    np.testing.assert_allclose(aims[1] - plain["b"].T, (drift or 1.0) * moved, rtol=1e-3, atol=1e-4)
+    assert np.abs(moved).max() > 0.05
+
+
 def test_a_convolutional_network_keeps_its_accuracy():
     model, dataset = digits_cnn.build(), digits_cnn.dataset()
     CpuFp32().prepare_passes().run(model)
@@ -182,13 +212,14 @@ def test_patterns_that_there_are_not_are_refused(options: str, message: str):
         Pipeline.parse(f"sparsify{{{options}}}")
 
 
-def test_a_weight_that_is_not_finite_is_named():
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_a_weight_that_is_not_finite_is_named(method: str):
     model = network()
     bad = array(model, "w3").copy()
     bad[0, 0] = np.inf
     model.graph.initializers["w3"].const_value = ir.tensor(bad, name="w3")
     with pytest.raises(UserError, match="the weight 'w3' of 'odd' holds NaN or infinity"):
-        Pipeline([Sparsify(min_elements=0, method="magnitude")]).run(model)
+        Pipeline([Sparsify(min_elements=0, method=method)]).run(model, calibration=samples())
 
 
 def test_zeros_and_rounding_in_one_sweep_lose_less_than_one_after_the_other():
