@@ -187,7 +187,7 @@ def channels(quick: bool) -> Figures:
         seconds = time.perf_counter() - start
         adds = cost(model.clone(), {}).multiply_adds
         rows.append({"name": name, "passes": passes, "score": _score_of(task, model), "multiply_adds": adds})
-        rows[-1] |= {"parameters": _parameters(model), "seconds": seconds}
+        rows[-1] |= {"parameters": qgraph.ir.parameter_count(model), "seconds": seconds}
         share = adds / rows[0]["multiply_adds"]
         print(f"  {name:<24} {rows[-1]['score']:.2f}  {share:.1%} of the multiply-adds  {seconds:.0f} s", flush=True)
     base, worst = rows[0]["score"], rows[1]["score"]
@@ -204,10 +204,6 @@ def channels(quick: bool) -> Figures:
             )
         ],
     }
-
-
-def _parameters(model: ir.Model) -> int:
-    return sum(value.const_value.size for value in model.graph.initializers.values() if value.const_value is not None)
 
 
 # --- low rank ---------------------------------------------------------------------------------------------------------
@@ -228,7 +224,7 @@ def low_rank(quick: bool) -> Figures:
             report = Pipeline.parse(f"low-rank{{ratio=0.2,method={method}}}").run(thin, calibration=feeds)
             row = {"name": name, "method": method, "float32": base, "score": judge(thin)}
             row |= {"seconds": time.perf_counter() - start, "notes": report.parts[0].notes}
-            row["less"] = 1 - _parameters(thin) / _parameters(model)
+            row["less"] = 1 - qgraph.ir.parameter_count(thin) / qgraph.ir.parameter_count(model)
             lost[method] = abs(row["score"] - base)
             rows.append(row)
             print(f"  {name:<20} {method:<10} {base:.4f} -> {row['score']:.4f}  {row['seconds']:.0f} s", flush=True)

@@ -87,7 +87,7 @@ class StructuredPruning(Pass):
         if not cut_units:
             return Report(skipped=skipped, notes=[f"no {self.units_are} can be cut without falling below the limits"])
         context.keep_reference(model)
-        before = _parameters(model)
+        before = qgraph.ir.parameter_count(model)
         readers = _changed_readers(chosen, cut_units)
         notes = []
         if self.reconstruct and context.calibration is not None:
@@ -97,7 +97,7 @@ class StructuredPruning(Pass):
         cut(model, found.coupling, cut_units)
         total, left = sum(one.count for one in chosen), sum(map(len, kept))
         notes.insert(0, f"{total - left} of {total} {self.units_are} cut in {len(cut_units)} places")
-        notes.insert(1, f"{100 * (1 - _parameters(model) / before):.1f} % of the parameters")
+        notes.insert(1, f"{100 * (1 - qgraph.ir.parameter_count(model) / before):.1f} % of the parameters")
         figures = {one.name: [one.count, len(stay)] for one, stay in zip(chosen, kept, strict=True)}
         return Report(total - left, skipped, notes, {self.units_are: figures})
 
@@ -220,7 +220,3 @@ def _step(multiple: int, width: int) -> int:
 def _cost(units: Units) -> float:
     """Return the number of weights that go with one unit."""
     return sum(site.value.const_value.size for site in units.sites if site.value.const_value is not None) / units.count
-
-
-def _parameters(model: ir.Model) -> int:
-    return sum(value.const_value.size for value in model.graph.initializers.values() if value.const_value is not None)

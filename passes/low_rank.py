@@ -104,10 +104,10 @@ class LowRank(Pass):
         if not thinned:
             return Report(skipped=skipped)
         context.keep_reference(model)
-        before = _parameters(model)
+        before = qgraph.ir.parameter_count(model)
         for layer, parts in self._decomposed(model, context, thinned, counts).items():
             replace_layer(model, layer, parts)
-        share = 100 * (1 - _parameters(model) / before)
+        share = 100 * (1 - qgraph.ir.parameter_count(model) / before)
         notes = [
             f"{len(thinned)} layers thinned to ranks {_span(thinned.values())}",
             f"{share:.1f} % of the parameters cut",
@@ -324,7 +324,3 @@ def _spatial(layer: LinearLayer) -> np.ndarray:
 def _span(ranks: Collection[int]) -> str:
     low, high = min(ranks), max(ranks)
     return f"{low}" if low == high else f"{low} to {high}"
-
-
-def _parameters(model: ir.Model) -> int:
-    return sum(value.const_value.size for value in model.graph.initializers.values() if value.const_value is not None)
