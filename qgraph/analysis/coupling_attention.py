@@ -61,19 +61,20 @@ def _attention(node: ir.Node, found: Coupling) -> None:
     for value in (input_of(node, 3),):
         found.freeze_value(value, f"it is the mask of {at(node)}")
     if len(axes) == 3:
-        _attention_merged(node, found)
+        _attention_merged(node, found, "q_num_heads", "kv_num_heads")
     else:
         _attention_by_heads(node, found)
 
 
-def _attention_merged(node: ir.Node, found: Coupling) -> None:
-    wide, narrow = (node.attributes.get_int(name, 0) for name in ("q_num_heads", "kv_num_heads"))
+def _attention_merged(node: ir.Node, found: Coupling, wide_name: str, narrow_name: str) -> Axis | None:
+    """Query and result [batch, rows, heads * size], key and value with fewer heads; return the axis of the latter."""
+    wide, narrow = (node.attributes.get_int(name, 0) for name in (wide_name, narrow_name))
     counts = (wide, narrow, narrow, wide)
     values = [*(input_of(node, index) for index in range(3)), node.outputs[0]]
     split = [_heads(node, found, value, count) for value, count in zip(values, counts, strict=True)]
     if any(one is None for one in split) or not narrow or wide % narrow:
         freeze_all(node, found, f"the heads of {at(node)} are not certain")
-        return
+        return None
     query, key, value, result = (one for one in split if one is not None)
     found.join(query[0], result[0], node)
     found.join(key[0], value[0], node)
@@ -82,8 +83,36 @@ def _attention_merged(node: ir.Node, found: Coupling) -> None:
     found.freeze(query[1], f"{at(node)} scales by its size")
     _join_grouped(node, found, query[0], key[0])
     found.note_heads([key[0]], [query[1], value[1]])
-    edit_attribute(node, found, "q_num_heads", query[0])
-    edit_attribute(node, found, "kv_num_heads", key[0])
+    edit_attribute(node, found, wide_name, query[0])
+    edit_attribute(node, found, narrow_name, key[0])
+    return key[0]
+
+
+def _group_query_attention(node: ir.Node, found: Coupling) -> None:
+    """Of com.microsoft, with query, key and value apart: caches [batch, heads of keys, rows, size] go with these.
+
+    All heads are of one size.
+    """
+    others = [input_of(node, index) for index in range(3, len(node.inputs))]
+    caches = [*others[:2], *node.outputs[1:3]]
+    if any(value is not None for value in (*others[7:], *node.outputs[3:])):
+        freeze_all(node, found, f"the heads of {at(node)} are not certain")
+        return
+    heads = _attention_merged(node, found, "num_heads", "kv_num_heads")
+    split = _heads(node, found, node.outputs[0], node.attributes.get_int("num_heads", 0))
+    if split is not None:
+        found.freeze(split[1], f"{at(node)} scales by its size")
+    for cache in caches:
+        axes = found.of(cache)
+        for index, axis in enumerate(axes or ()):
+            if index == 1 and heads is not None:
+                found.join(heads, axis, node)
+            else:
+                found.freeze(axis, f"it is a cache of {at(node)}")
+        if cache is not None and (cache.name or "") and axes is None and heads is not None:
+            found.freeze(heads, f"the shape of the cache '{cache.name}' is not known")
+    for other in others[2:]:
+        found.freeze_value(other, f"{at(node)} reads it beside its heads")
 
 
 def _join_grouped(node: ir.Node, found: Coupling, query: Axis, key: Axis) -> None:
@@ -166,6 +195,7 @@ ATTENTION: Mapping[tuple[str, str], Rule] = {
     ("", "GRU"): _recurrent(3),
     ("", "LSTM"): _recurrent(4),
     ("", "RNN"): _recurrent(1),
+    ("com.microsoft", "GroupQueryAttention"): _group_query_attention,
     ("com.microsoft", "MultiHeadAttention"): _multi_head_attention,
 }
 """Domain and operator -> rule."""

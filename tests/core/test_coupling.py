@@ -161,8 +161,8 @@ class Builder:
     def model(self, *outputs: str) -> ir.Model:
         infos = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs]
         graph = onnx.helper.make_graph(self.nodes, "g", [self.input], infos, self.constants)
-        opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("com.microsoft", 1)]
-        return ir.from_proto(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9))
+        opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("com.microsoft", 1)]
+        return ir.from_proto(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10))
 
 
 def run(model: ir.Model, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -315,11 +315,19 @@ def attention(build: Builder, x: str, heads: int, groups: int, size: int, *, fus
             onnx.helper.make_node(fused, parts, ["mha"], name="mha", domain="com.microsoft", num_heads=heads)
         )
         return "mha"
+    if fused == "GroupQueryAttention":
+        lengths = [build.constant(np.array([4, 4], np.int32)), build.constant(np.array([5], np.int32))]
+        counts = {"num_heads": heads, "kv_num_heads": groups}
+        given = [*parts, "", "", *lengths]
+        build.nodes.append(onnx.helper.make_node(fused, given, ["gqa"], name="gqa", domain="com.microsoft", **counts))
+        return "gqa"
+    if fused == "Attention":
+        return build.node(fused, *parts, q_num_heads=heads, kv_num_heads=groups)
     split = []
     for part, count in zip(parts, (heads, groups, groups), strict=True):
         apart = build.node("Reshape", part, build.constant(np.array([0, 0, count, size])))
         one = build.node("Transpose", apart, perm=[0, 2, 1, 3])
-        if count < heads:
+        if count < heads and not fused:
             wide = build.node("Unsqueeze", one, build.constant(np.array([2])))
             shape = build.constant(np.array([1, 1, heads // count, 1, 1]))
             one = build.node(
@@ -327,6 +335,10 @@ def attention(build: Builder, x: str, heads: int, groups: int, size: int, *, fus
             )
         split.append(one)
     query, key, value = split
+    if fused:
+        mixed = build.node("Attention", query, key, value)
+        turned = build.node("Transpose", mixed, perm=[0, 2, 1, 3])
+        return build.node("Reshape", turned, build.constant(np.array([0, 0, width])))
     scores = build.node("MatMul", query, build.node("Transpose", key, perm=[0, 1, 3, 2]))
     mixed = build.node("MatMul", build.node("Softmax", scores, axis=-1), value)
     return build.node(
@@ -334,7 +346,20 @@ def attention(build: Builder, x: str, heads: int, groups: int, size: int, *, fus
     )
 
 
-@pytest.mark.parametrize(("heads", "groups", "fused"), [(4, 4, ""), (6, 2, ""), (4, 4, "MultiHeadAttention")])
+@pytest.mark.parametrize(
+    ("heads", "groups", "fused"),
+    [
+        (4, 4, ""),
+        (6, 2, ""),
+        (4, 4, "MultiHeadAttention"),
+        (4, 4, "GroupQueryAttention"),
+        (6, 2, "GroupQueryAttention"),
+        (4, 4, "Attention"),
+        (6, 2, "Attention"),
+        (4, 4, "Attention by heads"),
+        (6, 2, "Attention by heads"),
+    ],
+)
 def test_heads_are_cut_whole(heads: int, groups: int, fused: str):
     build = Builder(heads, ["n", "s", heads * 8])
     mixed = attention(build, "x", heads, groups, 8, fused=fused)
