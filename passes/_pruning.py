@@ -81,7 +81,7 @@ class StructuredPruning(Pass):
             else:
                 chosen.append(one)
         if not chosen:
-            return Report(skipped=skipped)
+            return Report(skipped=skipped, notes=[] if skipped else [f"no {self.units_are} were found"])
         kept = self._kept(model, context, chosen)
         cut_units = {one.atom: stay for one, stay in zip(chosen, kept, strict=True) if len(stay) < one.count}
         if not cut_units:
@@ -91,7 +91,7 @@ class StructuredPruning(Pass):
         readers = _changed_readers(chosen, cut_units)
         notes = []
         if self.reconstruct and context.calibration is not None:
-            self._fit(model, context, readers)
+            notes += self._fit(model, context, readers)
         elif self.reconstruct:
             notes.append("the layers behind are not fitted: there are no calibration data")
         cut(model, found.coupling, cut_units)
@@ -153,9 +153,10 @@ class StructuredPruning(Pass):
             return keep_each(scores, share, limits)
         return keep_together(scores, costs, share, limits)
 
-    def _fit(self, model: ir.Model, context: Context, readers: Mapping[LinearLayer, np.ndarray]) -> None:
-        """Let each layer behind give what it gave, as well as it can, from the inputs that stay."""
+    def _fit(self, model: ir.Model, context: Context, readers: Mapping[LinearLayer, np.ndarray]) -> list[str]:
+        """Let each layer behind give what it gave, as well as it can, from the inputs that stay; return notes."""
         changed: dict[ir.Value, np.ndarray] = {}
+        scarce: list[str] = []
         stream = BlockStream(model, context, list(readers), who=self.name, originals=True)
         for stage in stream.stages():
             layers = [layer for group in stage.layers.values() for layer in group]
@@ -168,6 +169,8 @@ class StructuredPruning(Pass):
                         seed = context.seed + number
                         moments[layer].add(rows_of(layer, rows[x].changed, seed), rows_of(layer, original, seed))
             for layer in layers:
+                if moments[layer].rows < np.count_nonzero(readers[layer]):
+                    scarce.append(f"{moments[layer].rows} rows for the inputs of '{layer.name}'")
                 bias = _own_bias(layer)
                 array = None if bias is None else _vector(bias)
                 weight, shifted = compensate(layer.matrix(), array, readers[layer], moments[layer])
@@ -181,6 +184,7 @@ class StructuredPruning(Pass):
             assert tensor is not None
             shaped = array.reshape(tensor.shape.numpy()).astype(tensor.dtype.numpy())
             value.const_value = ir.tensor(shaped, dtype=tensor.dtype, name=value.name)
+        return [f"more calibration samples would do better: there are only {scarce[0]}"] if scarce else []
 
 
 def _changed_readers(units: Sequence[Units], kept: Mapping[Atom, np.ndarray]) -> dict[LinearLayer, np.ndarray]:
@@ -202,6 +206,8 @@ def _own_bias(layer: LinearLayer) -> ir.Value | None:
     """Return a bias that nobody else reads."""
     bias = layer.bias
     if bias is None or bias.const_value is None or bias.const_value.size != layer.outputs:
+        return None
+    if layer.node.attributes.get_float("alpha", 1.0) != layer.node.attributes.get_float("beta", 1.0):
         return None
     return bias if qgraph.ir.only_consumer(bias) is not None else None
 

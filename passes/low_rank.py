@@ -86,8 +86,8 @@ class LowRank(Pass):
         """Decompose; `figures` has the rank of every layer, 0 for those that stay whole.
 
         Raises:
-            UserError: method=activation without calibration samples, the model does not run on one, or of=error
-                without a quantizer before.
+            UserError: method=activation without calibration samples, the model does not run on one, a weight is not
+                finite, or of=error without a quantizer before.
         """
         if self.method == "activation":
             context.samples(f"'{self.name}' with method=activation")
@@ -126,6 +126,7 @@ class LowRank(Pass):
             if reason:
                 skipped += [Skipped(one.name, reason) for one in group]
             else:
+                layer.require_finite()
                 layers.append(layer)
         return layers, skipped
 

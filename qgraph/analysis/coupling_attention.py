@@ -6,11 +6,19 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+import qgraph.ir
 from qgraph.analysis.coupling import Coupling, at
 from qgraph.analysis.coupling_tools import Rule, edit_attribute, freeze_all, input_of
 from qgraph.analysis.dimensions import Axis
+from qgraph.pipeline import Skipped
 
 __all__ = ["ATTENTION"]
+
+
+def _lose(node: ir.Node, found: Coupling) -> None:
+    reason = f"the heads of {at(node)} are not certain"
+    freeze_all(node, found, reason)
+    found.lost.append(Skipped(qgraph.ir.node_label(node), reason))
 
 
 def _heads(node: ir.Node, found: Coupling, value: ir.Value | None, heads: int) -> tuple[Axis, Axis] | None:
@@ -30,7 +38,7 @@ def _multi_head_attention(node: ir.Node, found: Coupling) -> None:
     split = [_heads(node, found, value, heads) for value in values]
     others = [input_of(node, index) for index in range(3, len(node.inputs))]
     if any(one is None for one in split) or any(value is not None for value in others[3:]):
-        freeze_all(node, found, f"the heads of {at(node)} are not certain")
+        _lose(node, found)
         return
     query, key, value, result = (one for one in split if one is not None)
     for one in (key, value, result):
@@ -42,7 +50,7 @@ def _multi_head_attention(node: ir.Node, found: Coupling) -> None:
     if bias is not None:
         widths = [found.dimensions.product(list(one)) for one in (query, key, value)]
         if None in widths:
-            freeze_all(node, found, f"the heads of {at(node)} are not certain")
+            _lose(node, found)
             return
         found.join(Axis(tuple(term for one in widths if one is not None for term in one.terms)), bias[-1], node)
     for other in (*others[1:], *node.outputs[1:]):
@@ -56,7 +64,7 @@ def _attention(node: ir.Node, found: Coupling) -> None:
     axes = found.of(node.inputs[0])
     others = [input_of(node, index) for index in range(4, len(node.inputs))]
     if axes is None or any(value is not None for value in (*others, *node.outputs[1:])):
-        freeze_all(node, found, f"the heads of {at(node)} are not certain")
+        _lose(node, found)
         return
     for value in (input_of(node, 3),):
         found.freeze_value(value, f"it is the mask of {at(node)}")
@@ -73,7 +81,7 @@ def _attention_merged(node: ir.Node, found: Coupling, wide_name: str, narrow_nam
     values = [*(input_of(node, index) for index in range(3)), node.outputs[0]]
     split = [_heads(node, found, value, count) for value, count in zip(values, counts, strict=True)]
     if any(one is None for one in split) or not narrow or wide % narrow:
-        freeze_all(node, found, f"the heads of {at(node)} are not certain")
+        _lose(node, found)
         return None
     query, key, value, result = (one for one in split if one is not None)
     found.join(query[0], result[0], node)
@@ -96,7 +104,7 @@ def _group_query_attention(node: ir.Node, found: Coupling) -> None:
     others = [input_of(node, index) for index in range(3, len(node.inputs))]
     caches = [*others[:2], *node.outputs[1:3]]
     if any(value is not None for value in (*others[7:], *node.outputs[3:])):
-        freeze_all(node, found, f"the heads of {at(node)} are not certain")
+        _lose(node, found)
         return
     heads = _attention_merged(node, found, "num_heads", "kv_num_heads")
     split = _heads(node, found, node.outputs[0], node.attributes.get_int("num_heads", 0))
@@ -132,7 +140,7 @@ def _attention_by_heads(node: ir.Node, found: Coupling) -> None:
     parts = [found.of(input_of(node, index)) for index in range(3)]
     result = found.of(node.outputs[0])
     if result is None or any(part is None or len(part) != 4 for part in (*parts, result)):
-        freeze_all(node, found, f"the heads of {at(node)} are not certain")
+        _lose(node, found)
         return
     query, key, value = (part for part in parts if part is not None)
     found.join(query[1], result[1], node)

@@ -25,7 +25,7 @@ from qgraph.analysis.gradients import gradient_model, uncovered
 from qgraph.analysis.linear_layers import LinearLayer
 from qgraph.analysis.output_gradients import output_gradients
 from qgraph.analysis.probes import Probe, first_line, raw_outputs
-from qgraph.analysis.prunable import Slot, Units
+from qgraph.analysis.prunable import Units
 from qgraph.errors import UserError
 from qgraph.numerics.pruning import Moments, Reading, eliminations, energies
 from qgraph.pipeline import Context
@@ -51,7 +51,8 @@ def importance(
             run on a sample, or gradients do not reach some units (the message says where).
     """
     for one in units:
-        _require_finite(one)
+        for slot in (*one.makers, *one.readers):
+            slot.layer.require_finite()
     if measure == "random":
         generator = np.random.default_rng(context.seed)
         return [generator.random(one.count) for one in units]
@@ -68,13 +69,6 @@ def rows_of(layer: LinearLayer, array: np.ndarray, seed: int) -> np.ndarray:
         return array
     positions = layer.window.positions(array.shape, MOST_ROWS, seed)
     return np.asarray(layer.window.rows(array, positions)[0])
-
-
-def _require_finite(units: Units) -> None:
-    for slot in (*units.makers, *units.readers):
-        layer = slot.layer
-        if not np.isfinite(layer.matrix()).all():
-            raise UserError(f"the weight '{layer.weight.name}' of '{layer.name}' holds NaN or infinity: mend the model")
 
 
 def _magnitude(units: Units) -> np.ndarray:
