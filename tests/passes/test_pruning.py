@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import ModuleType
 
 import numpy as np
@@ -310,6 +311,35 @@ def test_a_very_deep_network_is_pruned():
 
     assert report.changed == 2
     assert (shape(model, "w1"), shape(model, "w2")) == ((4, 6), (6, 4))
+
+
+def calls_for(layers: int, passes: str) -> int:
+    """Return how many functions are called to prune a chain of so many layers: what time is, without a clock."""
+    body, x, shapes = [], "x", {}
+    for number in range(layers):
+        body.append(f"h{number} = MatMul ({x}, u{number}) r{number} = Relu (h{number})")
+        body.append(f"d{number} = MatMul (r{number}, w{number}) a{number} = Add (d{number}, {x})")
+        x, shapes = f"a{number}", {**shapes, f"u{number}": (16, 4), f"w{number}": (4, 16)}
+    model = small(f"{' '.join(body)} y = Identity ({x})", **shapes)
+    count = 0
+
+    def note(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(note)
+    try:
+        Pipeline.parse(passes).run(model)
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("passes", ["prune-neurons", "prune-heads", "low-rank{min_elements=0}"])
+def test_work_grows_with_the_number_of_layers(passes: str):
+    calls_for(10, passes)  # what is made on first use does not count
+
+    assert calls_for(160, passes) < 4.6 * calls_for(40, passes)
 
 
 def accuracy(model: ir.Model, images: str, dataset: Dataset) -> float:
