@@ -39,6 +39,8 @@ __all__: list[str] = []
 HERE = Path(__file__).resolve().parent
 Figures = dict[str, Any]
 WORST, RANDOM = "importance=magnitude,reconstruct=false", "importance=random,reconstruct=false"
+SEEDS = 4
+"""Of the mean over random choices."""
 
 
 def claim(what: str, must: str, found: str, reached: bool) -> Figures:
@@ -62,17 +64,14 @@ def sentences(quick: bool) -> Figures:
     wanted = {
         "float32": ("cpu-fp32", ""),
         "25 % of the heads": ("cpu-fp32", HEADS.format(0.25, "")),
-        "25 % of the heads, at random": ("cpu-fp32", HEADS.format(0.25, f",{RANDOM}")),
         "25 % of the neurons": ("cpu-fp32", NEURONS.format(0.25, "")),
         "25 % of the neurons, by magnitude, no fit": ("cpu-fp32", NEURONS.format(0.25, f",{WORST}")),
-        "25 % of the neurons, at random": ("cpu-fp32", NEURONS.format(0.25, f",{RANDOM}")),
         "25 % of both": ("cpu-fp32", BOTH.format(0.25, "", 0.25, "")),
-        "25 % of both, at random": ("cpu-fp32", BOTH.format(0.25, f",{RANDOM}", 0.25, f",{RANDOM}")),
         "20 % of both": ("cpu-fp32", less),
         "int8": ("cpu-int8", ""),
         "20 % of both, int8": ("cpu-int8", f"{less},{{int8}}"),
     }
-    rows: list[Figures] = []
+    rows: list[Figures] = _at_random(task)
     with tempfile.TemporaryDirectory() as scratch:
         sessions = {}
         int8 = ""
@@ -90,7 +89,7 @@ def sentences(quick: bool) -> Figures:
             row = {"name": name, "passes": passes, "score": _score(task, path), "bytes": path.stat().st_size}
             rows.append({**row, "seconds": seconds})
             print(f"  {name:<44} {row['score']:.2f}  {row['bytes'] / 1e6:.1f} MB  {seconds:.0f} s", flush=True)
-        timed = [name for name in wanted if "random" not in name and "magnitude" not in name]
+        timed = [name for name in wanted if "magnitude" not in name]
         evaluation = list(task.evaluation())
         chosen = evaluation[:: len(evaluation) // (8 if quick else 24)]
         taken = timing.in_turn({name: sessions[name] for name in timed}, chosen)
@@ -99,6 +98,26 @@ def sentences(quick: bool) -> Figures:
     for row in rows:
         row["faster"] = ratios.get(row["name"])
     return {"rows": rows, "claims": _claims_of_sentences({row["name"]: row for row in rows})}
+
+
+def _at_random(task: data.Sentences) -> list[Figures]:
+    """Return what cutting at random leaves, the mean over seeds."""
+    wanted = {
+        "25 % of the heads, at random": HEADS.format(0.25, f",{RANDOM}"),
+        "25 % of the neurons, at random": NEURONS.format(0.25, f",{RANDOM}"),
+        "25 % of both, at random": BOTH.format(0.25, f",{RANDOM}", 0.25, f",{RANDOM}"),
+    }
+    whole = _prepared(task.model())
+    rows: list[Figures] = []
+    for name, passes in wanted.items():
+        scores = []
+        for seed in range(SEEDS):
+            model = whole.clone()
+            Pipeline.parse(passes).run(model, context=Context(seed=seed))
+            scores.append(_score_of(task, model))
+        rows.append({"name": name, "passes": passes, "score": float(np.mean(scores)), "scores": scores})
+        print(f"  {name:<44} {np.mean(scores):.2f}  {min(scores):.2f} to {max(scores):.2f}", flush=True)
+    return rows
 
 
 def _claims_of_sentences(rows: dict[str, Figures]) -> list[Figures]:
@@ -187,7 +206,7 @@ def channels(quick: bool) -> Figures:
         seconds = time.perf_counter() - start
         adds = cost(model.clone(), {}).multiply_adds
         rows.append({"name": name, "passes": passes, "score": _score_of(task, model), "multiply_adds": adds})
-        rows[-1] |= {"parameters": _parameters(model), "seconds": seconds}
+        rows[-1] |= {"parameters": qgraph.ir.parameter_count(model), "seconds": seconds}
         share = adds / rows[0]["multiply_adds"]
         print(f"  {name:<24} {rows[-1]['score']:.2f}  {share:.1%} of the multiply-adds  {seconds:.0f} s", flush=True)
     base, worst = rows[0]["score"], rows[1]["score"]
@@ -204,10 +223,6 @@ def channels(quick: bool) -> Figures:
             )
         ],
     }
-
-
-def _parameters(model: ir.Model) -> int:
-    return sum(value.const_value.size for value in model.graph.initializers.values() if value.const_value is not None)
 
 
 # --- low rank ---------------------------------------------------------------------------------------------------------
@@ -228,7 +243,7 @@ def low_rank(quick: bool) -> Figures:
             report = Pipeline.parse(f"low-rank{{ratio=0.2,method={method}}}").run(thin, calibration=feeds)
             row = {"name": name, "method": method, "float32": base, "score": judge(thin)}
             row |= {"seconds": time.perf_counter() - start, "notes": report.parts[0].notes}
-            row["less"] = 1 - _parameters(thin) / _parameters(model)
+            row["less"] = 1 - qgraph.ir.parameter_count(thin) / qgraph.ir.parameter_count(model)
             lost[method] = abs(row["score"] - base)
             rows.append(row)
             print(f"  {name:<20} {method:<10} {base:.4f} -> {row['score']:.4f}  {row['seconds']:.0f} s", flush=True)
@@ -290,29 +305,21 @@ def sparsity(quick: bool) -> Figures:
 
 def size(quick: bool) -> Figures:
     """Networks of up to 20,000 nodes: seconds of one core (OMP_NUM_THREADS=1)."""
-    counts = (1_000, 2_000, 4_000) if quick else (5_000, 10_000, 20_000)
-    works: dict[str, Callable[[ir.Model], object]] = {"coupling": lambda model: coupling(model, Context())}
-    for text in (
-        "prune-heads",
-        "prune-neurons",
-        "prune-layers{importance=activation}",
-        "low-rank{min_elements=0}",
-        "low-rank{min_elements=0,method=svd}",
-        "sparsify{min_elements=0}",
-        "prune-channels",
-    ):
-        works[text] = lambda model, text=text: Pipeline.parse(text).run(model, calibration=_one_feed(model))
+    counts = (1_000, 2_000, 4_000) if quick else (2_500, 5_000, 10_000, 20_000)
     rows: list[Figures] = []
-    for text, work in works.items():
+    for name, (build, text) in _works().items():
         seconds = []
         for count in counts:
-            model = _convolutional(count) if text == "prune-channels" else _encoder(count)
+            model = build(count)
             start = time.process_time()
-            work(model)
+            if text:
+                Pipeline.parse(text).run(model, calibration=_feeds(model))
+            else:
+                coupling(model, Context())
             seconds.append(time.process_time() - start)
-        rows.append({"name": text, "nodes": counts, "seconds": seconds})
+        rows.append({"name": name, "nodes": counts, "seconds": seconds})
         print(
-            f"  {text:<40} " + "  ".join(f"{count} {one:.1f} s" for count, one in zip(counts, seconds, strict=True)),
+            f"  {name:<44} " + "  ".join(f"{count} {one:.1f} s" for count, one in zip(counts, seconds, strict=True)),
             flush=True,
         )
     return {
@@ -329,9 +336,21 @@ def size(quick: bool) -> Figures:
     }
 
 
-def _one_feed(model: ir.Model) -> list[dict[str, np.ndarray]]:
+def _works() -> dict[str, tuple[Callable[[int], ir.Model], str]]:
+    """Return networks, and the passes that run on them; '' stands for the analysis of coupled dimensions alone."""
+    found: dict[str, tuple[Callable[[int], ir.Model], str]] = {}
+    both = ("", "low-rank{min_elements=0}", "low-rank{min_elements=0,method=svd}", "sparsify{min_elements=0}")
+    for text in (*both, "prune-heads", "prune-neurons", "prune-layers"):
+        found[f"transformer, {text or 'coupled dimensions'}"] = _encoder, text
+    for text in (*both, "prune-channels"):
+        found[f"residual network, {text or 'coupled dimensions'}"] = _convolutional, text
+    return found
+
+
+def _feeds(model: ir.Model) -> list[dict[str, np.ndarray]]:
     dims = [1 if not isinstance(dim, int) else dim for dim in model.graph.inputs[0].shape or ()]
-    return [{"x": np.random.default_rng(0).normal(size=dims).astype(np.float32)}]
+    random = np.random.default_rng(0)
+    return [{"x": random.normal(size=dims).astype(np.float32)} for _ in range(4)]
 
 
 class _Writer:
@@ -425,7 +444,7 @@ def render(
             lines.append(f"| {one['what']} | {one['must']} | {one['found']} | {verdict} |")
     for name, part in results["parts"].items():
         shown = (parts[name].__doc__ or "").strip().rstrip(".") + (" (quick)" if part["quick"] else "")
-        columns = [key for key in part["rows"][0] if key != "notes"]
+        columns = [key for key in part["rows"][-1] if key != "notes"]
         lines += ["", f"## {shown}", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
         lines += [f"| {' | '.join(_cell(row.get(key)) for key in columns)} |" for row in part["rows"]]
     return "\n".join(lines) + "\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -15,69 +14,16 @@ from qgraph.analysis.integer_rules import is_constant
 from qgraph.analysis.integer_units import Form, Unit, Units, is_float, layer_weight
 from qgraph.analysis.tensor_statistics import Statistics, statistics
 from qgraph.errors import UserError
-from qgraph.numerics.quantize import scale_and_zero_point
-from qgraph.numerics.schemes import Scheme
+from qgraph.passes._full_qdq_stands import Options, Stand, scheme_of
+from qgraph.passes._full_qdq_widths import Widths
 from qgraph.pipeline import Context
 
-__all__ = ["Options", "Plan", "Stand", "make_plan"]
+__all__ = ["Plan", "make_plan"]
 
 _MASKED = -1000.0
 """What reaches further down than this is a mask."""
 _UNSEEN = 16.0
 """A softmax does not see what lies this far below its largest input: exp(-16) is a ten-millionth."""
-_LEAST_SCALE = float(np.finfo(np.float32).tiny)
-_WIDE_LIMIT = 32767
-_STEEP = frozenset({"Log", "Sqrt", "Reciprocal", "Exp", "Pow", "Div"})
-"""Functions whose slope varies so much that 8 bits of their argument or result are not enough."""
-
-
-class Options(Protocol):
-    """The options of `full-qdq`."""
-
-    @property
-    def activations(self) -> str: ...
-    @property
-    def symmetric(self) -> bool: ...
-    @property
-    def weights(self) -> str: ...
-    @property
-    def per_channel(self) -> bool: ...
-    @property
-    def scales(self) -> str: ...
-    @property
-    def method(self) -> str: ...
-    @property
-    def wide(self) -> str: ...
-    @property
-    def wide_below(self) -> float: ...
-
-
-@dataclasses.dataclass(eq=False)
-class Stand:
-    """The integers that stand for a group of tensors.
-
-    Attributes:
-        members: the tensors, which share scale and zero point.
-        wide: int16 rather than 8 bits.
-        low: the range that is represented.
-        high: see `low`.
-        mean_square: of the elements, the least of the members'; NaN where unknown.
-        fixed: the range is known by what makes the tensors, and not by calibration.
-    """
-
-    members: list[ir.Value] = dataclasses.field(default_factory=list)
-    wide: bool = False
-    low: float = 0.0
-    high: float = 0.0
-    mean_square: float = math.nan
-    fixed: bool = False
-
-    def sqnr_db(self) -> float:
-        """Return the signal-to-noise ratio at 8 bits; the noise of rounding is a twelfth of the step, squared."""
-        step = (max(self.high, 0.0) - min(self.low, 0.0)) / 255
-        if not self.mean_square > 0 or step == 0:
-            return math.inf
-        return 10 * math.log10(self.mean_square / (step * step / 12))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +36,7 @@ class Plan:
         values: tensors to quantize, and what stands for them.
         narrow: (node, input) pairs that read a wide tensor in 8 bits, and what stands for it there.
         weights: layers whose weight is to be quantized.
+        notes: remarks for the reader.
     """
 
     units: list[Unit]
@@ -97,6 +44,7 @@ class Plan:
     values: Mapping[ir.Value, Stand]
     narrow: Mapping[tuple[ir.Node, int], Stand]
     weights: list[ir.Node]
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 def make_plan(model: ir.Model, context: Context, units: Units, options: Options) -> Plan:
@@ -106,28 +54,6 @@ def make_plan(model: ir.Model, context: Context, units: Units, options: Options)
         UserError: the model computes in half precision only, or the calibration data do not do.
     """
     return _Planner(model, context, units, options).plan()
-
-
-def parameters(stand: Stand, options: Options) -> tuple[np.ndarray, np.ndarray]:
-    """Return scale (float32) and zero point of a group, both scalars."""
-    if stand.wide:
-        reach = max(abs(stand.low), abs(stand.high))
-        scale = np.float32(max(reach / _WIDE_LIMIT, _LEAST_SCALE) if reach else 1.0)
-        return np.asarray(_rounded(scale, options)), np.asarray(0, np.int16)
-    scheme = Scheme(signed=options.activations == "int8", symmetric=options.symmetric)
-    exact = scale_and_zero_point(stand.low, stand.high, scheme)
-    if options.scales == "any":
-        return exact
-    scale = _rounded(np.float32(exact.scale), options)
-    if options.symmetric:
-        return np.asarray(scale), exact.zero_point
-    middle = (scheme.qmin - min(stand.low, 0.0) / float(scale) + scheme.qmax - max(stand.high, 0.0) / float(scale)) / 2
-    return np.asarray(scale), np.asarray(np.clip(np.rint(middle), scheme.qmin, scheme.qmax)).astype(scheme.dtype)
-
-
-def _rounded(scale: np.float32, options: Options) -> np.float32:
-    """Return the scale, or the next power of two that is not below it."""
-    return scale if options.scales == "any" else np.float32(2.0 ** math.ceil(math.log2(float(scale))))
 
 
 class _Planner:
@@ -154,10 +80,10 @@ class _Planner:
                 reason = next(unfit[value] for value in (*unit.inputs, *unit.outputs) if value in unfit)
                 self._refused.update(dict.fromkeys(unit.nodes, reason))
                 self._units.remove(unit)
-        if self._options.wide == "auto":
-            self._widen()
         weights = [unit.main for unit in self._units if unit.form is Form.LAYER and _stored_float(unit.main)]
-        return Plan(self._units, self._refused, self._stand, dict(self._narrowed()), weights)
+        widths = Widths(self._model, self._units, self._stand, self._options)
+        notes = widths.choose(self._context) if self._options.wide == "auto" else []
+        return Plan(self._units, self._refused, self._stand, dict(widths.narrowed()), weights, notes)
 
     def _all_values(self) -> Iterator[ir.Value]:
         yield from self._model.graph.inputs
@@ -224,7 +150,7 @@ class _Planner:
     def _measure(self) -> dict[ir.Value, str]:
         """Give every group its range, and return the tensors that have none, with the reason."""
         computed = [value for value in self._stand if not is_constant(value)]
-        scheme = Scheme(signed=self._options.activations == "int8", symmetric=self._options.symmetric)
+        scheme = scheme_of(self._options)
         names = tuple(value.name or "" for value in computed)
         seen, unavailable = self._context.analyse(statistics, self._model, names, self._options.method, scheme)
         masks = self._masks()
@@ -258,15 +184,24 @@ class _Planner:
         """Set the ranges that follow from what makes a tensor: softmax, and masks before it."""
         softmaxed = {self._stand[unit.inputs[0]] for unit in self._units if unit.form is Form.SOFTMAX
                      and unit.inputs[0] in self._stand}  # fmt: skip
+        softmax_made = self._moved_from(unit.outputs[0] for unit in self._units if unit.form is Form.SOFTMAX)
         for unit in self._units:
             stand = self._stand.get(unit.outputs[0]) if unit.outputs else None
             if stand is None:
                 continue
             if unit.form is Form.SOFTMAX:
-                stand.low, stand.high = min(stand.low, 0.0) if stand.fixed else 0.0, 1.0
-                stand.fixed = True
+                stand.low, stand.high = min(stand.low, 0.0), max(stand.high, 1.0)
+                stand.fixed = all(value in softmax_made for value in stand.members)
             elif unit.form in (Form.SUM, Form.JOIN) and stand in softmaxed:
                 self._mask_out(unit, stand, seen, masks)
+
+    def _moved_from(self, values: Iterable[ir.Value]) -> set[ir.Value]:
+        """Return `values` and what only moves their elements."""
+        found = set(values)
+        for unit in self._units:
+            if unit.form is Form.MOVE and found.intersection(unit.inputs):
+                found.update(unit.outputs)
+        return found
 
     def _mask_out(self, unit: Unit, stand: Stand, seen: Mapping[str, Statistics], masks: set[ir.Value]) -> None:
         hidden = [value for value in unit.terms if self._hides(value, seen, masks)]
@@ -288,89 +223,11 @@ class _Planner:
         low = seen[str(value.name)].least if value.name in seen else -math.inf
         return value in masks and low < _MASKED
 
-    # --- widths -------------------------------------------------------------------------------------------------------
-
-    def _widen(self) -> None:
-        for value in self._model.graph.outputs:
-            if value in self._stand:
-                self._stand[value].wide = True
-        for unit in self._units:
-            for value in self._wanting(unit):
-                if value in self._stand:
-                    self._stand[value].wide = True
-        for stand in set(self._stand.values()):
-            stand.wide = stand.wide or stand.sqnr_db() < self._options.wide_below
-        self._widen_streams()
-        for unit in self._units:
-            if unit.main.op_type == "MaxPool":
-                for value in (*unit.inputs, *unit.outputs):
-                    if value in self._stand:
-                        self._stand[value].wide = False
-
-    def _wanting(self, unit: Unit) -> tuple[ir.Value, ...]:
-        """Return the tensors around a unit that it needs in 16 bits."""
-        if unit.form in (Form.NORM, Form.SOFTMAX):
-            return unit.inputs
-        if unit.form in (Form.QUOTIENT, Form.HYPOT):
-            return (*unit.inputs, *unit.outputs)
-        if unit.form is Form.TABLE and any(node.op_type in _STEEP for node in unit.nodes) and not _is_linear(unit):
-            return (*unit.inputs, *unit.outputs)
-        return ()
-
-    def _widen_streams(self) -> None:
-        """Widen what adds up to something wide, and the factors between: the residual stream."""
-        changed = True
-        while changed:
-            changed = False
-            for unit in self._units:
-                if unit.form not in (Form.SUM, Form.PRODUCT, Form.REDUCE) or not unit.outputs:
-                    continue
-                stand = self._stand.get(unit.outputs[0])
-                if stand is None or not (stand.wide or self._feeds_sums(unit)):
-                    continue
-                for value in (*unit.outputs, *(unit.inputs if unit.form is Form.SUM else ())):
-                    other = self._stand.get(value)
-                    if other is not None and not other.wide and not other.fixed:
-                        other.wide = changed = True
-
-    def _feeds_sums(self, unit: Unit) -> bool:
-        """Tell whether a product is read by sums alone, as in a rotary embedding."""
-        if unit.form is not Form.PRODUCT:
-            return False
-        readers = [use.node for use in unit.outputs[0].uses()]
-        return bool(readers) and all(qgraph.ir.is_op(node, "Add", "Sub") for node in readers)
-
-    def _narrowed(self) -> Iterator[tuple[tuple[ir.Node, int], Stand]]:
-        """Yield the inputs of products that read a wide tensor in 8 bits."""
-        narrow: dict[Stand, Stand] = {}
-        for unit in self._units:
-            if unit.form not in (Form.LAYER, Form.MATMUL):
-                continue
-            for index, value in enumerate(unit.main.inputs):
-                stand = self._stand.get(value) if value is not None else None
-                if stand is None or value not in unit.inputs or not stand.wide:
-                    continue
-                if unit.form is Form.LAYER and stand.sqnr_db() < self._options.wide_below:
-                    continue
-                if stand not in narrow:
-                    narrow[stand] = dataclasses.replace(stand, wide=False, members=[])
-                yield (unit.main, index), narrow[stand]
-
-
-def _is_linear(unit: Unit) -> bool:
-    """Tell whether a function of one tensor is a product with numbers: Div by a constant is not steep."""
-    steep = [node for node in unit.nodes if node.op_type in _STEEP]
-    return all(node.op_type == "Div" and qgraph.ir.constant(node.inputs[1]) is not None for node in steep)
-
 
 def _fit(stand: Stand, known: list[Statistics], arrays: list[np.ndarray]) -> None:
     lows = [one.low for one in known] + [float(array.min()) for array in arrays if array.size]
     highs = [one.high for one in known] + [float(array.max()) for array in arrays if array.size]
     stand.low, stand.high = min(lows, default=0.0), max(highs, default=0.0)
-    squares = [one.mean_square for one in known] + [
-        float(np.mean(np.square(a, dtype=np.float64))) for a in arrays if a.size
-    ]
-    stand.mean_square = min(squares, default=math.nan)
 
 
 def _is_quantized(value: ir.Value) -> bool:

@@ -12,7 +12,8 @@ from qgraph.analysis.integer_rules import is_constant, output_axis
 from qgraph.analysis.integer_units import Form, layer_weight
 from qgraph.numerics.quantize import Parameters, minmax_parameters, quantize
 from qgraph.numerics.schemes import INT8_WEIGHT, Scheme
-from qgraph.passes._full_qdq_plan import Options, Plan, Stand, parameters
+from qgraph.passes._full_qdq_plan import Plan
+from qgraph.passes._full_qdq_stands import Options, Stand, parameters
 
 __all__ = ["write"]
 

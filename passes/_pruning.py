@@ -81,23 +81,23 @@ class StructuredPruning(Pass):
             else:
                 chosen.append(one)
         if not chosen:
-            return Report(skipped=skipped)
+            return Report(skipped=skipped, notes=[] if skipped else [f"no {self.units_are} were found"])
         kept = self._kept(model, context, chosen)
         cut_units = {one.atom: stay for one, stay in zip(chosen, kept, strict=True) if len(stay) < one.count}
         if not cut_units:
             return Report(skipped=skipped, notes=[f"no {self.units_are} can be cut without falling below the limits"])
         context.keep_reference(model)
-        before = _parameters(model)
+        before = qgraph.ir.parameter_count(model)
         readers = _changed_readers(chosen, cut_units)
         notes = []
         if self.reconstruct and context.calibration is not None:
-            self._fit(model, context, readers)
+            notes += self._fit(model, context, readers)
         elif self.reconstruct:
             notes.append("the layers behind are not fitted: there are no calibration data")
         cut(model, found.coupling, cut_units)
         total, left = sum(one.count for one in chosen), sum(map(len, kept))
         notes.insert(0, f"{total - left} of {total} {self.units_are} cut in {len(cut_units)} places")
-        notes.insert(1, f"{100 * (1 - _parameters(model) / before):.1f} % of the parameters")
+        notes.insert(1, f"{100 * (1 - qgraph.ir.parameter_count(model) / before):.1f} % of the parameters")
         figures = {one.name: [one.count, len(stay)] for one, stay in zip(chosen, kept, strict=True)}
         return Report(total - left, skipped, notes, {self.units_are: figures})
 
@@ -153,9 +153,10 @@ class StructuredPruning(Pass):
             return keep_each(scores, share, limits)
         return keep_together(scores, costs, share, limits)
 
-    def _fit(self, model: ir.Model, context: Context, readers: Mapping[LinearLayer, np.ndarray]) -> None:
-        """Let each layer behind give what it gave, as well as it can, from the inputs that stay."""
+    def _fit(self, model: ir.Model, context: Context, readers: Mapping[LinearLayer, np.ndarray]) -> list[str]:
+        """Let each layer behind give what it gave, as well as it can, from the inputs that stay; return notes."""
         changed: dict[ir.Value, np.ndarray] = {}
+        scarce: list[str] = []
         stream = BlockStream(model, context, list(readers), who=self.name, originals=True)
         for stage in stream.stages():
             layers = [layer for group in stage.layers.values() for layer in group]
@@ -168,6 +169,8 @@ class StructuredPruning(Pass):
                         seed = context.seed + number
                         moments[layer].add(rows_of(layer, rows[x].changed, seed), rows_of(layer, original, seed))
             for layer in layers:
+                if moments[layer].rows < np.count_nonzero(readers[layer]):
+                    scarce.append(f"{moments[layer].rows} rows for the inputs of '{layer.name}'")
                 bias = _own_bias(layer)
                 array = None if bias is None else _vector(bias)
                 weight, shifted = compensate(layer.matrix(), array, readers[layer], moments[layer])
@@ -181,6 +184,7 @@ class StructuredPruning(Pass):
             assert tensor is not None
             shaped = array.reshape(tensor.shape.numpy()).astype(tensor.dtype.numpy())
             value.const_value = ir.tensor(shaped, dtype=tensor.dtype, name=value.name)
+        return [f"more calibration samples would do better: there are only {scarce[0]}"] if scarce else []
 
 
 def _changed_readers(units: Sequence[Units], kept: Mapping[Atom, np.ndarray]) -> dict[LinearLayer, np.ndarray]:
@@ -203,6 +207,8 @@ def _own_bias(layer: LinearLayer) -> ir.Value | None:
     bias = layer.bias
     if bias is None or bias.const_value is None or bias.const_value.size != layer.outputs:
         return None
+    if layer.node.attributes.get_float("alpha", 1.0) != layer.node.attributes.get_float("beta", 1.0):
+        return None
     return bias if qgraph.ir.only_consumer(bias) is not None else None
 
 
@@ -220,7 +226,3 @@ def _step(multiple: int, width: int) -> int:
 def _cost(units: Units) -> float:
     """Return the number of weights that go with one unit."""
     return sum(site.value.const_value.size for site in units.sites if site.value.const_value is not None) / units.count
-
-
-def _parameters(model: ir.Model) -> int:
-    return sum(value.const_value.size for value in model.graph.initializers.values() if value.const_value is not None)

@@ -14,9 +14,9 @@ Activations have 8 bits, or 16 (int16, zero point 0) where 8 would hurt and no p
     what a normalization or a softmax reads, and the residual stream that leads there
     around logarithms, roots, reciprocals and quotients
     outputs of the model
-    tensors that lose too much at 8 bits by their own signal-to-noise ratio (`wide_below`)
+    the tensors whose rounding the outputs feel most, until these keep `sqnr` dB or as much as the weights let them
 
-A product of two activations always reads 8 bits; so does a layer, unless its input alone would lose too much.
+A product of two activations always reads 8 bits; so does a layer, unless its input is one of those last.
 
 Masks (what is computed from integers alone and reaches far below what a softmax can see) are cut off where the softmax
 is zero anyway. Left alone: weights that were rounded before, tensors that are quantized already, what `exclude` names,
@@ -62,7 +62,9 @@ class FullQdq(Pass):
         default="minmax", metadata={"help": "how the ranges of 8-bit activations are chosen"}
     )
     wide: Literal["auto", "none"] = field(default="auto", metadata={"help": "auto: 16 bits where 8 would hurt"})
-    wide_below: float = field(default=25.0, metadata={"help": "dB at 8 bits below which a tensor has 16"})
+    sqnr: float = field(
+        default=30.0, metadata={"help": "dB at the outputs for which tensors get 16 bits; 0: by operators alone"}
+    )
     exclude: tuple[str, ...] = field(
         default=(), metadata={"help": "patterns (*, ?) of names of nodes to leave in float"}
     )
@@ -109,4 +111,4 @@ def _notes(plan: Plan) -> list[str]:
     wide = sum(one.wide for one in set(plan.values.values()))
     counted = (Form.LAYER, Form.MATMUL, Form.TABLE, Form.NORM, Form.SOFTMAX)
     notes = [f"{forms[form]} {form.value}" for form in counted if forms[form]]
-    return [*notes, f"{wide} of {len(set(plan.values.values()))} scales at 16 bits"]
+    return [*notes, f"{wide} of {len(set(plan.values.values()))} scales at 16 bits", *plan.notes]

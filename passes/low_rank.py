@@ -86,8 +86,8 @@ class LowRank(Pass):
         """Decompose; `figures` has the rank of every layer, 0 for those that stay whole.
 
         Raises:
-            UserError: method=activation without calibration samples, the model does not run on one, or of=error
-                without a quantizer before.
+            UserError: method=activation without calibration samples, the model does not run on one, a weight is not
+                finite, or of=error without a quantizer before.
         """
         if self.method == "activation":
             context.samples(f"'{self.name}' with method=activation")
@@ -104,10 +104,10 @@ class LowRank(Pass):
         if not thinned:
             return Report(skipped=skipped)
         context.keep_reference(model)
-        before = _parameters(model)
+        before = qgraph.ir.parameter_count(model)
         for layer, parts in self._decomposed(model, context, thinned, counts).items():
             replace_layer(model, layer, parts)
-        share = 100 * (1 - _parameters(model) / before)
+        share = 100 * (1 - qgraph.ir.parameter_count(model) / before)
         notes = [
             f"{len(thinned)} layers thinned to ranks {_span(thinned.values())}",
             f"{share:.1f} % of the parameters cut",
@@ -126,6 +126,7 @@ class LowRank(Pass):
             if reason:
                 skipped += [Skipped(one.name, reason) for one in group]
             else:
+                layer.require_finite()
                 layers.append(layer)
         return layers, skipped
 
@@ -324,7 +325,3 @@ def _spatial(layer: LinearLayer) -> np.ndarray:
 def _span(ranks: Collection[int]) -> str:
     low, high = min(ranks), max(ranks)
     return f"{low}" if low == high else f"{low} to {high}"
-
-
-def _parameters(model: ir.Model) -> int:
-    return sum(value.const_value.size for value in model.graph.initializers.values() if value.const_value is not None)

@@ -33,6 +33,7 @@ __all__ = ["PruneLayers"]
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _MOST_FEEDS = 16
+_MOST_TRIALS = 1000
 
 
 class _Block(NamedTuple):
@@ -52,7 +53,7 @@ class PruneLayers(Pass):
     ratio: float = field(default=0.25, metadata={"help": "share of the blocks that is removed, above 0 and below 1"})
     keep: int = field(default=0, metadata={"help": "instead of the ratio: how many blocks stay"})
     importance: Literal["auto", "output", "activation", "random"] = field(
-        default="auto", metadata={"help": "which blocks matter; auto: output"}
+        default="auto", metadata={"help": "which blocks matter; auto: output, or activation where there are very many"}
     )
     exclude: tuple[int, ...] = field(default=(), metadata={"help": "numbers of blocks that stay, from 0"})
 
@@ -77,9 +78,10 @@ class PruneLayers(Pass):
             return Report(skipped=skipped)
         gone = self._chosen(model, context, free, count)
         context.keep_reference(model)
-        for block in sorted(gone, key=lambda one: -one.number):
-            _bypass(model, block)
+        _bypass(model, gone)
         notes = [f"{len(gone)} of {len(blocks)} blocks removed: {', '.join(str(one.number) for one in gone)}"]
+        if self.importance != self._importance(len(free), count) == "activation":
+            notes.append(f"ranked by activation: {_trials(len(free), count)} trials of the whole model are too many")
         return Report(len(gone), skipped, notes, {"removed": [one.number for one in gone]})
 
     def _chosen(self, model: ir.Model, context: Context, blocks: Sequence[_Block], count: int) -> list[_Block]:
@@ -90,31 +92,40 @@ class PruneLayers(Pass):
         feeds = [feed for feed, _ in zip(samples, range(_MOST_FEEDS), strict=False)]
         if not feeds:
             raise UserError("the calibration set is empty: give at least one sample")
-        if self.importance == "activation":
+        if self._importance(len(blocks), count) == "activation":
             influence = _influences(model, context, blocks, feeds)
             order = np.argsort(influence, kind="stable")[:count]
             return [blocks[index] for index in order]
         return self._greedy(model, context, list(blocks), feeds, count)
+
+    def _importance(self, blocks: int, count: int) -> str:
+        """Return what `auto` is: every trial runs the whole model, and a deep one would take for ever."""
+        if self.importance != "auto":
+            return self.importance
+        return "output" if _trials(blocks, count) <= _MOST_TRIALS else "activation"
 
     def _greedy(
         self, model: ir.Model, context: Context, blocks: list[_Block], feeds: Sequence[Feeds], count: int
     ) -> list[_Block]:
         exact = _outputs(model, context, feeds)
         gone: list[_Block] = []
-        total = sum(len(blocks) - done for done in range(count))
+        total = _trials(len(blocks), count)
         tried = 0
         while len(gone) < count:
             errors = []
             for block in blocks:
                 context.progress(self.name, tried, total)
                 copy = model.clone()
-                for one in sorted([*gone, block], key=lambda each: -each.number):
-                    _bypass(copy, one)
+                _bypass(copy, [*gone, block])
                 errors.append(_distance(exact, _outputs(copy, context, feeds)))
                 tried += 1
             gone.append(blocks.pop(int(np.argmin(errors))))
         context.progress(self.name, total, total)
         return gone
+
+
+def _trials(blocks: int, count: int) -> int:
+    return sum(blocks - done for done in range(count))
 
 
 def _blocks(model: ir.Model, context: Context) -> tuple[list[_Block], list[Skipped]]:
@@ -175,10 +186,10 @@ def _obstacle(
     return ""
 
 
-def _bypass(model: ir.Model, block: _Block) -> None:
-    """Let what goes into a block go to whoever reads what comes out; the nodes that nobody reads any more go."""
+def _bypass(model: ir.Model, blocks: Sequence[_Block]) -> None:
+    """Let what goes into blocks go to whoever reads what comes out; the nodes that nobody reads any more go."""
     values = main_values(model)
-    for given, read in block.detour:
+    for given, read in (pair for block in sorted(blocks, key=lambda one: -one.number) for pair in block.detour):
         value, source = values[given], values[read]
         node = value.producer()
         if value.is_graph_output():

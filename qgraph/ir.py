@@ -37,6 +37,7 @@ __all__ = [
     "load",
     "node_label",
     "only_consumer",
+    "parameter_count",
     "replace_node",
     "save",
     "set_input_shape",
@@ -176,6 +177,11 @@ def weight_bytes(model: ir.Model) -> int:
         for value in graph.initializers.values()
         if value.const_value is not None
     )
+
+
+def parameter_count(model: ir.Model) -> int:
+    """Return the number of elements of the initializers of the main graph, packed ones as they are stored."""
+    return sum(value.const_value.size for value in model.graph.initializers.values() if value.const_value is not None)
 
 
 def all_graphs(model: ir.Model) -> Iterator[ir.Graph]:

@@ -22,7 +22,7 @@ import qgraph.ir
 from qgraph.analysis.dimensions import Atom, Axis, Dimensions
 from qgraph.analysis.shape_facts import Data
 from qgraph.analysis.shapes import Shapes, shapes_of
-from qgraph.pipeline import Context
+from qgraph.pipeline import Context, Skipped
 
 __all__ = ["Coupling", "Cut", "Edit", "Site", "coupling"]
 
@@ -75,6 +75,7 @@ class Coupling:
         edits: what has to change beside the constants.
         heads: axes that count attention heads: those over which products of two activations run side by side.
         inner: axes within a head: those that such products sum over, or give.
+        lost: attention whose heads could not be followed, each with the reason.
         shapes: of the model.
     """
 
@@ -84,6 +85,7 @@ class Coupling:
         self.edits: list[Edit] = []
         self.heads: list[Axis] = []
         self.inner: list[Axis] = []
+        self.lost: list[Skipped] = []
         self.shapes = shapes
         self._sites: dict[Atom, list[Site]] | None = None
 

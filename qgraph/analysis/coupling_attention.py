@@ -6,11 +6,19 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+import qgraph.ir
 from qgraph.analysis.coupling import Coupling, at
 from qgraph.analysis.coupling_tools import Rule, edit_attribute, freeze_all, input_of
 from qgraph.analysis.dimensions import Axis
+from qgraph.pipeline import Skipped
 
 __all__ = ["ATTENTION"]
+
+
+def _lose(node: ir.Node, found: Coupling) -> None:
+    reason = f"the heads of {at(node)} are not certain"
+    freeze_all(node, found, reason)
+    found.lost.append(Skipped(qgraph.ir.node_label(node), reason))
 
 
 def _heads(node: ir.Node, found: Coupling, value: ir.Value | None, heads: int) -> tuple[Axis, Axis] | None:
@@ -30,7 +38,7 @@ def _multi_head_attention(node: ir.Node, found: Coupling) -> None:
     split = [_heads(node, found, value, heads) for value in values]
     others = [input_of(node, index) for index in range(3, len(node.inputs))]
     if any(one is None for one in split) or any(value is not None for value in others[3:]):
-        freeze_all(node, found, f"the heads of {at(node)} are not certain")
+        _lose(node, found)
         return
     query, key, value, result = (one for one in split if one is not None)
     for one in (key, value, result):
@@ -42,7 +50,7 @@ def _multi_head_attention(node: ir.Node, found: Coupling) -> None:
     if bias is not None:
         widths = [found.dimensions.product(list(one)) for one in (query, key, value)]
         if None in widths:
-            freeze_all(node, found, f"the heads of {at(node)} are not certain")
+            _lose(node, found)
             return
         found.join(Axis(tuple(term for one in widths if one is not None for term in one.terms)), bias[-1], node)
     for other in (*others[1:], *node.outputs[1:]):
@@ -56,24 +64,25 @@ def _attention(node: ir.Node, found: Coupling) -> None:
     axes = found.of(node.inputs[0])
     others = [input_of(node, index) for index in range(4, len(node.inputs))]
     if axes is None or any(value is not None for value in (*others, *node.outputs[1:])):
-        freeze_all(node, found, f"the heads of {at(node)} are not certain")
+        _lose(node, found)
         return
     for value in (input_of(node, 3),):
         found.freeze_value(value, f"it is the mask of {at(node)}")
     if len(axes) == 3:
-        _attention_merged(node, found)
+        _attention_merged(node, found, "q_num_heads", "kv_num_heads")
     else:
         _attention_by_heads(node, found)
 
 
-def _attention_merged(node: ir.Node, found: Coupling) -> None:
-    wide, narrow = (node.attributes.get_int(name, 0) for name in ("q_num_heads", "kv_num_heads"))
+def _attention_merged(node: ir.Node, found: Coupling, wide_name: str, narrow_name: str) -> Axis | None:
+    """Query and result [batch, rows, heads * size], key and value with fewer heads; return the axis of the latter."""
+    wide, narrow = (node.attributes.get_int(name, 0) for name in (wide_name, narrow_name))
     counts = (wide, narrow, narrow, wide)
     values = [*(input_of(node, index) for index in range(3)), node.outputs[0]]
     split = [_heads(node, found, value, count) for value, count in zip(values, counts, strict=True)]
     if any(one is None for one in split) or not narrow or wide % narrow:
-        freeze_all(node, found, f"the heads of {at(node)} are not certain")
-        return
+        _lose(node, found)
+        return None
     query, key, value, result = (one for one in split if one is not None)
     found.join(query[0], result[0], node)
     found.join(key[0], value[0], node)
@@ -82,8 +91,36 @@ def _attention_merged(node: ir.Node, found: Coupling) -> None:
     found.freeze(query[1], f"{at(node)} scales by its size")
     _join_grouped(node, found, query[0], key[0])
     found.note_heads([key[0]], [query[1], value[1]])
-    edit_attribute(node, found, "q_num_heads", query[0])
-    edit_attribute(node, found, "kv_num_heads", key[0])
+    edit_attribute(node, found, wide_name, query[0])
+    edit_attribute(node, found, narrow_name, key[0])
+    return key[0]
+
+
+def _group_query_attention(node: ir.Node, found: Coupling) -> None:
+    """Of com.microsoft, with query, key and value apart: caches [batch, heads of keys, rows, size] go with these.
+
+    All heads are of one size.
+    """
+    others = [input_of(node, index) for index in range(3, len(node.inputs))]
+    caches = [*others[:2], *node.outputs[1:3]]
+    if any(value is not None for value in (*others[7:], *node.outputs[3:])):
+        _lose(node, found)
+        return
+    heads = _attention_merged(node, found, "num_heads", "kv_num_heads")
+    split = _heads(node, found, node.outputs[0], node.attributes.get_int("num_heads", 0))
+    if split is not None:
+        found.freeze(split[1], f"{at(node)} scales by its size")
+    for cache in caches:
+        axes = found.of(cache)
+        for index, axis in enumerate(axes or ()):
+            if index == 1 and heads is not None:
+                found.join(heads, axis, node)
+            else:
+                found.freeze(axis, f"it is a cache of {at(node)}")
+        if cache is not None and (cache.name or "") and axes is None and heads is not None:
+            found.freeze(heads, f"the shape of the cache '{cache.name}' is not known")
+    for other in others[2:]:
+        found.freeze_value(other, f"{at(node)} reads it beside its heads")
 
 
 def _join_grouped(node: ir.Node, found: Coupling, query: Axis, key: Axis) -> None:
@@ -103,7 +140,7 @@ def _attention_by_heads(node: ir.Node, found: Coupling) -> None:
     parts = [found.of(input_of(node, index)) for index in range(3)]
     result = found.of(node.outputs[0])
     if result is None or any(part is None or len(part) != 4 for part in (*parts, result)):
-        freeze_all(node, found, f"the heads of {at(node)} are not certain")
+        _lose(node, found)
         return
     query, key, value = (part for part in parts if part is not None)
     found.join(query[1], result[1], node)
@@ -166,6 +203,7 @@ ATTENTION: Mapping[tuple[str, str], Rule] = {
     ("", "GRU"): _recurrent(3),
     ("", "LSTM"): _recurrent(4),
     ("", "RNN"): _recurrent(1),
+    ("com.microsoft", "GroupQueryAttention"): _group_query_attention,
     ("com.microsoft", "MultiHeadAttention"): _multi_head_attention,
 }
 """Domain and operator -> rule."""

@@ -16,6 +16,7 @@ from qgraph.analysis.coupling_attention import ATTENTION
 from qgraph.analysis.coupling_layers import LAYERS
 from qgraph.analysis.coupling_moves import MOVES
 from qgraph.analysis.coupling_tools import Rule, elementwise, freeze_all, unary
+from qgraph.pipeline import Skipped
 
 __all__ = ["RULES", "apply"]
 
@@ -54,6 +55,9 @@ def apply(node: ir.Node, found: Coupling) -> None:
         if value is not None and value.graph is node.graph:
             found.freeze_value(value, f"a subgraph of {at(node)} reads it")
     if rule is None:
-        freeze_all(node, found, f"{at(node)} is not understood")
+        reason = f"{at(node)} is not understood"
+        freeze_all(node, found, reason)
+        if "Attention" in node.op_type or node.op_type == "Einsum":
+            found.lost.append(Skipped(qgraph.ir.node_label(node), reason))
     else:
         rule(node, found)

@@ -3,7 +3,8 @@
 magnitude        squares of the weights that make and read it (Li et al. 2017, "Pruning Filters for Efficient
                  ConvNets", over all coupled layers)
 activation       the energy that it contributes to what the layers behind give, tr(W_S H_SS W_S^T)
-reconstruction   the error that is left where the other units make up for it as well as they can
+reconstruction   the error that is left where the other units make up for it as well as they can, after all that matter
+                 less have gone; it counts as it changes the outputs of the model, where gradients reach
 taylor           the squared change of the model's outputs to first order (Molchanov et al. 2019, "Importance
                  Estimation for Neural Network Pruning"), the mean over random directions of the outputs: no labels
                  are needed, and for a trained model the gradient of its own loss would say little
@@ -22,11 +23,11 @@ from qgraph.analysis.block_stream import BlockStream
 from qgraph.analysis.convolutions import Convolution
 from qgraph.analysis.gradients import gradient_model, uncovered
 from qgraph.analysis.linear_layers import LinearLayer
+from qgraph.analysis.output_gradients import output_gradients
 from qgraph.analysis.probes import Probe, first_line, raw_outputs
-from qgraph.analysis.prunable import Slot, Units
+from qgraph.analysis.prunable import Units
 from qgraph.errors import UserError
-from qgraph.numerics.hessian import Hessian
-from qgraph.numerics.pruning import energies, saliencies
+from qgraph.numerics.pruning import Moments, Reading, eliminations, energies
 from qgraph.pipeline import Context
 
 __all__ = ["MEASURES", "Measure", "importance", "rows_of"]
@@ -50,7 +51,8 @@ def importance(
             run on a sample, or gradients do not reach some units (the message says where).
     """
     for one in units:
-        _require_finite(one)
+        for slot in (*one.makers, *one.readers):
+            slot.layer.require_finite()
     if measure == "random":
         generator = np.random.default_rng(context.seed)
         return [generator.random(one.count) for one in units]
@@ -69,13 +71,6 @@ def rows_of(layer: LinearLayer, array: np.ndarray, seed: int) -> np.ndarray:
     return np.asarray(layer.window.rows(array, positions)[0])
 
 
-def _require_finite(units: Units) -> None:
-    for slot in (*units.makers, *units.readers):
-        layer = slot.layer
-        if not np.isfinite(layer.matrix()).all():
-            raise UserError(f"the weight '{layer.weight.name}' of '{layer.name}' holds NaN or infinity: mend the model")
-
-
 def _magnitude(units: Units) -> np.ndarray:
     found = np.zeros(units.count)
     for slot, by_rows in (*((slot, True) for slot in units.makers), *((slot, False) for slot in units.readers)):
@@ -89,25 +84,53 @@ def _magnitude(units: Units) -> np.ndarray:
 def _by_moments(
     model: ir.Model, context: Context, units: Sequence[Units], measure: Measure, who: str
 ) -> list[np.ndarray]:
-    readers: dict[LinearLayer, list[tuple[int, Slot]]] = {}
-    for number, one in enumerate(units):
-        for slot in one.readers:
-            readers.setdefault(slot.layer, []).append((number, slot))
+    readers = {slot.layer: None for one in units for slot in one.readers}
+    counts = output_gradients(model, context, list(readers), who)[0] if measure == "reconstruction" else {}
+    moments: dict[LinearLayer, np.ndarray] = {}
+    left = {number: {slot.layer for slot in one.readers} for number, one in enumerate(units)}
     found = [np.zeros(one.count) for one in units]
-    function = energies if measure == "activation" else saliencies
     for stage in BlockStream(model, context, list(readers), who=who, sequential="block").stages():
-        layers = [layer for group in stage.layers.values() for layer in group]
-        hessians = {layer: Hessian(layer.inputs) for layer in layers}
+        sums = {layer: Moments(layer.inputs) for group in stage.layers.values() for layer in group}
         for number, rows in enumerate(stage.rows()):
             for x, group in stage.layers.items():
                 for layer in group:
-                    hessians[layer].add(rows_of(layer, rows[x].changed, context.seed + number))
-        for layer in layers:
-            matrix, weight = hessians[layer].matrix / 2.0, layer.matrix()
-            total = float(np.einsum("ni,ij,nj->", weight, matrix, weight, optimize=True))
-            for number, slot in readers[layer]:
-                found[number] += function(weight, slot.unit, units[number].count, matrix) / max(total, 1e-30)
+                    part = rows_of(layer, rows[x].changed, context.seed + number)
+                    sums[layer].add(part, part)
+        moments |= {layer: one.gram for layer, one in sums.items()}
+        for number in [number for number, layers in left.items() if layers <= moments.keys()]:
+            found[number] = (
+                _energy(units[number], moments)
+                if measure == "activation"
+                else _eliminated(units[number], moments, counts)
+            )
+            del left[number]
+        waiting = set().union(*left.values()) if left else set()
+        moments = {layer: gram for layer, gram in moments.items() if layer in waiting}
     return found
+
+
+def _energy(units: Units, moments: Mapping[LinearLayer, np.ndarray]) -> np.ndarray:
+    found = np.zeros(units.count)
+    for slot in units.readers:
+        matrix, weight = moments[slot.layer][:-1, :-1], slot.layer.matrix()
+        total = float(np.einsum("ni,ij,nj->", weight, matrix, weight, optimize=True))
+        found += energies(weight, slot.unit, units.count, matrix) / max(total, 1e-30)
+    return found
+
+
+def _eliminated(
+    units: Units, moments: Mapping[LinearLayer, np.ndarray], counts: Mapping[LinearLayer, np.ndarray]
+) -> np.ndarray:
+    readings = []
+    for slot in units.readers:
+        matrix, weight, unit = moments[slot.layer], slot.layer.matrix(), slot.unit
+        if slot.layer.bias is None:
+            matrix = matrix[:-1, :-1]
+        else:
+            # The bias makes up for means: one more input, that is always 1 and always stays.
+            weight, unit = np.column_stack([weight, np.zeros(len(weight))]), np.append(unit, -1)
+        readings.append(Reading(weight, unit, matrix, counts.get(slot.layer)))
+    return eliminations(readings, units.count)
 
 
 def _taylor(model: ir.Model, context: Context, units: Sequence[Units], who: str) -> list[np.ndarray]:

@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
+from qgraph.errors import UserError
 from qgraph.pipeline import Context, Skipped
 
 __all__ = ["LinearLayer", "LinearLayers", "UnfitError", "collect", "linear_layers", "matches"]
@@ -82,6 +83,15 @@ class LinearLayer:
         assert tensor is not None
         array = tensor.numpy()
         return np.ascontiguousarray(array if self.transposed else array.T, dtype=np.float32)
+
+    def require_finite(self) -> None:
+        """Check the weight.
+
+        Raises:
+            UserError: it holds NaN or infinity.
+        """
+        if not np.isfinite(self.matrix()).all():
+            raise UserError(f"the weight '{self.weight.name}' of '{self.name}' holds NaN or infinity: mend the model")
 
     def stored(self, matrix: np.ndarray) -> np.ndarray:
         """Return a matrix [N, K] in the layout of the weight, contiguous."""

@@ -98,7 +98,7 @@ def prunable(model: ir.Model, context: Context) -> Prunable:
     inner = {atom for axis in (*found.heads, *found.inner) for atom in found.dimensions.atoms(axis)} - heads
     makers: dict[Atom, list[Slot]] = {}
     readers: dict[Atom, list[Slot]] = {}
-    frozen: list[tuple[Kind, Skipped]] = []
+    frozen: list[tuple[Kind, Skipped]] = [("head", one) for one in found.lost]
     for layer in layers:
         axes = _axes(layer)
         for axis, side in zip(axes, (makers, readers), strict=False):

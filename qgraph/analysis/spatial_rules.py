@@ -167,9 +167,9 @@ def _reduced(tracer: Tracer, node: ir.Node, value: ir.Value, ids: np.ndarray) ->
     if len(node.inputs) > 1 and node.inputs[1] is not None and given is None:
         raise NoSourceError(f"the axes of {at(node)} are computed")
     listed = given.reshape(-1).tolist() if given is not None else list(node.attributes.get_ints("axes", ()))
-    axes = sorted(int(axis) % rank for axis in listed or range(rank))
     if node.attributes.get_int("noop_with_empty_axes", 0) and not listed:
-        raise NoSourceError(f"{at(node)} may reduce nothing")
+        return tracer.up(source, ids, [node])  # it gives what it reads, whatever keepdims says
+    axes = sorted(int(axis) % rank for axis in listed or range(rank))
     if node.attributes.get_int("keepdims", 1):
         ids = ids.reshape([1] * (rank - ids.ndim) + list(ids.shape))
     else:

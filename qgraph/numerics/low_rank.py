@@ -161,26 +161,28 @@ def allocate_ranks(found: Sequence[Spectrum], share: float) -> list[int]:
         share: of all their multiplications that stay, 0 to 1.
     """
     budget = share * sum(one.whole for one in found)
+    errors = [one.weight * (1.0 - np.cumsum(one.gains)[: max(one.most, 0)]) for one in found]
     low, high = 0.0, 1.0
-    while _cost(found, _at_price(found, high)) > budget and high < 1e12:
+    while _cost(found, _at_price(found, errors, high)) > budget and high < 1e12:
         high *= 4.0
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (low, middle) if _cost(found, _at_price(found, middle)) <= budget else (middle, high)
-    return _at_price(found, high)
+        fits = _cost(found, _at_price(found, errors, middle)) <= budget
+        low, high = (low, middle) if fits else (middle, high)
+    return _at_price(found, errors, high)
 
 
-def _at_price(found: Sequence[Spectrum], price: float) -> list[int]:
-    """Return the ranks at which error + price * multiplications (in units of all) is least, for each layer alone."""
+def _at_price(found: Sequence[Spectrum], errors: Sequence[np.ndarray], price: float) -> list[int]:
+    """Return the ranks at which error + price * multiplications (in units of all) is least, for each layer alone.
+
+    `errors` are those of each layer with rank 1, 2, ...
+    """
     total = sum(one.whole for one in found)
     ranks = []
-    for one in found:
-        choices = np.arange(1, max(one.most, 0) + 1)
-        errors = one.weight * (1.0 - np.cumsum(one.gains)[: len(choices)])
-        costs = errors + price * (choices[: len(errors)] * one.step) / total
-        whole = price * one.whole / total
+    for one, error in zip(found, errors, strict=True):
+        costs = error + price * (np.arange(1, len(error) + 1) * one.step) / total
         best = int(np.argmin(costs)) if len(costs) else 0
-        ranks.append(int(choices[best]) if len(costs) and costs[best] < whole else 0)
+        ranks.append(best + 1 if len(costs) and costs[best] < price * one.whole / total else 0)
     return ranks
 
 

@@ -14,15 +14,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from qgraph.numerics.products import gram, product, steady
 
-__all__ = ["Moments", "compensate", "energies", "keep_each", "keep_together", "saliencies"]
+__all__ = ["Moments", "Reading", "compensate", "eliminations", "energies", "keep_each", "keep_together"]
 
 _DAMPING = 1e-3
+_ROUNDS = 32
+"""In which the units of a layer go, at most."""
 
 
 class Moments:
@@ -126,24 +130,91 @@ def _members(unit: np.ndarray, count: int) -> list[np.ndarray]:
     return [order[start:end] for start, end in itertools.pairwise(starts)]
 
 
-def saliencies(weight: np.ndarray, unit: np.ndarray, count: int, hessian: np.ndarray) -> np.ndarray:
-    """Return the error that each unit leaves when the other inputs make up for it as well as they can, float64 [count].
+class Reading(NamedTuple):
+    """A layer that reads units.
 
-    Args: as for `energies`.
+    Attributes:
+        weight: float [N, K].
+        unit: int [K], the unit of each input; -1 for none.
+        hessian: E[x^T x], [K, K].
+        counts: G, [N, N]: how much errors of the outputs count; None counts them alike, relative to their power.
     """
-    damped = hessian.astype(np.float64)
-    damped[np.diag_indices(len(damped))] += _DAMPING * max(float(np.mean(damped.diagonal())), 1e-30)
-    with steady():
-        inverse = np.linalg.inv(damped)
-    squares = _squares(weight)
-    members = _members(unit, count)
-    found = np.zeros(count)
-    for size in sorted({len(inputs) for inputs in members} - {0}):
-        alike = [index for index, inputs in enumerate(members) if len(inputs) == size]
-        inputs = np.stack([members[index] for index in alike])
-        place = (inputs[:, :, None], inputs[:, None, :])
-        found[alike] = (squares[place] * np.linalg.inv(inverse[place])).sum(axis=(1, 2))
+
+    weight: np.ndarray
+    unit: np.ndarray
+    hessian: np.ndarray
+    counts: np.ndarray | None = None
+
+
+def eliminations(readings: Sequence[Reading], count: int) -> np.ndarray:
+    """Return the error that each unit adds when it goes after all that matter less, float64 [count].
+
+    The unit that leaves the least error goes, the inputs that stay make up for it as well as they can, in all layers
+    that read it; then the next one (Kurtic et al. 2023, "ZipLM", section 3.1). Where there are many, some go at once.
+
+    Args:
+        readings: the layers that read the units.
+        count: the number of units.
+    """
+    layers = [_Elimination(one, count) for one in readings]
+    found, left, last = np.zeros(count), np.arange(count), 0.0
+    at_once = max(1, count // _ROUNDS)
+    while len(left):
+        errors = np.sum([layer.errors(left) for layer in layers], axis=0) if layers else np.zeros(len(left))
+        order = np.argsort(errors, kind="stable")[:at_once]
+        for place in order:
+            last = max(float(errors[place]), float(np.nextafter(last, np.inf)))
+            found[left[place]] = last
+        for layer in layers:
+            layer.remove(left[order])
+        left = np.delete(left, order)
     return found
+
+
+class _Elimination:
+    """A layer whose units go; those that stay make up for it (Optimal Brain Surgeon, block by block)."""
+
+    def __init__(self, reading: Reading, count: int) -> None:
+        weight, counts = reading.weight.astype(np.float64), reading.counts
+        damped = reading.hessian.astype(np.float64)
+        damped[np.diag_indices(len(damped))] += _DAMPING * max(float(np.mean(damped.diagonal())), 1e-30)
+        self._members = _members(reading.unit, count)
+        with steady():
+            self._inverse = np.linalg.inv(damped)
+            if counts is None:
+                power = float((product(weight, damped) * weight).sum())
+                self._weight = weight / math.sqrt(max(power, 1e-300))
+            else:
+                self._weight = product(_root(counts), weight)
+
+    def errors(self, units: np.ndarray) -> np.ndarray:
+        """Return the error that each of these units would add."""
+        found = np.zeros(len(units))
+        sizes = np.array([len(self._members[unit]) for unit in units])
+        for size in sorted(set(sizes.tolist()) - {0}):
+            alike = np.flatnonzero(sizes == size)
+            inputs = np.stack([self._members[unit] for unit in units[alike]])
+            parts = self._weight[:, inputs].transpose(1, 2, 0)
+            inverse = np.linalg.inv(self._inverse[inputs[:, :, None], inputs[:, None, :]])
+            with steady():
+                found[alike] = (parts @ parts.transpose(0, 2, 1) * inverse).sum(axis=(1, 2))
+        return found
+
+    def remove(self, units: np.ndarray) -> None:
+        """Let units go."""
+        gone = np.concatenate([self._members[unit] for unit in units])
+        if not len(gone):
+            return
+        with steady():
+            share = np.linalg.solve(self._inverse[np.ix_(gone, gone)], self._inverse[gone])
+            self._weight -= product(self._weight[:, gone], share)
+            self._inverse -= product(np.ascontiguousarray(self._inverse[:, gone]), share)
+
+
+def _root(square: np.ndarray) -> np.ndarray:
+    """Return R with R^T R = square, a matrix that is symmetric and has no negative eigenvalues."""
+    values, vectors = np.linalg.eigh(square)
+    return np.asarray(np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T)
 
 
 @dataclasses.dataclass(frozen=True)

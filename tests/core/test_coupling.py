@@ -86,6 +86,53 @@ def test_freezing_reaches_what_is_the_same_before_and_after():
     assert [atom.frozen for axis in (one, third, *factors) for atom in some.atoms(axis)] == ["because"] * 6
 
 
+def test_an_axis_that_is_split_into_a_sum_stays_frozen():
+    some = Dimensions()
+    whole, one, other = some.axis(5), some.axis(2), some.axis(3)
+    some.freeze(whole, "because")
+    some.unify(whole, Axis((*one.terms, *other.terms)), "here")
+
+    assert sizes(some, whole) == [[2], [3]]
+    assert [atom.frozen for axis in (one, other) for atom in some.atoms(axis)] == ["because"] * 2
+
+
+def test_a_product_is_split_where_its_inner_factors_end():
+    some = Dimensions()
+    slow, fast, one, other = some.axis(4), some.axis(3), some.axis(3), some.axis(9)
+    whole = some.product([slow, fast])
+    assert whole is not None
+    some.unify(whole, Axis((*one.terms, *other.terms)), "here")
+
+    assert sizes(some, slow) == [[], [3]]
+    assert sizes(some, other) == [[3, 3]]
+    assert not any(atom.frozen for axis in (slow, fast, one, other) for atom in some.atoms(axis))
+    gone = some.cut(whole, {some.atoms(slow)[0]: np.array([0, 2])})
+    assert gone is not None
+    assert gone.tolist() == [0, 1, 2, 3, 4, 5, 9, 10, 11]
+
+
+def test_a_product_that_ends_elsewhere_is_frozen_whole():
+    some = Dimensions()
+    slow, fast, one, other = some.axis(2), some.axis(3), some.axis(4), some.axis(2)
+    whole = some.product([slow, fast])
+    assert whole is not None
+    some.unify(whole, Axis((*one.terms, *other.terms)), "'Concat'")
+
+    assert sizes(some, whole) == [[2, 3]]
+    assert all("cannot be followed" in atom.frozen for axis in (slow, fast, one, other) for atom in some.atoms(axis))
+
+
+def test_a_product_of_an_atom_with_itself_is_no_sum():
+    some = Dimensions()
+    twice, one, other = some.axis(4), some.axis(8), some.axis(8)
+    whole = some.product([twice, twice])
+    assert whole is not None
+    some.unify(whole, Axis((*one.terms, *other.terms)), "'Concat'")
+
+    assert sizes(some, whole) == [[4, 4]]
+    assert all("cannot be followed" in atom.frozen for axis in (twice, one, other) for atom in some.atoms(axis))
+
+
 # --- graphs -----------------------------------------------------------------------------------------------------------
 
 
@@ -114,8 +161,8 @@ class Builder:
     def model(self, *outputs: str) -> ir.Model:
         infos = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs]
         graph = onnx.helper.make_graph(self.nodes, "g", [self.input], infos, self.constants)
-        opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("com.microsoft", 1)]
-        return ir.from_proto(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9))
+        opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("com.microsoft", 1)]
+        return ir.from_proto(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10))
 
 
 def run(model: ir.Model, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -268,11 +315,19 @@ def attention(build: Builder, x: str, heads: int, groups: int, size: int, *, fus
             onnx.helper.make_node(fused, parts, ["mha"], name="mha", domain="com.microsoft", num_heads=heads)
         )
         return "mha"
+    if fused == "GroupQueryAttention":
+        lengths = [build.constant(np.array([4, 4], np.int32)), build.constant(np.array([5], np.int32))]
+        counts = {"num_heads": heads, "kv_num_heads": groups}
+        given = [*parts, "", "", *lengths]
+        build.nodes.append(onnx.helper.make_node(fused, given, ["gqa"], name="gqa", domain="com.microsoft", **counts))
+        return "gqa"
+    if fused == "Attention":
+        return build.node(fused, *parts, q_num_heads=heads, kv_num_heads=groups)
     split = []
     for part, count in zip(parts, (heads, groups, groups), strict=True):
         apart = build.node("Reshape", part, build.constant(np.array([0, 0, count, size])))
         one = build.node("Transpose", apart, perm=[0, 2, 1, 3])
-        if count < heads:
+        if count < heads and not fused:
             wide = build.node("Unsqueeze", one, build.constant(np.array([2])))
             shape = build.constant(np.array([1, 1, heads // count, 1, 1]))
             one = build.node(
@@ -280,6 +335,10 @@ def attention(build: Builder, x: str, heads: int, groups: int, size: int, *, fus
             )
         split.append(one)
     query, key, value = split
+    if fused:
+        mixed = build.node("Attention", query, key, value)
+        turned = build.node("Transpose", mixed, perm=[0, 2, 1, 3])
+        return build.node("Reshape", turned, build.constant(np.array([0, 0, width])))
     scores = build.node("MatMul", query, build.node("Transpose", key, perm=[0, 1, 3, 2]))
     mixed = build.node("MatMul", build.node("Softmax", scores, axis=-1), value)
     return build.node(
@@ -287,7 +346,20 @@ def attention(build: Builder, x: str, heads: int, groups: int, size: int, *, fus
     )
 
 
-@pytest.mark.parametrize(("heads", "groups", "fused"), [(4, 4, ""), (6, 2, ""), (4, 4, "MultiHeadAttention")])
+@pytest.mark.parametrize(
+    ("heads", "groups", "fused"),
+    [
+        (4, 4, ""),
+        (6, 2, ""),
+        (4, 4, "MultiHeadAttention"),
+        (4, 4, "GroupQueryAttention"),
+        (6, 2, "GroupQueryAttention"),
+        (4, 4, "Attention"),
+        (6, 2, "Attention"),
+        (4, 4, "Attention by heads"),
+        (6, 2, "Attention by heads"),
+    ],
+)
 def test_heads_are_cut_whole(heads: int, groups: int, fused: str):
     build = Builder(heads, ["n", "s", heads * 8])
     mixed = attention(build, "x", heads, groups, 8, fused=fused)
@@ -367,6 +439,23 @@ def test_shapes_that_are_computed_in_part_follow():
     free = assert_cut_is_masking(model, {"x": x}, seed=3)
 
     assert sorted(atom.size for atom in free) == [3, 4]
+
+
+def test_a_size_that_a_reshape_copies_follows_what_it_is_copied_from():
+    """[6, 9, 3] becomes [18, 9]: the 9 is copied from another axis than the one whose indices it holds."""
+    build = Builder(0, ["n", 8])
+    apart = build.node(
+        "Reshape", build.node("MatMul", "x", build.weight(8, 162)), build.constant(np.array([0, 6, 9, 3]))
+    )
+    moved = build.node("Reshape", apart, build.constant(np.array([0, 18, 0])))
+    flat = build.node("Reshape", moved, build.constant(np.array([0, 162])))
+    model = build.model(build.node("MatMul", flat, build.weight(162, 3)))
+    x = build.random.normal(size=(2, 8)).astype(np.float32)
+
+    for seed in range(4):
+        free = assert_cut_is_masking(model.clone(), {"x": x}, seed=seed)
+
+    assert sorted(atom.size for atom in free) == [3, 6]
 
 
 def test_a_bad_cut_is_refused():

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qgraph.numerics.pruning import Limits, Moments, compensate, energies, keep_each, keep_together, saliencies
+from qgraph.numerics.pruning import (
+    Limits,
+    Moments,
+    Reading,
+    compensate,
+    eliminations,
+    energies,
+    keep_each,
+    keep_together,
+)
 
 RNG = np.random.default_rng(0)
 ROWS = RNG.normal(size=(200, 6)) @ (np.eye(6) + 0.4 * RNG.normal(size=(6, 6))) + 0.5
@@ -22,14 +31,60 @@ def test_the_energy_of_a_unit_is_that_of_its_part_of_the_output():
     np.testing.assert_allclose(found, [np.square(part).sum() / len(ROWS) for part in parts], rtol=1e-9)
 
 
-def test_the_saliency_of_a_unit_is_the_least_error_without_it():
-    expected = []
-    for index in range(3):
-        others = ROWS[:, index != UNIT]
-        best, *_ = np.linalg.lstsq(others, ROWS @ WEIGHT.T, rcond=None)
-        expected.append(np.square(others @ best - ROWS @ WEIGHT.T).sum() / len(ROWS))
+def least_error(gone: set[int], weight: np.ndarray) -> float:
+    """Return the error of a layer whose inputs make up for units that are gone, relative to its power."""
+    others, target = ROWS[:, ~np.isin(UNIT, list(gone))], ROWS @ weight.T
+    best, *_ = np.linalg.lstsq(others, target, rcond=None)
+    return float(np.square(others @ best - target).sum() / np.square(target).sum())
 
-    np.testing.assert_allclose(saliencies(WEIGHT, UNIT, 3, HESSIAN), expected, rtol=0.03)
+
+def test_units_go_one_after_the_other_where_the_error_is_least():
+    weights = [WEIGHT, RNG.normal(size=(4, 6)) * 100.0]
+    expected, gone, before = np.zeros(3), set(), 0.0
+    while len(gone) < 3:
+        errors = {unit: sum(least_error({*gone, unit}, one) for one in weights) for unit in {0, 1, 2} - gone}
+        best = min(errors, key=lambda unit: errors[unit])
+        gone.add(best)
+        expected[best], before = errors[best] - before, errors[best]
+
+    found = eliminations([Reading(one, UNIT, HESSIAN) for one in weights], 3)
+
+    assert np.argsort(found).tolist() == sorted(range(3), key=lambda unit: expected[unit])
+    np.testing.assert_allclose(found, expected, rtol=0.03)
+
+
+def test_of_two_that_say_the_same_one_stays():
+    """Alone, each of the first two could go at no loss; the third cannot be told from the others."""
+    rows = RNG.normal(size=(300, 3))
+    rows[:, 1] = rows[:, 0] + 1e-3 * rows[:, 1]
+    weight = np.array([[3.0, 3.0, 1.0]])
+
+    found = eliminations([Reading(weight, np.arange(3), rows.T @ rows / 300)], 3)
+
+    assert sorted(np.argsort(found)[[0, 2]].tolist()) == [0, 1]
+
+
+def test_errors_count_as_they_are_said_to():
+    counts = np.diag([0.0, 0.0, 4.0])
+
+    counted = eliminations([Reading(WEIGHT, UNIT, HESSIAN, counts)], 3)
+    alone = eliminations([Reading(2.0 * WEIGHT[2:], UNIT, HESSIAN, np.eye(1))], 3)
+
+    np.testing.assert_allclose(counted, alone, rtol=1e-9)
+
+
+def test_many_units_go_some_at_a_time():
+    rows = RNG.normal(size=(400, 100))
+    weight = np.linspace(1.0, 2.0, 100)[None, :]
+
+    found = eliminations([Reading(weight, RNG.permutation(100), rows.T @ rows / 400)], 100)
+
+    assert len(set(found.tolist())) == 100
+    assert np.isfinite(found).all()
+
+
+def test_units_that_nobody_reads_go_in_their_order():
+    assert np.argsort(eliminations([], 4), kind="stable").tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

@@ -510,3 +510,19 @@ def test_mobilenet_with_one_scale_for_a_tensor(assets: Path, monkeypatch: pytest
         scores[passes] = task.score(run(model, evaluated))
     assert scores["qdq{per_channel=false}"] < 30
     assert scores["equalize,qdq{per_channel=false}"] > 50
+
+
+@pytest.mark.parametrize("keepdims", [0, 1])
+def test_a_reduction_over_no_axes_lets_everything_through(keepdims: int):
+    model = model_with(
+        f"""
+        c = Conv <pads = [1, 1, 1, 1]> (x, @a[6, 3, 3, 3])
+        r = Relu (c)
+        s = ReduceSum <keepdims = {keepdims}, noop_with_empty_axes = 1> (r)
+        y = Conv (s, @b[4, 6, 1, 1])
+        """
+    )
+    exact = run(model)
+
+    assert equalize(model).changed == 2
+    np.testing.assert_allclose(run(model), exact, rtol=1e-4, atol=1e-5)

@@ -16,6 +16,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+import qgraph.compiler
+import qgraph.ir
+from qgraph.analysis.linear_layers import linear_layers
 from qgraph.errors import UserError
 from qgraph.models import digits_cnn, digits_encoder
 from qgraph.passes import LowRank
@@ -186,6 +189,40 @@ def test_bringing_back_needs_a_quantizer_before():
 def test_options_out_of_range_are_refused(option: str):
     with pytest.raises(UserError, match="low-rank"):
         Pipeline.parse(f"low-rank{{{option}}}")
+
+
+def test_a_weight_that_is_not_finite_is_named():
+    model = digits_encoder.build()
+    weight = next(layer.weight for layer in linear_layers(model).layers if layer.kind == "linear")
+    array = weight.const_value.numpy().copy()
+    array[0, 0] = np.nan
+    weight.const_value = ir.tensor(array, name=weight.name)
+    with pytest.raises(UserError, match=f"the weight '{weight.name}' of .* holds NaN"):
+        Pipeline([LowRank(min_elements=0)]).run(model)
+
+
+@pytest.mark.parametrize(
+    ("target", "quantizer", "kernel"),
+    [
+        ("cpu-int8", "dynamic-int8{min_elements=0}", "DynamicQuantizeMatMul"),
+        ("cpu-int4", "rtn{bits=4,group=32,min_elements=0}", "MatMulNBits"),
+    ],
+)
+def test_both_products_run_in_few_bits_on_a_target(target: str, quantizer: str, kernel: str, tmp_path: Path):
+    dataset = digits_encoder.dataset()
+    feeds = [{"image": part} for part in np.array_split(dataset.calibration["image"][:64], 4)]
+    source = tmp_path / "model.onnx"
+    qgraph.ir.save(digits_encoder.build(), source)
+
+    made = qgraph.compiler.compile(
+        source, target, output=tmp_path / "out", calibration=feeds,
+        passes=f"low-rank{{rank=16,min_elements=1024}},{quantizer}",
+    )  # fmt: skip
+
+    nodes = list(qgraph.ir.load(made.path / "model.onnx").graph)
+    thin = [node.op_type for node in nodes if re.search(r"feed_forward/(up|down)/MatMul_[01]", node.name or "")]
+    assert len(thin) == 12
+    assert set(thin) == {kernel}
 
 
 def test_activation_needs_data():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import ModuleType
 
 import numpy as np
@@ -172,6 +173,97 @@ def test_a_weight_that_is_not_finite_is_named():
         prune(model, PruneNeurons())
 
 
+def test_one_sample_is_told_to_be_few():
+    model = encoder()
+
+    report = Pipeline([PruneNeurons()]).run(model, calibration=[{"x": samples(1)[0]["x"][:1, :2]}])
+
+    assert report.changed == 6
+    assert any("there are only 2 rows for the inputs of 'down'" in note for note in report.notes)
+    assert np.isfinite(outputs(model, samples(1))).all()
+
+
+def small(body: str, outputs: str = "float[n,s,16] y", **shapes: tuple[int, ...]) -> ir.Model:
+    opsets = '"" : 20, "com.microsoft" : 1'
+    text = f"<ir_version: 9, opset_import: [{opsets}]> g (float[n,s,16] x) => ({outputs}) {{ {body} }}"
+    proto = onnx.parser.parse_model(text)
+    for number, (name, dims) in enumerate(shapes.items()):
+        array = np.random.default_rng(number).normal(size=dims).astype(np.float32) / 4
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return ir.from_proto(proto)
+
+
+SQUARE = dict.fromkeys(("wq", "wk", "wv", "wo"), (16, 16))
+GROUPED = "(q, k, v, , , lengths, total)"
+PROJECTED = "q = MatMul (x, wq) k = MatMul (x, wk) v = MatMul (x, wv)"
+
+
+@pytest.mark.parametrize(
+    ("attention", "shapes", "reason"),
+    [
+        (
+            f"{PROJECTED} [att] a = com.microsoft.MultiHeadAttention <num_heads = 3> (q, k, v)",
+            SQUARE,
+            "the heads of 'att' (MultiHeadAttention) are not certain",
+        ),
+        (
+            "[att] a = com.microsoft.Attention <num_heads = 4> (x, w, b)",
+            {"w": (16, 48), "b": (48,), "wo": (16, 16)},
+            "'att' (Attention) is not understood",
+        ),
+        (
+            f'{PROJECTED} [att] s = Einsum <equation = "bik,bjk->bij"> (q, k) p = Softmax (s) a = MatMul (p, v)',
+            SQUARE,
+            "'att' (Einsum) is not understood",
+        ),
+        (
+            f"{PROJECTED} [att] a = com.microsoft.GroupQueryAttention <num_heads = 6, kv_num_heads = 2> {GROUPED}",
+            {**SQUARE, "lengths": (1,), "total": (1,)},
+            "the heads of 'att' (GroupQueryAttention) are not certain",
+        ),
+    ],
+    ids=["heads that do not divide", "packed", "einsum", "groups that do not divide"],
+)
+def test_attention_that_is_not_followed_is_told(attention: str, shapes: dict[str, tuple[int, ...]], reason: str):
+    model = small(f"{attention} y = MatMul (a, wo)", **shapes)
+    before = ir.to_proto(model).SerializeToString()
+
+    report = prune(model, PruneHeads(), data=False)
+
+    assert ("att", reason) in [tuple(one) for one in report.skipped]
+    assert ir.to_proto(model).SerializeToString() == before
+
+
+def test_a_model_without_heads_is_told():
+    report = prune(small("y = MatMul (x, w)", w=(16, 16)), PruneHeads(), data=False)
+
+    assert list(report.notes) == ["no heads were found"]
+
+
+def test_a_layer_that_is_an_output_stays():
+    body = "h = MatMul (x, w1) r = Relu (h) y = MatMul (r, w2)"
+    model = small(body, "float[n,s,16] y, float[n,s,24] h", w1=(16, 24), w2=(24, 16))
+
+    report = prune(model, PruneNeurons(), data=False)
+
+    assert report.changed == 0
+    assert tuple(report.skipped[0]) == ("MatMul->h", "'h' is an output of the model")
+    assert (shape(model, "w1"), shape(model, "w2")) == ((16, 24), (24, 16))
+
+
+def test_a_weight_of_two_layers_is_cut_for_both_or_for_none():
+    both = small(
+        "h = MatMul (x, w1) r = Relu (h) h2 = MatMul (r, w) r2 = Relu (h2) h3 = MatMul (r2, w) y = MatMul (h3, w2)",
+        w1=(16, 8), w=(8, 8), w2=(8, 16),
+    )  # fmt: skip
+    none = small("h = MatMul (x, w) r = Relu (h) y = MatMul (r, w)", w=(16, 16))
+
+    assert prune(both, PruneNeurons(), data=True).changed == 2
+    assert [shape(both, name) for name in ("w1", "w", "w2")] == [(16, 6), (6, 6), (6, 16)]
+    assert np.isfinite(outputs(both, samples(1))).all()
+    assert prune(none, PruneNeurons(), data=True).changed == 0
+
+
 def test_the_same_every_time():
     models = [encoder(), encoder()]
     for model in models:
@@ -219,6 +311,35 @@ def test_a_very_deep_network_is_pruned():
 
     assert report.changed == 2
     assert (shape(model, "w1"), shape(model, "w2")) == ((4, 6), (6, 4))
+
+
+def calls_for(layers: int, passes: str) -> int:
+    """Return how many functions are called to prune a chain of so many layers: what time is, without a clock."""
+    body, x, shapes = [], "x", {}
+    for number in range(layers):
+        body.append(f"h{number} = MatMul ({x}, u{number}) r{number} = Relu (h{number})")
+        body.append(f"d{number} = MatMul (r{number}, w{number}) a{number} = Add (d{number}, {x})")
+        x, shapes = f"a{number}", {**shapes, f"u{number}": (16, 4), f"w{number}": (4, 16)}
+    model = small(f"{' '.join(body)} y = Identity ({x})", **shapes)
+    count = 0
+
+    def note(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(note)
+    try:
+        Pipeline.parse(passes).run(model)
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("passes", ["prune-neurons", "prune-heads", "low-rank{min_elements=0}"])
+def test_work_grows_with_the_number_of_layers(passes: str):
+    calls_for(10, passes)  # what is made on first use does not count
+
+    assert calls_for(160, passes) < 4.6 * calls_for(40, passes)
 
 
 def accuracy(model: ir.Model, images: str, dataset: Dataset) -> float:
