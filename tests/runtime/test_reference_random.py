@@ -1,4 +1,4 @@
-"""Property test: thousands of random integer models give the same integers in the reference and in ONNX Runtime."""
+"""Property test: 1500 random integer models give the same integers in the reference and in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from integer_models import random_integer_feeds, random_integer_model
 MODELS = 100
 
 
-@pytest.mark.parametrize("chunk", range(20))
+@pytest.mark.parametrize("chunk", range(15))
 def test_random_models(chunk: int):
     for seed in range(chunk * MODELS, (chunk + 1) * MODELS):
         model = random_integer_model(seed)
-        session = open_session(ir.to_proto(model).SerializeToString(), threads=1)
+        # With its own fusions, and as the model stands, which is opened faster.
+        session = open_session(ir.to_proto(model).SerializeToString(), threads=1, optimise=seed % 4 == 0)
         reference = ReferenceSession(model)
         for feed_seed in range(2):
             feeds = random_integer_feeds(model, feed_seed)
