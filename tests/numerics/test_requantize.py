@@ -131,6 +131,33 @@ def test_what_is_no_parameter(multiplier: int, shift: int, rounding: str, messag
         plain(np.zeros(1, np.int32), np.int32(multiplier), np.int32(shift), rounding)
 
 
+LITERT = [
+    (0.06470537185668945, 8.223222732543945, -7, [-11628, 9086, 826, -6544, 467, 3972], [-99, 65, 0, -59, -3, 24]),
+    (0.015625, 0.5, 10, [-1872, 1423, 2543, 3018, -2752, 2548], [-49, 55, 90, 104, -76, 90]),
+    (0.0009907832136377692, 1.1067990064620972, -67, [-6144, 117853, -30720, 45242], [-73, 39, -95, -26]),
+    (0.03125, 2.0, 14, [-4832, 927, -1440, 6559, 3676, 1679, -4717], [-62, 29, -9, 117, 71, 40, -60]),
+    (0.10546217858791351, 3.121732234954834, -54, [2442, 429, -991, -24, 475, 677], [29, -39, -88, -55, -38, -31]),
+    (0.03125, 0.5, 31, [-536, 1191, -1416, 1287, -52, -23, -565], [-3, 106, -58, 112, 28, 30, -4]),
+    (0.0074197836220264435, 13.102439880371094, -33, [-129792, -52093, -71518, -23188], [-107, -63, -74, -46]),
+    (0.015625, 4.0, -76, [12415, 30079, 15999, -11136, 24037, -5546], [-27, 42, -13, -120, 18, -98]),
+]
+"""QUANTIZE from int32 to int8 by the reference kernels of LiteRT 2.3.0 (ai-edge-litert, built with double rounding):
+scale in, scale out, zero point, numbers, results. In most of them a single rounding gives another number. Of random
+numbers and scales below 1, 8.7 million more agreed, and 121 thousand results of CONV_2D with scales per channel."""
+
+
+@pytest.mark.parametrize(("before", "after", "zero_point", "x", "expected"), LITERT)
+def test_litert_rounds_twice(before: float, after: float, zero_point: int, x: list[int], expected: list[int]):
+    multiplier, shift = fixed_point(before / after)
+    limits = (np.int8(zero_point), np.int8(-128), np.int8(127))
+    results = {
+        rounding: requantize(np.array(x, np.int32), multiplier, shift, *limits, rounding).tolist()
+        for rounding in ROUNDINGS
+    }
+    assert results["gemmlowp"] == expected
+    assert results["half-up"] != expected
+
+
 def test_scales_as_fixed_point():
     scales = np.array([1.0, 0.75, 2.0**-32, 2.0**31 - 1, 1 - 2.0**-40, 0.3, 2.0**-5 / 3])
     multiplier, shift = fixed_point(scales)
