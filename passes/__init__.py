@@ -46,6 +46,7 @@ _HOMES = {
     "ToBf16": "to_bf16",
     "Sparsify": "sparsify",
     "ToFp16": "to_fp16",
+    "UnrollRecurrent": "unroll_recurrent",
     "WidenWeights": "widen_weights",
 }
 
