@@ -13,6 +13,7 @@ _HOMES = {
     "Awq": "awq",
     "BiasCorrection": "bias_correction",
     "ConvertOpset": "convert_opset",
+    "ConvTransposeToConv": "conv_transpose_to_conv",
     "DeduplicateInitializers": "deduplicate_initializers",
     "DynamicInt8": "dynamic_int8",
     "Equalize": "equalize",

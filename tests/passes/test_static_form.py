@@ -21,6 +21,7 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 PASSES = (
     "align-channels",
     "average-pool-to-conv",
+    "conv-transpose-to-conv",
     "unroll-recurrent",
 )
 FILES = [path for name in PASSES for path in sorted((GOLDEN / name).glob("*"))]
