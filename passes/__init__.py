@@ -14,6 +14,7 @@ _HOMES = {
     "BiasCorrection": "bias_correction",
     "ConvertOpset": "convert_opset",
     "ConvTransposeToConv": "conv_transpose_to_conv",
+    "DecomposeNorms": "decompose_norms",
     "DeduplicateInitializers": "deduplicate_initializers",
     "DynamicInt8": "dynamic_int8",
     "Equalize": "equalize",

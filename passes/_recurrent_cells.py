@@ -81,10 +81,10 @@ class Cell:
         hidden, direction = self.layer.hidden, self.direction
         _, rows, columns = (int(dim) for dim in tensor.shape.numpy())
         first, last, _ = gates.indices(rows // hidden)
-        rows = slice(first * hidden, last * hidden)
+        chosen = slice(first * hidden, last * hidden)
 
         def transposed() -> np.ndarray:
-            return np.asarray(tensor.numpy())[direction, rows].T
+            return np.asarray(tensor.numpy()[direction, chosen]).T
 
         return qgraph.ir.lazy(transposed, tensor.dtype, [columns, (last - first) * hidden])
 

@@ -69,9 +69,10 @@ def _unroll(node: ir.Node, emit: Emitter, most: int) -> Sequence[ir.Value | None
         joined = [one.join(states, layer.axis) for one, (states, _, _) in zip(inner, ends, strict=True)]
         axes = emit.integers("axes", [layer.axis + 1])
         results[0] = emit.join([emit("Unsqueeze", one, axes) for one in joined], layer.axis + 1)
-    for index in range(1, len(read)):
+    last_states = [h for _, h, _ in ends], [c for _, _, c in ends if c is not None]
+    for index, last in enumerate(last_states[: len(read) - 1], start=1):
         if read[index]:
-            results[index] = emit.join([end[index] for end in ends], layer.axis)
+            results[index] = emit.join(last, layer.axis)
     return results
 
 

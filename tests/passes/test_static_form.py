@@ -22,6 +22,7 @@ PASSES = (
     "align-channels",
     "average-pool-to-conv",
     "conv-transpose-to-conv",
+    "decompose-norms",
     "unroll-recurrent",
 )
 FILES = [path for name in PASSES for path in sorted((GOLDEN / name).glob("*"))]
