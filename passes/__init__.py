@@ -41,6 +41,7 @@ _HOMES = {
     "Qdq": "qdq",
     "RemoveIdentity": "remove_identity",
     "RemoveUnused": "remove_unused",
+    "ResizeToMatmul": "resize_to_matmul",
     "Rtn": "rtn",
     "Rotate": "rotate",
     "SmoothQuant": "smooth_quant",

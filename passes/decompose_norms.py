@@ -102,8 +102,11 @@ def _normalized(
 
 def _reduced(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
     axes = node.inputs[1] if len(node.inputs) > 1 else None
-    if node.attributes.get_int("noop_with_empty_axes", 0) and axes is None:
-        raise UnfitError("it reduces nothing (noop_with_empty_axes)")
+    known = qgraph.ir.constant(axes)
+    if node.attributes.get_int("noop_with_empty_axes", 0) and (known is None or not known.size):
+        raise UnfitError("it may reduce nothing (noop_with_empty_axes)")
+    if node.inputs[0] is None or node.inputs[0].dtype not in _FLOATS:
+        raise UnfitError("it is not known to be of floats")
     return [_norm(emit, node.op_type, node.inputs[0], axes, node.attributes.get_int("keepdims", 1))]
 
 
@@ -119,7 +122,7 @@ def _lp(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
     if op_type is None:
         raise UnfitError("its norm is of another order than 1 and 2")
     if value is None or value.dtype not in _FLOATS:
-        raise UnfitError("its input is not known to be of a type that numpy has")
+        raise UnfitError("it is not known to be of floats")
     least = np.asarray(np.finfo(value.dtype.numpy()).tiny, value.dtype.numpy())
     axes = emit.integers("axes", [node.attributes.get_int("axis", -1)])
     norm = emit("Clip", _norm(emit, op_type, value, axes, 1), emit.constant("least", least))

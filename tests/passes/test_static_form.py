@@ -23,6 +23,7 @@ PASSES = (
     "average-pool-to-conv",
     "conv-transpose-to-conv",
     "decompose-norms",
+    "resize-to-matmul",
     "unroll-recurrent",
 )
 FILES = [path for name in PASSES for path in sorted((GOLDEN / name).glob("*"))]
