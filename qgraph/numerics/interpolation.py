@@ -66,7 +66,7 @@ def _centres(before: int, after: int, scale: float, coordinates: str) -> np.ndar
 def _kernel(distance: np.ndarray, cubic: float | None) -> np.ndarray:
     """Return the weights of elements at a distance below 2 (linearly: up to 1) from the point."""
     if cubic is None:
-        return np.maximum(0.0, 1 - distance)
+        return np.asarray(np.maximum(0.0, 1 - distance))
     near = ((cubic + 2) * distance - (cubic + 3)) * distance**2 + 1
     far = cubic * (((distance - 5) * distance + 8) * distance - 4)
-    return np.where(distance <= 1, near, far)
+    return np.asarray(np.where(distance <= 1, near, far))

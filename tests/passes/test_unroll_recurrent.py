@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+import qgraph.ir
 from qgraph.pipeline import Pipeline, Report
 from qgraph.runtime.session import open_session
 
@@ -165,3 +167,22 @@ def test_computed_weights_and_an_old_opset_stay():
     model = layer("RNN")
     model.graph.opset_imports[""] = 17
     assert "convert-opset" in Pipeline.parse("unroll-recurrent").run(model).parts[0].skipped[0].reason
+
+
+def test_a_voice_detector_of_fixed_size(assets: Path):
+    """Its layer goes on from a state that the caller keeps; a frame is one step."""
+    path = assets / "silero_vad" / "silero_vad_16k_op15.onnx"
+    model = qgraph.ir.load(path)
+    random = np.random.default_rng(0)
+    feeds = {
+        "input": random.normal(size=(1, 576)).astype(np.float32),
+        "state": random.normal(size=(2, 1, 128)).astype(np.float32),
+        "sr": np.asarray(16000, np.int64),
+    }
+    for name in ("input", "state"):
+        qgraph.ir.set_input_shape(model, name, feeds[name].shape)
+    prepared = "inline-functions,lift-constants,convert-opset,fold-constants,infer-shapes"
+    report = Pipeline.parse(f"{prepared},unroll-recurrent").run(model)
+    assert report.parts[-1].changed == 1
+    before = open_session(path.read_bytes(), optimise=False, threads=1).run(None, feeds)
+    assert_same(before, run(model, feeds))
