@@ -13,6 +13,8 @@ _HOMES = {
     "Awq": "awq",
     "BiasCorrection": "bias_correction",
     "ConvertOpset": "convert_opset",
+    "ConvTransposeToConv": "conv_transpose_to_conv",
+    "DecomposeNorms": "decompose_norms",
     "DeduplicateInitializers": "deduplicate_initializers",
     "DynamicInt8": "dynamic_int8",
     "Equalize": "equalize",
@@ -42,6 +44,7 @@ _HOMES = {
     "Qdq": "qdq",
     "RemoveIdentity": "remove_identity",
     "RemoveUnused": "remove_unused",
+    "ResizeToMatmul": "resize_to_matmul",
     "Rtn": "rtn",
     "Rotate": "rotate",
     "SmoothQuant": "smooth_quant",
@@ -49,6 +52,7 @@ _HOMES = {
     "ToBf16": "to_bf16",
     "Sparsify": "sparsify",
     "ToFp16": "to_fp16",
+    "UnrollRecurrent": "unroll_recurrent",
     "WidenWeights": "widen_weights",
 }
 

@@ -305,18 +305,20 @@ def insert_before(node: ir.Node, *new: ir.Node) -> None:
     graph.insert_before(node, new)
 
 
-def replace_node(old: ir.Node, new: ir.Node | list[ir.Node], outputs: list[ir.Value] | None = None) -> None:
+def replace_node(old: ir.Node, new: ir.Node | list[ir.Node], outputs: Sequence[ir.Value | None] | None = None) -> None:
     """Put `new` in the place of `old`; its outputs (default: the last new node's) take over names and consumers.
 
-    Graph outputs keep their names, types and shapes.
+    An output that nobody reads may have None in its place. Graph outputs keep their names, types and shapes.
     """
     nodes = new if isinstance(new, list) else [new]
-    replacements = list(nodes[-1].outputs) if outputs is None else outputs
+    replacements = nodes[-1].outputs if outputs is None else outputs
     graph = old.graph
     if graph is None:
         raise ValueError(f"{node_label(old)} is in no graph")
     graph.insert_before(old, nodes)
     for before, after in zip(old.outputs, replacements, strict=False):
+        if after is None:
+            continue
         if after.type is None:
             after.type = before.type
         if after.shape is None:

@@ -1,4 +1,4 @@
-"""`align-channels` and `average-pool-to-conv`: golden graphs, and values kept.
+"""The passes that give operators another form for the integers to come: golden graphs, and values kept.
 
 A golden file holds a model's text, `---`, and its text after the pass, without the values of constants. Inputs other
 than `x` are constants. A first line `# ...` gives the pipeline. QGRAPH_UPDATE_GOLDEN=1 writes the second part anew.
@@ -18,7 +18,15 @@ import pytest
 from qgraph.pipeline import Pipeline
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-FILES = [path for name in ("align-channels", "average-pool-to-conv") for path in sorted((GOLDEN / name).glob("*"))]
+PASSES = (
+    "align-channels",
+    "average-pool-to-conv",
+    "conv-transpose-to-conv",
+    "decompose-norms",
+    "resize-to-matmul",
+    "unroll-recurrent",
+)
+FILES = [path for name in PASSES for path in sorted((GOLDEN / name).glob("*"))]
 
 
 def filled(text: str) -> ir.Model:

@@ -1,0 +1,116 @@
+"""`decompose-norms` against ONNX Runtime's operators, and what it leaves alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from qgraph.pipeline import Pipeline
+from qgraph.runtime.session import open_session
+
+FLOAT = onnx.TensorProto.FLOAT
+
+
+def single(
+    op_type: str, shape: list[int], constants: dict[str, np.ndarray] | None = None, opset: int = 21, **attributes: Any
+) -> ir.Model:
+    """Return a model of one node whose first axis is the batch."""
+    constants = constants or {}
+    known = ["n", *shape] if op_type == "GroupNormalization" else None  # onnx does not find it
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(op_type, ["x", *constants], ["y"], **attributes)],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", FLOAT, ["n", *shape])],
+        [onnx.helper.make_tensor_value_info("y", FLOAT, known)],
+        [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8)
+    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+
+
+def run(model: ir.Model, x: np.ndarray) -> np.ndarray:
+    return open_session(ir.to_proto(model).SerializeToString(), optimise=False, threads=1).run(None, {"x": x})[0]
+
+
+def numbers(shape: list[int], seed: int = 0) -> np.ndarray:
+    return (np.random.default_rng(seed).normal(size=[3, *shape]) * 4 + 1).astype(np.float32)
+
+
+def assert_kept(model: ir.Model, x: np.ndarray, tolerance: float = 2e-6) -> None:
+    before = run(model, x)
+    (old,) = model.graph
+    assert Pipeline.parse("decompose-norms").run(model).changed == 1
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    assert old.op_type not in {node.op_type for node in model.graph}
+    after = run(model, x)
+    assert before.shape == after.shape
+    np.testing.assert_allclose(after, before, rtol=0, atol=tolerance * np.abs(before).max())
+    assert Pipeline.parse("decompose-norms").run(model).changed == 0
+
+
+def per_channel(count: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(5)
+    return {name: random.normal(size=count).astype(np.float32) for name in ("s", "b")}
+
+
+@pytest.mark.parametrize("shape", [[4, 9], [1, 3, 5], [4, 3, 5], [2, 3, 4, 5]])
+def test_instances(shape: list[int]):
+    for options in ({}, {"epsilon": 0.1}):
+        assert_kept(single("InstanceNormalization", shape, per_channel(shape[0]), **options), numbers(shape), 5e-6)
+
+
+@pytest.mark.parametrize(("opset", "groups"), [(opset, groups) for opset in (18, 21) for groups in (1, 2, 3, 6)])
+@pytest.mark.parametrize("shape", [[6, 5], [6, 3, 5]])
+def test_groups(shape: list[int], opset: int, groups: int):
+    constants = per_channel(groups if opset < 21 else 6)
+    model = single("GroupNormalization", shape, constants, opset, num_groups=groups, epsilon=0.01)
+    assert_kept(model, numbers(shape), 5e-6)
+
+
+@pytest.mark.parametrize("op_type", ["ReduceL1", "ReduceL2", "ReduceSumSquare"])
+@pytest.mark.parametrize("axes", [None, [1], [-1, 1], [0, 2]])
+@pytest.mark.parametrize("keepdims", [0, 1])
+def test_reductions(op_type: str, axes: list[int] | None, keepdims: int):
+    constants = {} if axes is None else {"axes": np.array(axes, np.int64)}
+    assert_kept(single(op_type, [4, 5], constants, keepdims=keepdims), numbers([4, 5]))
+
+
+@pytest.mark.parametrize("options", [{}, {"p": 1}, {"axis": 1}, {"axis": 0, "p": 1}])
+def test_vectors_of_length_one(options: dict[str, int]):
+    x = numbers([4, 5])
+    x[0], x[:, 1], x[:, :, 2] = 0, 0, 0
+    model = single("LpNormalization", [4, 5], **options)
+    assert_kept(model, x)
+    assert np.isfinite(run(model, x)).all()
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_logarithms_of_what_is_improbable(axis: int):
+    assert_kept(single("LogSoftmax", [4, 5], axis=axis), numbers([4, 5]) * 100)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (single("LRN", [4, 3, 3], size=3), "neighbouring"),
+        (single("ReduceL2", [4], noop_with_empty_axes=1), "may reduce nothing"),
+        (single("InstanceNormalization", [4, "w"], per_channel(4)), "not known"),
+        (single("ReduceL2", [4], {"axes": np.array([1], np.int64)}, opset=17), "convert-opset"),
+    ],
+    ids=lambda given: given if isinstance(given, str) else "",
+)
+def test_what_stays(model: ir.Model, reason: str):
+    report = Pipeline.parse("decompose-norms").run(model)
+    assert report.changed == 0
+    assert reason in report.parts[0].skipped[0].reason
+
+
+def test_a_computed_scale_stays():
+    model = single("InstanceNormalization", [4, 3], per_channel(4))
+    model.graph.inputs.append(model.graph.initializers["s"])
+    report = Pipeline.parse("decompose-norms").run(model)
+    assert "scale or bias is computed" in report.parts[0].skipped[0].reason
