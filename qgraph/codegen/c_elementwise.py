@@ -15,8 +15,18 @@ from qgraph.codegen.c_rules import Access, Kind, Read, register
 __all__ = ["operands"]
 
 _INFIX = {
-    **{"Add": "+", "Sub": "-", "Mul": "*", "Div": "/", "And": "&", "Or": "|", "Xor": "^"},
-    **{"Equal": "==", "Greater": ">", "Less": "<", "GreaterOrEqual": ">=", "LessOrEqual": "<="},
+    "Add": "+",
+    "And": "&",
+    "Div": "/",
+    "Equal": "==",
+    "Greater": ">",
+    "GreaterOrEqual": ">=",
+    "Less": "<",
+    "LessOrEqual": "<=",
+    "Mul": "*",
+    "Or": "|",
+    "Sub": "-",
+    "Xor": "^",
 }
 
 
@@ -68,7 +78,7 @@ def _cast(kernel: Kernel, value: ir.Value, index: Index) -> str:
     (source,) = producer_of(value).inputs
     assert source is not None
     before, after = kernel.graph.dtype(source), kernel.graph.dtype(value)
-    if after == bool and before != bool:
+    if after.kind == "b" and before.kind != "b":
         return kernel.temporary(after, f"{x} != 0")
     if c_text.temporary_type(before) == c_text.temporary_type(after):
         return x  # the value fits, and C computes both in the same type

@@ -63,9 +63,7 @@ def example_text(program: Program) -> str:
     call = ", ".join([*program.inputs, *program.outputs])
     return _EXAMPLE.format(
         name=program.name,
-        tensors="\n".join(
-            [*_tensors(program, program.inputs, inputs), *_tensors(program, program.outputs, outputs)]
-        ),
+        tensors="\n".join([*_tensors(program, program.inputs, inputs), *_tensors(program, program.outputs, outputs)]),
         reads="\n".join(reads),
         writes="\n".join(writes),
         sums="\n".join(sums),

@@ -1,6 +1,6 @@
 """An integer graph as code generators see it: static shapes, constants, and the quantized tensors at its edges.
 
-    x (float) -> QuantizeLinear -> xq ... yq -> DequantizeLinear -> y (float)    =>    xq is an input, yq an output
+x (float) -> QuantizeLinear -> xq ... yq -> DequantizeLinear -> y (float)    =>    xq is an input, yq an output
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class IntegerGraph:
         node = value.producer()
         if dtype is None and node is None:
             raise UserError(f"the type of '{value.name}' is not known")
-        if dtype is not None and dtype.bitwidth >= 8:  # noqa: PLR2004 - bits of a byte
+        if dtype is not None and dtype.bitwidth >= 8:
             numpy = dtype.numpy()
             if numpy.kind in _INTEGER_KINDS:
                 return numpy
@@ -171,7 +171,7 @@ class IntegerGraph:
 
     def _quantized(self, node: ir.Node, value: ir.Value, name: str) -> Port:
         scale = self.constant(node.inputs[1])
-        zero = self.constant(node.inputs[2]) if len(node.inputs) > 2 else np.zeros(1)  # noqa: PLR2004
+        zero = self.constant(node.inputs[2]) if len(node.inputs) > 2 else np.zeros(1)
         if scale is None or scale.size != 1 or zero is None or zero.size != 1:
             raise refusal(node, "its scale and zero point must be constant scalars")
         return Port(value, name, self.dtype(value), self.shape(value), float(scale.item()), int(zero.item()))

@@ -63,7 +63,7 @@ class Parameter:
     Attributes:
         value: the tensor.
         name: in the C function.
-        in_step: each element is read before the kernel writes the element of its output at the same place, and not after.
+        in_step: an element is read just before the kernel writes that at the same place, and not later.
     """
 
     value: ir.Value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -9,7 +11,7 @@ from qgraph.codegen import c_text
 from qgraph.codegen.c_fusion import producer_of
 from qgraph.codegen.c_graph import IntegerGraph, refusal
 from qgraph.codegen.c_kernel import Index, Kernel, broadcast_index
-from qgraph.codegen.c_rules import Access, Kind, Reads, first, once, register
+from qgraph.codegen.c_rules import Access, Kind, Read, Reads, first, once, register
 from qgraph.codegen.nearest import nearest_indices
 
 __all__ = ["axis_map"]
@@ -184,7 +186,12 @@ def _space_to_depth(kernel: Kernel, value: ir.Value, index: Index) -> str:
     return kernel.element(_data(value), (image, f"{channel} % {channels}", at_row, at_column))
 
 
-@register(Kind.MOVE, "ConstantOfShape", reads=lambda graph, node: [])
+def _nothing(graph: IntegerGraph, node: ir.Node) -> Sequence[Read]:
+    del graph, node
+    return []
+
+
+@register(Kind.MOVE, "ConstantOfShape", reads=_nothing)
 def _filled(kernel: Kernel, value: ir.Value, index: Index) -> str:
     del index
     attribute = producer_of(value).attributes.get("value")
@@ -208,7 +215,13 @@ def _is_table(graph: IntegerGraph, node: ir.Node) -> bool:
 
 def _indices_read(access: Access) -> Reads:
     """Return the way of operators that read data at any place, and indices."""
-    return lambda graph, node: [(_pair(node)[0], Access.MEMORY), (_pair(node)[1], access)]
+
+    def reads(graph: IntegerGraph, node: ir.Node) -> Sequence[Read]:
+        del graph
+        data, indices = _pair(node)
+        return [(data, Access.MEMORY), (indices, access)]
+
+    return reads
 
 
 @register(Kind.ELEMENT, "Gather", reads=_indices_read(Access.BROADCAST), when=_is_table)
@@ -271,7 +284,7 @@ def _least(graph: IntegerGraph, value: ir.Value) -> float:
     if array is not None:
         return float(array.min(initial=0))
     dtype, node = graph.dtype(value), value.producer()
-    lowest = 0.0 if dtype == bool else float(np.iinfo(dtype).min)
+    lowest = 0.0 if dtype.kind == "b" else float(np.iinfo(dtype).min)
     inputs = [] if node is None or value in {port.value for port in graph.inputs} else list(node.inputs)
     if node is not None and inputs and inputs[0] is not None:
         if node.op_type in ("Cast", "Reshape", "Transpose", "Identity"):

@@ -75,7 +75,9 @@ def _convolution(kernel: Kernel, value: ir.Value, index: Index) -> str:
     weight = weight.astype(np.int32) - _zero_point(graph, node, 3)
     groups = node.attributes.get_int("group", 1)
     window = window_of(graph, node, value, weight.shape[2:])
-    spatial = list(range(len(graph.shape(kernel.fused.output)) - weight.ndim + 2, len(graph.shape(kernel.fused.output))))
+    spatial = list(
+        range(len(graph.shape(kernel.fused.output)) - weight.ndim + 2, len(graph.shape(kernel.fused.output)))
+    )
     if len(spatial) > 1 and kernel.alike(spatial):
         kernel.merge([*([axis] for axis in range(spatial[0])), spatial])
     if weight.shape[0] // groups >= _SHARED:
@@ -89,7 +91,7 @@ def _place(kernel: Kernel, value: ir.Value, head: tuple[str, str], pixel: str, a
     """Return the index of a pixel: its place counted along the rows where the kernel merges these, or `at`."""
     output = kernel.fused.output
     merged = len(kernel.shape(output)) < len(kernel.graph.shape(output))
-    if merged or len(kernel.graph.shape(value)) == 3:  # noqa: PLR2004 - a signal has one axis
+    if merged or len(kernel.graph.shape(value)) == 3:
         return (*head, pixel)
     return (*head, *at)
 
@@ -107,9 +109,10 @@ def _convolve_patches(kernel: Kernel, value: ir.Value, weight: np.ndarray, group
     count = _rows_at_once(pixels, length)
     patches = kernel.buffer("patches", _ROW_TYPE, count * length)
     weights, dot = _weights(kernel, _input(value, 1), weight)
-    with kernel.loops((kernel.graph.shape(value)[0], groups), "outer") as (image, group), kernel.steps(
-        "first", pixels, count
-    ) as (first, here):
+    with (
+        kernel.loops((kernel.graph.shape(value)[0], groups), "outer") as (image, group),
+        kernel.steps("first", pixels, count) as (first, here),
+    ):
         with kernel.block(f"for (int32_t p = 0; p < {here}; ++p)"):
             pixel = "p" if first == "0" else f"{first} + p"
             _fill_patch(kernel, value, (image, group, pixel), channels, window, f"{patches} + p * {length}")
@@ -128,9 +131,7 @@ def _weights(kernel: Kernel, source: ir.Value, weight: np.ndarray) -> tuple[str,
     return kernel.constants.name(source.name or "weight", weight, dtype), kernel.helper(f"dot_{8 * dtype.itemsize}")
 
 
-def _fill_patch(
-    kernel: Kernel, value: ir.Value, place: Index, channels: int, window: Window, target: str
-) -> None:
+def _fill_patch(kernel: Kernel, value: ir.Value, place: Index, channels: int, window: Window, target: str) -> None:
     """Copy what the window at a pixel covers of a group's channels."""
     source = _input(value, 0)
     image, group, pixel = place
@@ -161,7 +162,7 @@ def _seen(
         place = " + ".join(part for part in (start, moved) if part and part != "0") or "0"
         at.append(place)
         conditions.append(window.inside(axis, place))
-    spatial = at if len(shape) == 4 else at[1:]  # noqa: PLR2004
+    spatial = at if len(shape) == 4 else at[1:]
     element = f"{kernel.pointer(source)}[{c_text.offset((*head, *spatial), shape)}]"
     return element, " && ".join(part for part in conditions if part)
 
@@ -171,7 +172,10 @@ def _convolve_directly(kernel: Kernel, value: ir.Value, weight: np.ndarray, grou
     channels, per_group = weight.shape[1], weight.shape[0] // groups
     zero_point = _zero_point(kernel.graph, producer_of(value), 2)
     weights = kernel.constants.name(_input(value, 1).name or "weight", weight)
-    with kernel.loops((batch, filters), "outer") as (image, channel), kernel.loops(window.output, "at") as (row, column):
+    with (
+        kernel.loops((batch, filters), "outer") as (image, channel),
+        kernel.loops(window.output, "at") as (row, column),
+    ):
         top, left = kernel.local("top", window.start(0, row)), kernel.local("left", window.start(1, column))
         kernel.line("int32_t total = 0;")
         with kernel.loops((channels, *window.kernel), "k") as (inner, down, right):
@@ -197,7 +201,7 @@ def _matrix_reads(graph: IntegerGraph, node: ir.Node) -> Sequence[Read]:
     a, b = node.inputs[:2]
     assert a is not None
     assert b is not None
-    if min(len(graph.shape(a)), len(graph.shape(b))) < 2:  # noqa: PLR2004
+    if min(len(graph.shape(a)), len(graph.shape(b))) < 2:
         raise refusal(node, "one of its inputs is a vector; make it a matrix of one row or column")
     return [(a, Access.ONCE), (b, Access.MANY)]
 
@@ -219,21 +223,23 @@ def _multiply_by_weights(kernel: Kernel, value: ir.Value, weight: np.ndarray) ->
     weights, dot = _weights(kernel, _input(value, 1), weight.astype(np.int32).T - _zero_point(graph, node, 3))
     length, columns = weight.shape
     rank = len(graph.shape(kernel.fused.output))
-    if rank > 2 and source not in kernel.fused.inlined and kernel.alike(range(rank - 1)):  # noqa: PLR2004
+    if rank > 2 and source not in kernel.fused.inlined and kernel.alike(range(rank - 1)):
         kernel.merge([list(range(rank - 1)), [rank - 1]])
     *batch, height, _ = kernel.shape(value)
     count = _rows_at_once(height, length)
     rows = kernel.buffer("rows", _ROW_TYPE, count * length)
     with kernel.loops(batch, "outer") as outer, kernel.steps("first", height, count) as (first, here):
-        with kernel.block(f"for (int32_t r = 0; r < {here}; ++r)"), kernel.block(
-            f"for (int32_t k = 0; k < {length}; ++k)"
+        with (
+            kernel.block(f"for (int32_t r = 0; r < {here}; ++r)"),
+            kernel.block(f"for (int32_t k = 0; k < {length}; ++k)"),
         ):
             row = "0" if height == 1 else "r" if first == "0" else f"{first} + r"
             place = c_text.offset(("r", "k"), (count, length))
             element = kernel.element(source, broadcast_index(kernel, source, (*outer, row, "k")))
             kernel.line(f"{rows}[{place}] = (int16_t)({_minus(element, zero_point)});")
-        with kernel.block(f"for (int32_t f = 0; f < {columns}; ++f)"), kernel.block(
-            f"for (int32_t r = 0; r < {here}; ++r)"
+        with (
+            kernel.block(f"for (int32_t f = 0; f < {columns}; ++f)"),
+            kernel.block(f"for (int32_t r = 0; r < {here}; ++r)"),
         ):
             total = kernel.local("total", f"{dot}({weights} + f * {length}, {rows} + r * {length}, {length})")
             row = "0" if height == 1 else "r" if first == "0" else kernel.local("row", f"{first} + r")

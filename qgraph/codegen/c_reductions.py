@@ -12,7 +12,7 @@ from qgraph.codegen import c_text
 from qgraph.codegen.c_fusion import producer_of
 from qgraph.codegen.c_graph import IntegerGraph, refusal
 from qgraph.codegen.c_kernel import Index, Kernel
-from qgraph.codegen.c_rules import Access, Kind, Read, first, once, register
+from qgraph.codegen.c_rules import Access, Kind, Read, every, first, once, register
 from qgraph.codegen.c_windows import window_of
 
 __all__: list[str] = []
@@ -172,12 +172,7 @@ def _row_call(kernel: Kernel, node: ir.Node, row: str, length: int) -> str:
     return f"{function}({', '.join([row, str(length), *arguments])})"
 
 
-def _parts(graph: IntegerGraph, node: ir.Node) -> Sequence[Read]:
-    del graph
-    return [(value, Access.ONCE) for value in node.inputs if value is not None]
-
-
-@register(Kind.WHOLE, "Concat", reads=_parts)
+@register(Kind.WHOLE, "Concat", reads=every(Access.ONCE))
 def _concat(kernel: Kernel, value: ir.Value, index: Index) -> str:
     del index
     node, output = producer_of(value), kernel.graph.shape(value)

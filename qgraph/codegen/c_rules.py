@@ -22,7 +22,7 @@ from qgraph.codegen.c_graph import IntegerGraph, refusal
 if TYPE_CHECKING:
     from qgraph.codegen.c_kernel import Kernel
 
-__all__ = ["Access", "Emit", "Kind", "Read", "Reads", "Rule", "first", "once", "register", "rule_of"]
+__all__ = ["Access", "Emit", "Kind", "Read", "Reads", "Rule", "every", "first", "once", "register", "rule_of"]
 
 
 class Kind(enum.Enum):
@@ -67,12 +67,20 @@ class Rule:
 
 
 When = Callable[[IntegerGraph, ir.Node], bool]
-_RULES: dict[tuple[str, str], list[tuple[When, Rule]]] = {}
+_RULES: dict[tuple[str, str], list[tuple[When | None, Rule]]] = {}
 
 
-def _broadcast(graph: IntegerGraph, node: ir.Node) -> Sequence[Read]:
-    del graph
-    return [(value, Access.BROADCAST) for value in node.inputs if value is not None]
+def every(access: Access) -> Reads:
+    """Return the way of operators that read all their inputs alike."""
+
+    def reads(graph: IntegerGraph, node: ir.Node) -> Sequence[Read]:
+        del graph
+        return [(value, access) for value in node.inputs if value is not None]
+
+    return reads
+
+
+_BROADCAST = every(Access.BROADCAST)
 
 
 def first(access: Access) -> Reads:
@@ -90,7 +98,7 @@ once = first(Access.ONCE)
 
 
 def register(
-    kind: Kind, *op_types: str, reads: Reads = _broadcast, domain: str = "", when: When = lambda graph, node: True
+    kind: Kind, *op_types: str, reads: Reads = _BROADCAST, domain: str = "", when: When | None = None
 ) -> Callable[[Emit], Emit]:
     """Register the function that writes operators of a domain, where `when` holds."""
 
@@ -110,7 +118,7 @@ def rule_of(graph: IntegerGraph, node: ir.Node) -> Rule:
     """
     rules = _RULES.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type), [])
     for when, rule in rules:
-        if when(graph, node):
+        if when is None or when(graph, node):
             return rule
     reason = node.metadata_props.get("qgraph.boundary")
     raise refusal(node, f"it is a boundary in float ({reason})" if reason else "there is no integer code for it")

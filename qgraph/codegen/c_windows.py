@@ -73,7 +73,9 @@ def window_of(graph: IntegerGraph, node: ir.Node, value: ir.Value, kernel: Seque
         one, two = [*[neutral] * (2 - rank), *numbers]
         return int(one), int(two)
 
-    return Window(both(size, 1), both(output, 1), both(kernel, 1), both(strides, 1), both(dilations, 1), both(before, 0))
+    return Window(
+        both(size, 1), both(output, 1), both(kernel, 1), both(strides, 1), both(dilations, 1), both(before, 0)
+    )
 
 
 def _before(
