@@ -116,8 +116,7 @@ def _pad(kernel: Kernel, value: ir.Value, index: Index) -> str:
         axis, size = axis % len(shape), shape[axis]
         if mode != "constant":
             kept = np.arange(size)[max(-before, 0) : size - max(-after, 0)]
-            sources = np.pad(kept, (max(before, 0), max(after, 0)), mode=mode)
-            index = _mapped(kernel, value, index, axis, sources)
+            index = _mapped(kernel, value, index, axis, _padded(kept, max(before, 0), max(after, 0), mode))
             continue
         moved = c_text.plus(index[axis], -before)
         inside += [f"{moved} >= 0"] * (before > 0) + [f"{moved} < {size}"] * (after > 0)
@@ -127,6 +126,16 @@ def _pad(kernel: Kernel, value: ir.Value, index: Index) -> str:
     filler = node.inputs[2] if len(node.inputs) > 2 else None
     other = "0" if filler is None else kernel.element(filler, ("0",) * len(graph.shape(filler)))
     return _guarded(kernel, value, " && ".join(inside), index, other)
+
+
+def _padded(kept: np.ndarray, before: int, after: int, mode: str) -> np.ndarray:
+    """Return indices with more of them at both ends, as the modes "edge", "reflect" and "wrap" of Pad say."""
+    places, last = np.arange(-before, kept.size + after), kept.size - 1
+    if mode == "wrap":
+        return np.asarray(kept[places % kept.size])
+    if mode == "reflect" and last > 0:
+        places = last - np.abs(last - places % (2 * last))
+    return np.asarray(kept[np.clip(places, 0, last)])
 
 
 def _guarded(kernel: Kernel, value: ir.Value, condition: str, index: Index, other: str) -> str:

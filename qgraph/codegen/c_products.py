@@ -137,7 +137,7 @@ def _fill_patch(kernel: Kernel, value: ir.Value, place: Index, channels: int, wi
     image, group, pixel = place
     zero_point = _zero_point(kernel.graph, producer_of(value), 2)
     kernel.line(f"int16_t *patch = {target};")
-    row, column = _starts(kernel, window, pixel)
+    row, column = _starts(kernel, window, _row_and_column(window, pixel))
     with kernel.loops((channels, *window.kernel), "k") as (channel, down, right):
         shared = channel if group == "0" else f"{group} * {channels} + {channel}"
         element, condition = _seen(kernel, source, (image, shared), window, ((row, down), (column, right)))
@@ -145,10 +145,12 @@ def _fill_patch(kernel: Kernel, value: ir.Value, place: Index, channels: int, wi
         kernel.line(f"*patch++ = {f'{condition} ? {text} : 0' if condition else text};")
 
 
-def _starts(kernel: Kernel, window: Window, pixel: str) -> tuple[str, str]:
+def _starts(kernel: Kernel, window: Window, at: tuple[str, str]) -> tuple[str, str]:
     """Write where the window of a pixel starts, and return the row and the column."""
-    row, column = _row_and_column(window, pixel)
-    return kernel.local("top", window.start(0, row)), kernel.local("left", window.start(1, column))
+    row, column = at
+    # A signal has one row, which no window leaves.
+    top = "0" if window.size[0] == window.output[0] == 1 else kernel.local("top", window.start(0, row))
+    return top, kernel.local("left", window.start(1, column))
 
 
 def _seen(
@@ -176,7 +178,7 @@ def _convolve_directly(kernel: Kernel, value: ir.Value, weight: np.ndarray, grou
         kernel.loops((batch, filters), "outer") as (image, channel),
         kernel.loops(window.output, "at") as (row, column),
     ):
-        top, left = kernel.local("top", window.start(0, row)), kernel.local("left", window.start(1, column))
+        top, left = _starts(kernel, window, (row, column))
         kernel.line("int32_t total = 0;")
         with kernel.loops((channels, *window.kernel), "k") as (inner, down, right):
             group = channel if per_group == 1 else f"{channel} / {per_group}"

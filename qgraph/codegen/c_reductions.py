@@ -29,7 +29,7 @@ def _data(value: ir.Value) -> ir.Value:
 
 def _axes(graph: IntegerGraph, node: ir.Node, rank: int) -> list[int]:
     given = list(node.attributes.get_ints("axes", ())) or graph.integers(node, 1, [])
-    if not given and node.attributes.get_int("noop_with_empty_axes", 0):
+    if not given and node.attributes.get_int("noop_with_empty_axes", 0) == 1:
         return []
     return sorted(axis % rank for axis in given) or list(range(rank))
 

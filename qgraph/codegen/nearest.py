@@ -37,7 +37,7 @@ def nearest_indices(node: ir.Node, before: int, after: int, scale: float | None)
     factor = np.float32(after / before if scale is None else scale)
     coordinates = _coordinates(node, at, before, after, factor)
     rounding = _ROUNDINGS[node.attributes.get_string("nearest_mode", "round_prefer_floor")]
-    return np.clip(rounding(coordinates), 0, before - 1).astype(np.int64)
+    return np.asarray(np.clip(rounding(coordinates), 0, before - 1).astype(np.int64))
 
 
 def _coordinates(node: ir.Node, at: np.ndarray, before: int, after: int, factor: np.float32) -> np.ndarray:
@@ -52,8 +52,4 @@ def _coordinates(node: ir.Node, at: np.ndarray, before: int, after: int, factor:
         return (at + half) / factor - half
     if mode == "pytorch_half_pixel":
         return np.zeros_like(at)
-    if mode == "half_pixel_symmetric":
-        adjustment = np.float32(after) / (factor * np.float32(before))
-        centre = np.float32(before) / 2
-        return centre * (1 - adjustment) + (at + half) / factor - half
     raise ValueError(f"its coordinates are '{mode}'")
