@@ -34,7 +34,7 @@ class Fused:
     """
 
     output: ir.Value
-    inlined: set[ir.Value] = field(default_factory=set)
+    inlined: dict[ir.Value, None] = field(default_factory=dict)
     driver: ir.Value | None = None
 
 
@@ -83,8 +83,8 @@ class _Fuser:
 
     def run(self) -> list[Fused]:
         kernels = []
-        for value in self._results:
-            self._store(value)
+        for port in self._graph.outputs:
+            self._store(port.value)
         for node in reversed(self._graph.model.graph):
             for value in reversed(node.outputs):
                 if value in self._stored:
@@ -135,7 +135,7 @@ class _Fuser:
             if read in kernel.inlined:
                 continue
             if self._joins(kernel, value, read, access, there):
-                kernel.inlined.add(read)
+                kernel.inlined[read] = None
                 self._expand(kernel, read, there)
             else:
                 self._store(read)
@@ -157,7 +157,32 @@ class _Fuser:
         if kind is Kind.ROWS and kernel.driver is None and at.home:
             kernel.driver = read
             return True
-        return kind in (Kind.ELEMENT, Kind.MOVE)
+        if kind not in (Kind.ELEMENT, Kind.MOVE):
+            return False
+        return (at.home and kernel.driver is None) or self._should_join(read)
+
+    def _should_join(self, value: ir.Value) -> bool:
+        """Tell whether to compute a value in a kernel that the loops of a driver behind it cannot join.
+
+        What lies in memory then is the narrowest tensor on the way: the result of Requantize rather than a sum.
+        """
+        below = self._narrowest_on_the_way(value)
+        return below is None or below < self._graph.dtype(value).itemsize
+
+    def _narrowest_on_the_way(self, value: ir.Value) -> int | None:
+        """Return the least bytes of an element between a value and a driver behind it; None if there is no driver."""
+        found: list[int] = []
+        for read, access in self._reads(value):
+            if self._given(read) or access is Access.MEMORY or self._readers[read] > 1:
+                continue
+            kind = rule_of(self._graph, producer_of(read)).kind
+            own = self._graph.dtype(read).itemsize
+            if kind is Kind.ROWS:
+                found.append(own)
+            elif kind in (Kind.ELEMENT, Kind.MOVE):
+                below = self._narrowest_on_the_way(read)
+                found += [] if below is None else [min(own, below)]
+        return min(found, default=None)
 
     def _same(self, value: ir.Value, read: ir.Value) -> bool:
         """Tell whether each element of `read` is used for one element of `value`."""

@@ -11,6 +11,7 @@ from qgraph.codegen import arena, c_text
 from qgraph.codegen.c_fusion import Fused, fuse, producer_of, view_source
 from qgraph.codegen.c_graph import IntegerGraph, Port
 from qgraph.codegen.c_kernel import Constants, Kernel
+from qgraph.codegen.c_rules import Kind, rule_of
 from qgraph.codegen.c_runtime import FUNCTIONS, runtime_text
 
 __all__ = ["Program"]
@@ -46,7 +47,8 @@ class Program:
         self._offsets = planned.offsets
 
     def _kernel(self, fused: Fused) -> Kernel:
-        operator = producer_of(fused.driver or fused.output).op_type
+        scalars = [value for value in fused.inlined if rule_of(self.graph, producer_of(value)).kind is Kind.SCALAR]
+        operator = producer_of(fused.driver or next(iter(scalars), fused.output)).op_type
         words = "".join(f"_{letter}" if letter.isupper() else letter for letter in operator)
         kernel = Kernel(self.graph, fused, self._names.unique(f"{c_text.identifier(words)}_0"), self.constants)
         kernel.write()
