@@ -8,33 +8,22 @@ the call as one node, and any other runtime computes the same integers by the bo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import onnx.parser
 import onnx_ir as ir
 
+from qgraph.analysis.integer_functions import DOMAIN, FUNCTIONS, REQUANTIZE, result_type
 from qgraph.numerics.requantize import ROUNDINGS
 from qgraph.passes._integer_bodies import BODIES
-from qgraph.passes._requantize_bodies import REQUANTIZE, ROUNDED
+from qgraph.passes._requantize_bodies import REQUANTIZE_BODY, ROUNDED
 
-__all__ = ["DOMAIN", "FUNCTIONS", "call"]
+__all__ = ["call"]
 
-DOMAIN = "qgraph"
 _VERSION = 1
 _OPSET = 21
 _IR_VERSION = 10
 """The first whose functions may have overloads: a function's overload is its rounding."""
-
-_RESULTS: Mapping[str, ir.DataType] = {
-    "IntegerSqrt": ir.DataType.INT64,
-    "LayerNormalize": ir.DataType.INT32,
-    "RMSNormalize": ir.DataType.INT32,
-    "RoundedDivide": ir.DataType.INT64,
-    "Softmax": ir.DataType.INT32,
-    "TableInterpolate": ir.DataType.INT32,
-}
-FUNCTIONS = ("Requantize", *_RESULTS)
-"""What `call` calls."""
 
 
 def call(model: ir.Model, name: str, inputs: Sequence[ir.Value], rounding: str | None = None) -> ir.Node:
@@ -45,7 +34,7 @@ def call(model: ir.Model, name: str, inputs: Sequence[ir.Value], rounding: str |
 
     Args:
         model: gets the function, and the functions that this one calls, unless it has them.
-        name: one of `FUNCTIONS`.
+        name: one of `qgraph.analysis.integer_functions.FUNCTIONS`.
         inputs: as the function's definition lists them.
         rounding: of Requantize, one of `ROUNDINGS`; a model may call several.
 
@@ -54,14 +43,14 @@ def call(model: ir.Model, name: str, inputs: Sequence[ir.Value], rounding: str |
     """
     if name not in FUNCTIONS:
         raise ValueError(f"there is no integer function '{name}' (there are: {', '.join(FUNCTIONS)})")
-    if rounding not in (ROUNDINGS if name == "Requantize" else (None,)):
+    if rounding not in (ROUNDINGS if name == REQUANTIZE else (None,)):
         raise ValueError(f"the rounding of {name} is {rounding!r} (Requantize has one of: {', '.join(ROUNDINGS)})")
     overload = rounding or ""
     _add(model, name, overload)
     attributes = {} if rounding is None else {"rounding": rounding}
     node = ir.node(name, inputs, attributes, domain=DOMAIN, overload=overload)
     output = node.outputs[0]
-    output.dtype = inputs[3].dtype if name == "Requantize" else _RESULTS[name]
+    output.dtype = result_type(name, inputs)
     if name != "RoundedDivide" and inputs[0].shape is not None:
         output.shape = inputs[0].shape.copy()
     return node
@@ -80,6 +69,6 @@ def _add(model: ir.Model, name: str, overload: str) -> None:
 
 
 def _function(name: str, overload: str) -> ir.Function:
-    body = REQUANTIZE.format(rounded=ROUNDED[overload]) if name == "Requantize" else BODIES[name]
+    body = REQUANTIZE_BODY.format(rounded=ROUNDED[overload]) if name == REQUANTIZE else BODIES[name]
     head = f'<domain: "{DOMAIN}", overload: "{overload}", opset_import: ["": {_OPSET}, "{DOMAIN}": {_VERSION}]>'
     return ir.serde.deserialize_function(onnx.parser.parse_function(head + body))

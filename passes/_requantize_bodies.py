@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["LIMIT", "REQUANTIZE", "ROUNDED", "SHIFT_RIGHT"]
+__all__ = ["LIMIT", "REQUANTIZE_BODY", "ROUNDED", "SHIFT_RIGHT"]
 
 SHIFT_RIGHT = """
 ShiftRight (x, places) => (y)
@@ -107,7 +107,7 @@ _GEMMLOWP = """
 ROUNDED: Mapping[str, str] = {"half-up": _HALF_UP, "half-even": _HALF_EVEN, "gemmlowp": _GEMMLOWP}
 """Rounding -> the lines that compute `rounded`, int64."""
 
-REQUANTIZE = """
+REQUANTIZE_BODY = """
 Requantize <rounding> (x, multiplier, shift, zero_point, low, high) => (y)
 {{
 {rounded}

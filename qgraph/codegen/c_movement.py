@@ -12,7 +12,7 @@ from qgraph.codegen.c_fusion import producer_of
 from qgraph.codegen.c_graph import IntegerGraph, refusal
 from qgraph.codegen.c_kernel import Index, Kernel, broadcast_index
 from qgraph.codegen.c_rules import Access, Kind, Read, Reads, first, once, register
-from qgraph.codegen.nearest import nearest_indices
+from qgraph.numerics.resize import COORDINATES, nearest_indices
 
 __all__ = ["axis_map"]
 
@@ -159,16 +159,17 @@ def _trilu(kernel: Kernel, value: ir.Value, index: Index) -> str:
 def _resize(kernel: Kernel, value: ir.Value, index: Index) -> str:
     node, graph = producer_of(value), kernel.graph
     before, after = graph.shape(_data(value)), graph.shape(value)
+    coordinates = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
+    if node.attributes.get_string("mode", "nearest") != "nearest" or coordinates not in COORDINATES:
+        raise refusal(
+            node, f"of resizing, only mode 'nearest' with coordinates of {', '.join(COORDINATES)} moves integers"
+        )
+    nearest = node.attributes.get_string("nearest_mode", "round_prefer_floor")
     scales = graph.constant(node.inputs[2]) if len(node.inputs) > 2 else None
-    axes = [axis % len(before) for axis in node.attributes.get_ints("axes", range(len(before)))]
-    for position, axis in enumerate(axes):
-        if before[axis] == after[axis]:
-            continue
-        given = None if scales is None or not scales.size else float(scales[position])
-        try:
-            sources = nearest_indices(node, before[axis], after[axis], given)
-        except ValueError as error:
-            raise refusal(node, str(error)) from error
+    for position, axis in enumerate(node.attributes.get_ints("axes", range(len(before)))):
+        axis %= len(before)
+        given = after[axis] / before[axis] if scales is None or not scales.size else float(scales[position])
+        sources = nearest_indices(before[axis], after[axis], given, coordinates, nearest)
         index = _mapped(kernel, value, index, axis, sources)
     return kernel.element(_data(value), index)
 

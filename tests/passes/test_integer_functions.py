@@ -10,10 +10,12 @@ import onnx_ir as ir
 import pytest
 
 import qgraph.ir
+from qgraph.analysis.integer_functions import DOMAIN, FUNCTIONS
+from qgraph.analysis.shapes import Shapes
 from qgraph.numerics import integer_math
 from qgraph.numerics.requantize import ROUNDINGS, requantize
 from qgraph.passes import InlineFunctions
-from qgraph.passes._integer_functions import DOMAIN, FUNCTIONS, call
+from qgraph.passes._integer_functions import call
 from qgraph.pipeline import Pipeline
 from qgraph.runtime.session import open_session
 
@@ -184,6 +186,16 @@ def test_calls_can_be_inlined(name: str):
     assert all(node.domain == "" for node in qgraph.ir.walk(model))
     for found, before in zip(Runner(model)(*arrays), expected, strict=True):
         np.testing.assert_array_equal(found, before)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_shapes_are_inferred(name: str):
+    arrays = [np.asarray(array) for array in EXAMPLES[name]]
+    model = model_of(arrays, (name, "half-up" if name == "Requantize" else None))
+    (y,), (x, *_) = model.graph.outputs, model.graph.inputs
+    y.dtype, dtype = None, y.dtype
+    shapes = Shapes(model).run()
+    assert (shapes.dtype(y), shapes.dims(y)) == (dtype, shapes.dims(x))
 
 
 def test_bodies_hold_no_float():
