@@ -164,6 +164,8 @@ def _resize(kernel: Kernel, value: ir.Value, index: Index) -> str:
         raise refusal(
             node, f"of resizing, only mode 'nearest' with coordinates of {', '.join(COORDINATES)} moves integers"
         )
+    if node.attributes.get_string("keep_aspect_ratio_policy", "stretch") != "stretch":
+        raise refusal(node, "a policy for the aspect ratio leaves its scales open; give them, and no sizes")
     nearest = node.attributes.get_string("nearest_mode", "round_prefer_floor")
     scales = graph.constant(node.inputs[2]) if len(node.inputs) > 2 else None
     for position, axis in enumerate(node.attributes.get_ints("axes", range(len(before)))):

@@ -9,7 +9,7 @@ off, a few rows at a time, so that each output is the dot product of two runs of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -137,12 +137,58 @@ def _fill_patch(kernel: Kernel, value: ir.Value, place: Index, channels: int, wi
     image, group, pixel = place
     zero_point = _zero_point(kernel.graph, producer_of(value), 2)
     kernel.line(f"int16_t *patch = {target};")
-    row, column = _starts(kernel, window, _row_and_column(window, pixel))
-    with kernel.loops((channels, *window.kernel), "k") as (channel, down, right):
-        shared = channel if group == "0" else f"{group} * {channels} + {channel}"
-        element, condition = _seen(kernel, source, (image, shared), window, ((row, down), (column, right)))
+    starts = _starts(kernel, window, _row_and_column(window, pixel))
+    before = "" if group == "0" else f"{group} * {channels}"
+
+    def copy(at: Index, element: str, condition: str) -> None:
+        del at
         text = f"(int16_t)({_minus(element, zero_point)})"
         kernel.line(f"*patch++ = {f'{condition} ? {text} : 0' if condition else text};")
+
+    _go_through(kernel, source, image, (before, channels), window, starts, copy)
+
+
+def _go_through(
+    kernel: Kernel,
+    source: ir.Value,
+    image: str,
+    channels: tuple[str, int],
+    window: Window,
+    starts: tuple[str, str],
+    write: Callable[[Index, str, str], None],
+) -> None:
+    """Write loops over what a window covers: one without conditions for windows that lie in the image as a whole.
+
+    Args:
+        kernel: is being written.
+        source: the images.
+        image: which of them.
+        channels: what to add the channel to, and how many there are.
+        window: slides over them.
+        starts: its first row and column.
+        write: gets the place in the window (channel, row, column), the element, and the condition under which it is
+            in the image ("" for always).
+    """
+    before, count = channels
+
+    def loops(*, checked: bool) -> None:
+        with kernel.loops((count, *window.kernel), "k") as (channel, down, right):
+            places = ((starts[0], down), (starts[1], right))
+            element, condition = _seen(kernel, source, (image, _sum(before, channel)), window, places)
+            write((channel, down, right), element, condition if checked else "")
+
+    whole = window.wholly_inside(starts)
+    if not whole:
+        loops(checked=False)
+        return
+    with kernel.block(f"if ({whole})"):
+        loops(checked=False)
+    with kernel.block("else"):
+        loops(checked=True)
+
+
+def _sum(*parts: str) -> str:
+    return " + ".join(part for part in parts if part not in ("", "0")) or "0"
 
 
 def _starts(kernel: Kernel, window: Window, at: tuple[str, str]) -> tuple[str, str]:
@@ -161,7 +207,7 @@ def _seen(
     at, conditions = [], []
     for axis, (start, step) in enumerate(places):
         moved = c_text.times(step, window.dilations[axis])
-        place = " + ".join(part for part in (start, moved) if part and part != "0") or "0"
+        place = _sum(start, moved)
         at.append(place)
         conditions.append(window.inside(axis, place))
     spatial = at if len(shape) == 4 else at[1:]
@@ -178,20 +224,17 @@ def _convolve_directly(kernel: Kernel, value: ir.Value, weight: np.ndarray, grou
         kernel.loops((batch, filters), "outer") as (image, channel),
         kernel.loops(window.output, "at") as (row, column),
     ):
-        top, left = _starts(kernel, window, (row, column))
+        starts = _starts(kernel, window, (row, column))
         kernel.line("int32_t total = 0;")
-        with kernel.loops((channels, *window.kernel), "k") as (inner, down, right):
-            group = channel if per_group == 1 else f"{channel} / {per_group}"
-            parts = [c_text.times(group, channels) if groups > 1 else "", inner if channels > 1 else ""]
-            shared = " + ".join(part for part in parts if part) or "0"
-            element, condition = _seen(kernel, source, (image, shared), window, ((top, down), (left, right)))
-            offset = c_text.offset((channel, inner, down, right), (filters, channels, *window.kernel))
+        group = channel if per_group == 1 else f"{channel} / {per_group}"
+        before = c_text.times(group, channels) if groups > 1 else ""
+
+        def add(at: Index, element: str, condition: str, channel: str = channel) -> None:
+            offset = c_text.offset((channel, *at), weight.shape)
             product = f"total += {_centred(element, zero_point)} * {weights}[{offset}];"
-            if condition:
-                with kernel.block(f"if ({condition})"):
-                    kernel.line(product)
-            else:
-                kernel.line(product)
+            kernel.line(f"if ({condition}) {{ {product} }}" if condition else product)
+
+        _go_through(kernel, source, image, (before, channels), window, starts, add)
         pixel = c_text.offset((row, column), window.output)
         kernel.finish(_place(kernel, value, (image, channel), pixel, (row, column)), "total")
 

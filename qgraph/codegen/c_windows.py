@@ -46,6 +46,15 @@ class Window:
         last = (self.output[axis] - 1) * self.strides[axis] - self.before[axis]
         return self.before[axis] > 0, last + (self.kernel[axis] - 1) * self.dilations[axis] >= self.size[axis]
 
+    def wholly_inside(self, starts: tuple[str, str]) -> str:
+        """Return the condition under which all of a window that starts at a row and column is in the input."""
+        parts = []
+        for axis, start in enumerate(starts):
+            below, beyond = self.may_leave(axis)
+            room = self.size[axis] - (self.kernel[axis] - 1) * self.dilations[axis]
+            parts += [f"{start} >= 0"] * below + [f"{start} < {room}"] * beyond
+        return " && ".join(parts)
+
     def inside(self, axis: int, place: str) -> str:
         """Return the condition under which a place is in the input, "" if it always is."""
         below, beyond = self.may_leave(axis)
