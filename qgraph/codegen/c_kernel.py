@@ -108,8 +108,11 @@ class Kernel:
 
     @contextlib.contextmanager
     def block(self, header: str) -> Iterator[None]:
-        """Write a block; what is computed in it is forgotten behind it."""
-        self.line(f"{header} {{")
+        """Write a block; what is computed in it is forgotten behind it. "else" follows on the block before."""
+        if header == "else":
+            self.lines[-1] += " else {"
+        else:
+            self.line(f"{header} {{")
         self._depth += 1
         self._scopes.append({})
         yield

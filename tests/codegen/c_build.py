@@ -107,3 +107,87 @@ class Library:
         writes = [np.full(port.shape, 85, port.dtype) for port in graph.outputs]
         getattr(self._library, f"{name}_run")(*(array.ctypes.data_as(ctypes.c_void_p) for array in [*reads, *writes]))
         return writes
+
+
+def sanitizers(folder: Path) -> bool:
+    """Tell whether gcc can check addresses and arithmetic."""
+    (folder / "probe.c").write_text("int main(void) { return 0; }", encoding="utf-8")
+    command = [str(GCC), "-fsanitize=address,undefined", "-o", "probe", "probe.c"]
+    return subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode == 0
+
+
+def run_checked(models: Mapping[str, tuple[ir.Model, Feeds]], folder: Path) -> dict[str, list[np.ndarray]]:
+    """Run models in a process of their own that stops where memory or arithmetic goes wrong; return their outputs."""
+    calls, sources, ports = [], [], []
+    for name, (model, feeds) in models.items():
+        (folder / name).mkdir()
+        emit_c(model, folder / name, name)
+        sources.append(f"{name}/{name}.c")
+        graph = IntegerGraph(model)
+        (folder / name / "in").write_bytes(b"".join(feeds[port.source].tobytes() for port in graph.inputs))
+        # On the heap, where the sanitizer sees what is read and written beside each.
+        names = [f"memory(reading, {port.nbytes})" for port in graph.inputs]
+        calls.append(
+            _CALL.format(
+                name=name,
+                reads="".join(f"p[{i}] = {text}; " for i, text in enumerate(names)),
+                writes="".join(
+                    f"p[{len(names) + i}] = memory(NULL, {port.nbytes}); " for i, port in enumerate(graph.outputs)
+                ),
+                arguments=", ".join(f"p[{i}]" for i in range(len(names) + len(graph.outputs))),
+                saves="".join(
+                    f"fwrite(p[{len(names) + i}], 1, {port.nbytes}, writing); " for i, port in enumerate(graph.outputs)
+                ),
+            )
+        )
+        ports.append((name, graph.outputs))
+    headers = "".join(f'#include "{name}/{name}.h"\n' for name in models)
+    (folder / "all.c").write_text(headers + _MAIN.format(calls="".join(calls)), encoding="utf-8")
+    assert GCC is not None
+    command = [
+        GCC,
+        "-std=c99",
+        "-O1",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-o",
+        "all",
+        "all.c",
+    ]
+    run = {"cwd": folder, "capture_output": True, "text": True, "check": False}
+    built = subprocess.run([*command, *sources], **run)
+    assert built.returncode == 0, built.stderr[:3000]
+    done = subprocess.run(["./all"], env={"ASAN_OPTIONS": "detect_leaks=0"}, **run)
+    assert done.returncode == 0, done.stderr[:3000]
+    found = {}
+    for name, outputs in ports:
+        data, at = (folder / name / "out").read_bytes(), 0
+        found[name] = []
+        for port in outputs:
+            found[name].append(np.frombuffer(data[at : at + port.nbytes], port.dtype).reshape(port.shape))
+            at += port.nbytes
+    return found
+
+
+_CALL = """    {{
+        FILE *reading = fopen("{name}/in", "rb"), *writing = fopen("{name}/out", "wb");
+        void *p[16];
+        {reads}{writes}
+        {name}_run({arguments});
+        {saves}
+        fclose(reading);
+        fclose(writing);
+    }}
+"""
+_MAIN = """#include <stdio.h>
+#include <stdlib.h>
+static void *memory(FILE *file, size_t size)
+{{
+    void *data = malloc(size);
+    return file == NULL || fread(data, 1, size, file) == size ? data : NULL;
+}}
+int main(void)
+{{
+{calls}    return 0;
+}}
+"""

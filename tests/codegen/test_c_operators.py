@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from c_build import Graph, Library, needs_gcc, run_onnx
+from c_build import Graph, Library, needs_gcc, run_checked, run_onnx, sanitizers
 
 RANDOM = np.random.default_rng(5)
 CASES: dict[str, Graph] = {}
@@ -321,3 +321,24 @@ def test_c_gives_what_onnx_runtime_gives(library: Library, name: str):
     for a, b in zip(found, wanted, strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
+
+
+@needs_gcc
+def test_no_memory_is_misused_and_nothing_overflows(tmp_path: Path):
+    if not sanitizers(tmp_path):
+        pytest.skip("gcc has no address sanitizer here")
+    found = run_checked({name: (graph.model, graph.feeds) for name, graph in CASES.items()}, tmp_path)
+    for name, outputs in found.items():
+        for a, b in zip(outputs, run_onnx(CASES[name].model, CASES[name].feeds), strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+@needs_gcc
+@pytest.mark.parametrize("dtype", ["int8", "int32"])
+def test_space_to_depth(tmp_path: Path, dtype: str):
+    # ONNX Runtime has it for float only.
+    graph = Graph(x=integers(dtype, 2, 3, 4, 6))
+    graph.gives(graph.op("SpaceToDepth", "x", blocksize=2))
+    (found,) = Library({"m": graph.model}, tmp_path).run("m", graph.feeds)
+    blocks = graph.feeds["x"].reshape(2, 3, 2, 2, 3, 2).transpose(0, 3, 5, 1, 2, 4)
+    np.testing.assert_array_equal(found, blocks.reshape(2, 12, 2, 3))

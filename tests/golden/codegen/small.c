@@ -49,11 +49,19 @@ static void conv_integer_0(const uint8_t *restrict x0, uint8_t *restrict y)
                 const int32_t top = at0 - 1;
                 const int32_t left = at1 - 1;
                 int32_t total = 0;
-                for (int32_t k0 = 0; k0 < 2; ++k0) {
-                    for (int32_t k1 = 0; k1 < 3; ++k1) {
-                        for (int32_t k2 = 0; k2 < 3; ++k2) {
-                            if (top + k1 >= 0 && top + k1 < 4 && left + k2 >= 0 && left + k2 < 4) {
+                if (top >= 0 && top < 2 && left >= 0 && left < 2) {
+                    for (int32_t k0 = 0; k0 < 2; ++k0) {
+                        for (int32_t k1 = 0; k1 < 3; ++k1) {
+                            for (int32_t k2 = 0; k2 < 3; ++k2) {
                                 total += (x0[k0 * 16 + (top + k1) * 4 + left + k2] - 128) * weight_data[outer1 * 18 + k0 * 9 + k1 * 3 + k2];
+                            }
+                        }
+                    }
+                } else {
+                    for (int32_t k0 = 0; k0 < 2; ++k0) {
+                        for (int32_t k1 = 0; k1 < 3; ++k1) {
+                            for (int32_t k2 = 0; k2 < 3; ++k2) {
+                                if (top + k1 >= 0 && top + k1 < 4 && left + k2 >= 0 && left + k2 < 4) { total += (x0[k0 * 16 + (top + k1) * 4 + left + k2] - 128) * weight_data[outer1 * 18 + k0 * 9 + k1 * 3 + k2]; }
                             }
                         }
                     }
