@@ -230,7 +230,7 @@ def _convolve_directly(kernel: Kernel, value: ir.Value, weight: np.ndarray, grou
         before = c_text.times(group, channels) if groups > 1 else ""
 
         def add(at: Index, element: str, condition: str, channel: str = channel) -> None:
-            offset = c_text.offset((channel, *at), weight.shape)
+            offset = c_text.offset((channel, *at), (filters, channels, *window.kernel))
             product = f"total += {_centred(element, zero_point)} * {weights}[{offset}];"
             kernel.line(f"if ({condition}) {{ {product} }}" if condition else product)
 
