@@ -18,16 +18,12 @@ _INFIX = {
     "Add": "+",
     "And": "&",
     "Div": "/",
-    "Equal": "==",
-    "Greater": ">",
-    "GreaterOrEqual": ">=",
-    "Less": "<",
-    "LessOrEqual": "<=",
     "Mul": "*",
     "Or": "|",
     "Sub": "-",
     "Xor": "^",
 }
+_COMPARISONS = {"Equal": "==", "Greater": ">", "GreaterOrEqual": ">=", "Less": "<", "LessOrEqual": "<="}
 
 
 def operands(kernel: Kernel, value: ir.Value, index: Index) -> list[str]:
@@ -36,16 +32,28 @@ def operands(kernel: Kernel, value: ir.Value, index: Index) -> list[str]:
     return [kernel.element(one, broadcast_index(kernel, one, index)) for one in inputs]
 
 
+def _local(kernel: Kernel, source: ir.Value, index: Index) -> str:
+    """Return an element of an input as a local or a literal, which may be compared with what its type cannot hold."""
+    atom = kernel.element(source, broadcast_index(kernel, source, index))
+    return kernel.temporary(kernel.graph.dtype(source), atom) if "[" in atom else atom
+
+
 @register(Kind.ELEMENT, *_INFIX)
 def _infix(kernel: Kernel, value: ir.Value, index: Index) -> str:
     a, b = operands(kernel, value, index)
     return kernel.temporary(kernel.graph.dtype(value), f"{a} {_INFIX[producer_of(value).op_type]} {b}")
 
 
+@register(Kind.ELEMENT, *_COMPARISONS)
+def _compared(kernel: Kernel, value: ir.Value, index: Index) -> str:
+    a, b = (_local(kernel, one, index) for one in producer_of(value).inputs if one is not None)
+    return kernel.temporary(kernel.graph.dtype(value), f"{a} {_COMPARISONS[producer_of(value).op_type]} {b}")
+
+
 @register(Kind.ELEMENT, "Max", "Min")
 def _extreme(kernel: Kernel, value: ir.Value, index: Index) -> str:
     sign = ">" if producer_of(value).op_type == "Max" else "<"
-    result, *rest = operands(kernel, value, index)
+    result, *rest = (_local(kernel, one, index) for one in producer_of(value).inputs if one is not None)
     for other in rest:
         result = kernel.temporary(kernel.graph.dtype(value), f"{result} {sign} {other} ? {result} : {other}")
     return result
@@ -56,11 +64,11 @@ def _clip(kernel: Kernel, value: ir.Value, index: Index) -> str:
     node, dtype = producer_of(value), kernel.graph.dtype(value)
     bounds = [*node.inputs[1:], None, None]
     assert node.inputs[0] is not None
-    result = kernel.element(node.inputs[0], broadcast_index(kernel, node.inputs[0], index))
+    result = _local(kernel, node.inputs[0], index)
     # The upper bound comes last, so that it wins where the bounds cross.
     for bound, sign in zip(bounds[:2], "<>", strict=True):
         if bound is not None:
-            limit = kernel.element(bound, broadcast_index(kernel, bound, index))
+            limit = _local(kernel, bound, index)
             result = kernel.temporary(dtype, f"{result} {sign} {limit} ? {limit} : {result}")
     return result
 

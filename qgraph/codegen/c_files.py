@@ -162,7 +162,8 @@ int main(int argc, char **argv)
 _MAKEFILE = """\
 CC ?= gcc
 CFLAGS ?= -O2
-CFLAGS += -std=c99 -Wall -Wextra -Werror
+# Tensors of different types take turns in the same memory.
+CFLAGS += -std=c99 -Wall -Wextra -Werror -fno-strict-aliasing
 
 example: main.c {name}.c {name}.h {name}_weights.h
 \t$(CC) $(CFLAGS) -o $@ main.c {name}.c

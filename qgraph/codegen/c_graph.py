@@ -87,6 +87,8 @@ class IntegerGraph:
             text = f"the shape of '{value.name}' is not known ({reason}); fold constants first, or fix input shapes"
             raise UserError(text) if node is None else refusal(node, text)
         sizes = tuple(int(dim) for dim in dims if isinstance(dim, int))
+        if 0 in sizes and self.constant(value) is None:
+            raise UserError(f"tensor '{value.name}' of shape {list(sizes)} is empty: there is nothing to compute")
         if math.prod(sizes) > _MOST_ELEMENTS:
             raise UserError(f"tensor '{value.name}' has {math.prod(sizes)} elements, more than 32-bit indices reach")
         return sizes

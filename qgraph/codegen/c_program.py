@@ -20,6 +20,13 @@ for _module in ("c_elementwise", "c_movement", "c_products", "c_reductions"):
     importlib.import_module(f"qgraph.codegen.{_module}")  # for the operators that it registers
 
 
+_ARENA = """\
+/* Tensors of different types take turns here: compile with -fno-strict-aliasing. */
+static int64_t arena[{count}];
+
+"""
+
+
 class Program:
     """The C text of a graph.
 
@@ -184,8 +191,7 @@ class Program:
         for port, name in zip(self.graph.outputs, self.outputs, strict=True):
             lines += self._copy(port, name)
         lines.append("}")
-        block = f"static int64_t arena[{math.ceil(self.arena / 8)}];\n\n" if self.arena else ""
-        return block + "\n".join(lines) + "\n"
+        return _ARENA.format(count=math.ceil(self.arena / 8)) * (self.arena > 0) + "\n".join(lines) + "\n"
 
     def _copy(self, port: Port, name: str) -> list[str]:
         """Return what fills an output that no kernel writes: an input, a constant, or another output again."""

@@ -4,8 +4,8 @@
     NAME_weights.h      its constants
     main.c, Makefile    an example that runs it on a file
 
-Any compiler of C99 whose integers have two's complement gives the same bits: nothing in the text is undefined or
-depends on the machine.
+Any compiler of C99 gives the same bits: no number overflows, no negative one is shifted. One liberty is taken: tensors
+of different types take turns in the same memory, for which the Makefile sets -fno-strict-aliasing.
 """
 
 from __future__ import annotations

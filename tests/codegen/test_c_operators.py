@@ -70,6 +70,18 @@ for _op in ("Abs", "Neg", "Sign"):
 one("not", "Not", integers("uint8", 40, high=1).astype(bool))
 one("clip", "Clip", integers("int32", 50), scalar(-300), scalar(200))
 one("clip_below", "Clip", integers("uint8", 50), None, scalar(200, "uint8"))
+for _dtype in ("uint8", "int8"):
+    _ends = np.iinfo(_dtype)
+    _low, _high = scalar(_ends.min, _dtype), scalar(_ends.max, _dtype)
+    one(f"clip_to_all_of_{_dtype}", "Clip", integers(_dtype, 50), _low, _high)
+    one(f"max_of_lowest_{_dtype}", "Max", integers(_dtype, 50), _low)
+    one(f"min_of_highest_{_dtype}", "Min", integers(_dtype, 50), _high)
+    one(f"greater_than_highest_{_dtype}", "Greater", integers(_dtype, 50), _high)
+    one(f"less_than_lowest_{_dtype}", "Less", integers(_dtype, 50), _low)
+    one(f"at_least_lowest_{_dtype}", "GreaterOrEqual", integers(_dtype, 50), _low)
+    one(f"pool_of_{_dtype}", "ReduceMax", integers(_dtype, 5, 50), i64(1))
+    one(f"arg_of_{_dtype}", "ArgMin", integers(_dtype, 5, 50), axis=1)
+one("greater_than_highest_int32", "Greater", integers("int32", 50), scalar((1 << 31) - 1))
 one("clip_crossed", "Clip", integers("int32", 50), scalar(300), scalar(200))
 for _to in (ir.DataType.INT8, ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.INT16):
     one(f"cast_to_{_to.name.lower()}", "Cast", integers("int32", 50, low=-100, high=100), to=_to)

@@ -90,6 +90,7 @@ static void reduce_sum_0(const uint8_t *restrict x0, int8_t *restrict y)
     }
 }
 
+/* Tensors of different types take turns here: compile with -fno-strict-aliasing. */
 static int64_t arena[6];
 
 void small_run(const uint8_t *input0, int8_t *output0)
