@@ -202,7 +202,7 @@ def _reduce(node: ir.Node, facts: Facts) -> Sequence[Fact]:
             raise
         return [Fact(dtype, (None,) * len(dims))]
     if not axes:
-        if axes is not None and int_of(node, "noop_with_empty_axes", 0):
+        if int_of(node, "noop_with_empty_axes", 0):
             return [Fact(dtype, dims, facts.data(node.inputs[0]))]
         axes = tuple(range(len(dims)))
     gone = {axis_in(axis, len(dims)) for axis in axes}
