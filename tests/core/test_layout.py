@@ -26,6 +26,7 @@ LAYERS = (
     ("samples",),
     ("runtime.session", "runtime.metrics"),
     ("analysis",),
+    ("codegen",),
     ("passes",),
     ("runtime",),
     ("targets",),

@@ -1,0 +1,1 @@
+"""Source code from integer graphs: standard integer operators and the functions of domain "qgraph"."""
