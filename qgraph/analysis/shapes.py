@@ -22,7 +22,7 @@ import onnx.shape_inference
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.analysis import shape_compute, shape_movement, symbols
+from qgraph.analysis import integer_functions, shape_compute, shape_movement, symbols
 from qgraph.analysis.shape_facts import RULES, Data, Dims, Fact, UnknownShapeError
 from qgraph.numerics import operators
 from qgraph.pipeline import Context
@@ -36,7 +36,7 @@ _MOST_DATA = 64
 _NESTED_TRIALS = 3
 _LARGEST_SIZE = (1 << 63) - 1
 
-_RULE_MODULES = (shape_compute, shape_movement)
+_RULE_MODULES = (integer_functions, shape_compute, shape_movement)
 """Imported for the rules that they register."""
 
 _INTEGERS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
