@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qgraph.codegen.tvm_site import DOMAIN, Element, Operand, Site, Tensor, broadcast, constant, dims, rule
+from qgraph.analysis.integer_functions import DOMAIN
+from qgraph.codegen.tvm_site import Element, Operand, Site, Tensor, broadcast, constant, dims, rule
 
 __all__: list[str] = []
 
@@ -131,7 +132,8 @@ def _quotient(a: Element, b: Element) -> Element:
     size = tirx.max(_select(b < 0, -b, b), _wide(1))
     half = tirx.truncdiv(size, _wide(2))
     quotient = tirx.truncdiv(_select(a < 0, -a, a) + half, size)
-    return _select(tirx.NE(a < 0, b < 0), -quotient, quotient)
+    # TVM generates no code for comparing truths.
+    return _select(tirx.any(tirx.all(a < 0, b >= 0), tirx.all(a >= 0, b < 0)), -quotient, quotient)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

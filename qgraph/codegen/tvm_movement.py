@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qgraph.codegen.nearest import nearest_indices
 from qgraph.codegen.tvm_site import Element, Operand, Site, Tensor, constant, dims, rule
 from qgraph.numerics import operators
+from qgraph.numerics.resize import COORDINATES, nearest_indices
 
 __all__: list[str] = []
 
@@ -167,23 +167,28 @@ def _pad_constant(site: Site, before: Sequence[int], after: Sequence[int]) -> Op
 
 @rule("Resize")
 def _resize(site: Site) -> Operand:
-    shape = site.shape()
-    axes = site.attributes.get("axes", range(len(shape)))
+    shape, read = site.shape(), site.attributes.get
+    coordinates = read("coordinate_transformation_mode", "half_pixel")
+    if read("mode", "nearest") != "nearest" or coordinates not in COORDINATES:
+        raise site.refuse(f"only mode 'nearest' with coordinates of {', '.join(COORDINATES)} moves integers")
+    if read("keep_aspect_ratio_policy", "stretch") != "stretch":
+        raise site.refuse("a policy for the aspect ratio leaves the sizes open; give scales")
+    axes = [axis % len(shape) for axis in read("axes", range(len(shape)))]
     scales = site.optional(2)
     if scales is not None and 0 not in dims(scales):
-        factors: list[float | None] = [float(one) for one in site.array(2)]
-        after = [math.floor(shape[axis] * float(one)) for axis, one in zip(axes, site.array(2), strict=True)]
+        factors = [float(factor) for factor in site.array(2)]
+        sizes = [math.floor(shape[axis] * factor) for axis, factor in zip(axes, factors, strict=True)]
     else:
-        after = list(site.integers(3))
-        factors = [None] * len(after)
-    try:
-        positions = {
-            axis: nearest_indices(site.node, shape[axis], size, factor)
-            for axis, size, factor in zip(axes, after, factors, strict=True)
-        }
-    except ValueError as error:
-        raise site.refuse(str(error)) from error
-    return _take(site, positions)
+        sizes = list(site.integers(3))
+        factors = [size / shape[axis] for axis, size in zip(axes, sizes, strict=True)]
+    nearest = read("nearest_mode", "round_prefer_floor")
+    return _take(
+        site,
+        {
+            axis: nearest_indices(shape[axis], size, factor, coordinates, nearest)
+            for axis, size, factor in zip(axes, sizes, factors, strict=True)
+        },
+    )
 
 
 # --- by positions that depend on data --------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ import qgraph.ir
 from qgraph.errors import UserError
 
 __all__ = [
-    "DOMAIN",
     "RULES",
     "Operand",
     "Scalar",
@@ -32,9 +31,6 @@ __all__ = [
     "refusal",
     "rule",
 ]
-
-DOMAIN = "qgraph"
-"""Of the model-local functions."""
 
 Element: TypeAlias = Any
 """A `tvm.tirx` expression of one element."""
