@@ -50,7 +50,9 @@ def call(model: ir.Model, name: str, inputs: Sequence[ir.Value], rounding: str |
     attributes = {} if rounding is None else {"rounding": rounding}
     node = ir.node(name, inputs, attributes, domain=DOMAIN, overload=overload)
     output = node.outputs[0]
-    output.dtype = result_type(name, inputs)
+    dtype = result_type(name, inputs)
+    if dtype is not None:
+        output.dtype = dtype
     if name != "RoundedDivide" and inputs[0].shape is not None:
         output.shape = inputs[0].shape.copy()
     return node

@@ -1,7 +1,8 @@
 """Which element each output of a nearest-neighbour Resize copies, along one axis.
 
-Source: Resize of ONNX, https://onnx.ai/onnx/operators/onnx__Resize.html. Where a coordinate falls between two elements
-hangs on the last bit of the arithmetic, which the operator leaves open; here it is float32, as in ONNX Runtime.
+Source: Resize of ONNX, https://onnx.ai/onnx/operators/onnx__Resize.html. Which of two elements is the nearer can hang on
+the last bit of the arithmetic, which the operator leaves open. Here it is as in ONNX Runtime 1.31: float32, and a
+coordinate within 1e-6 of the middle between two elements counts as the middle. Earlier versions lack the latter.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 __all__ = ["COORDINATES", "NEAREST", "nearest_indices"]
 
 _HALF = np.float32(0.5)
+_MIDDLE = 1e-6
 
 
 class _Axis(NamedTuple):
@@ -36,7 +38,8 @@ def _pytorch_half_pixel(x: np.ndarray, axis: _Axis) -> np.ndarray:
 def _half_pixel_symmetric(x: np.ndarray, axis: _Axis) -> np.ndarray:
     adjustment = np.float32(axis.outputs) / (axis.scale * np.float32(axis.size))
     offset = np.float32(axis.size) / np.float32(2) * (np.float32(1) - adjustment)
-    return np.asarray(offset + _half_pixel(x, axis))
+    # The one mode that ONNX Runtime computes in double and rounds then.
+    return np.asarray(float(offset) + (x + 0.5).astype(np.float64) / float(axis.scale) - 0.5).astype(np.float32)
 
 
 def _align_corners(x: np.ndarray, axis: _Axis) -> np.ndarray:
@@ -57,8 +60,8 @@ COORDINATES: Mapping[str, _Coordinates] = {
 NEAREST: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     "ceil": np.ceil,
     "floor": np.floor,
-    "round_prefer_ceil": lambda x: np.asarray(np.floor(x + _HALF)),
-    "round_prefer_floor": lambda x: np.asarray(np.ceil(x - _HALF)),
+    "round_prefer_ceil": lambda x: np.asarray(np.floor(x) + (x - np.floor(x) >= 0.5 - _MIDDLE)),
+    "round_prefer_floor": lambda x: np.asarray(np.floor(x) + (x - np.floor(x) > 0.5 + _MIDDLE)),
 }
 """`nearest_mode` -> the element at a coordinate."""
 
@@ -79,4 +82,4 @@ def nearest_indices(size: int, outputs: int, scale: float, coordinates: str, nea
     axis = _Axis(size, outputs, np.float32(scale))
     x = np.arange(outputs, dtype=np.float32)
     at = x if axis.scale == 1 else COORDINATES[coordinates](x, axis)
-    return np.clip(NEAREST[nearest](at), 0, size - 1).astype(np.int64)
+    return np.asarray(np.clip(NEAREST[nearest](at), 0, size - 1).astype(np.int64))
