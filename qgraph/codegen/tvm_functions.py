@@ -114,7 +114,7 @@ def _root(x: Tensor) -> Tensor:
     def step(*index: Element) -> Element:
         return bits((_wide(1) << (_ROOT_BITS - 1 - _wide(bit.var)), _wide(x(*index))), axis=bit)
 
-    root = te.compute(shape, step, name="root")[0]
+    root = te.compute(shape, step, name="square_root")[0]
     return te.compute(
         shape, lambda *i: root(*i) + _wide((root(*i) + 1) * (root(*i) + 1) <= _wide(x(*i))), name="exact_root"
     )

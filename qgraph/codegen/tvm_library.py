@@ -6,6 +6,8 @@ signature.json    the tensors at the edges, with their scales and zero points, a
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,15 +83,20 @@ class TvmSession:
     def __init__(self, folder: Path, *, threads: int = 0) -> None:
         self._tvm = require_tvm()
         self.signature = Signature.read(folder / SIGNATURE)
-        try:
-            library = self._tvm.runtime.load_module(str(folder / LIBRARY))
-        except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"{folder / LIBRARY} cannot be opened here: {_last_line(error)}") from error
+        library = self._opened(folder / LIBRARY)
         if threads:
             self._tvm.get_global_func("runtime.config_threadpool")(1, threads)
         from tvm import relax
 
         self._main = relax.VirtualMachine(library, self._tvm.cpu())["main"]
+
+    def _opened(self, path: Path) -> Any:
+        """Open a copy: for a path that was opened before, the system would give the library that it held then."""
+        try:
+            with tempfile.TemporaryDirectory(prefix="qgraph-") as own:
+                return self._tvm.runtime.load_module(shutil.copy(path, own))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"{path} cannot be opened here: {_last_line(error)}") from error
 
     def run(self, output_names: Sequence[str] | None, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Run one feed of the model's own inputs, floats where it has floats, and return its outputs likewise.

@@ -346,6 +346,15 @@ def test_compiling_twice_gives_the_same_bytes(tmp_path: Path):
     assert files[0] == files[1]
 
 
+def test_a_library_may_replace_one_that_is_open(tmp_path: Path):
+    sessions = []
+    for op in ("Neg", "Abs"):
+        text = f'<ir_version: 10, opset_import: ["" : 21]> g (int32[3] x) => (int32[3] y) {{ y = {op} (x) }}'
+        sessions.append(compiled(ir.from_onnx_text(text), tmp_path))
+    x = np.array([1, 2, -3], np.int32)
+    assert [session.run(None, {"x": x})[0].tolist() for session in sessions] == [[-1, -2, 3], [1, 2, 3]]
+
+
 needs_objdump = pytest.mark.skipif(not tvm_disassembly.can_disassemble(), reason="objdump is not installed")
 
 
