@@ -1,6 +1,6 @@
 """Which element each output of a nearest-neighbour Resize copies, along one axis.
 
-Source: Resize of ONNX, https://onnx.ai/onnx/operators/onnx__Resize.html. Which of two elements is the nearer can hang on
+Source: Resize of ONNX, https://onnx.ai/onnx/operators/onnx__Resize.html. Which of two elements is nearer can hang on
 the last bit of the arithmetic, which the operator leaves open. Here it is as in ONNX Runtime 1.31: float32, and a
 coordinate within 1e-6 of the middle between two elements counts as the middle. Earlier versions lack the latter.
 """
