@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from qgraph.codegen import c_text
-from qgraph.codegen.c_fusion import producer_of
+from qgraph.codegen.c_fusion import input_of, producer_of
 from qgraph.codegen.c_graph import IntegerGraph, refusal
 from qgraph.codegen.c_kernel import Index, Kernel, broadcast_index
 from qgraph.codegen.c_rules import Access, Kind, Read, register
@@ -63,8 +63,7 @@ def _extreme(kernel: Kernel, value: ir.Value, index: Index) -> str:
 def _clip(kernel: Kernel, value: ir.Value, index: Index) -> str:
     node, dtype = producer_of(value), kernel.graph.dtype(value)
     bounds = [*node.inputs[1:], None, None]
-    assert node.inputs[0] is not None
-    result = _local(kernel, node.inputs[0], index)
+    result = _local(kernel, input_of(value), index)
     # The upper bound comes last, so that it wins where the bounds cross.
     for bound, sign in zip(bounds[:2], "<>", strict=True):
         if bound is not None:
@@ -83,9 +82,7 @@ def _unary(kernel: Kernel, value: ir.Value, index: Index) -> str:
 @register(Kind.ELEMENT, "Cast")
 def _cast(kernel: Kernel, value: ir.Value, index: Index) -> str:
     (x,) = operands(kernel, value, index)
-    (source,) = producer_of(value).inputs
-    assert source is not None
-    before, after = kernel.graph.dtype(source), kernel.graph.dtype(value)
+    before, after = kernel.graph.dtype(input_of(value)), kernel.graph.dtype(value)
     if after.kind == "b" and before.kind != "b":
         return kernel.temporary(after, f"{x} != 0")
     if c_text.temporary_type(before) == c_text.temporary_type(after):
@@ -137,9 +134,7 @@ def _table_reads(graph: IntegerGraph, node: ir.Node) -> Sequence[Read]:
 
 @register(Kind.ELEMENT, "TableInterpolate", reads=_table_reads, domain="qgraph")
 def _table(kernel: Kernel, value: ir.Value, index: Index) -> str:
-    x, table = producer_of(value).inputs[:2]
-    assert x is not None
-    assert table is not None
+    x, table = input_of(value), input_of(value, 1)
     element = kernel.element(x, broadcast_index(kernel, x, index))
     call = f"{kernel.helper('table_interpolate')}({element}, {kernel.pointer(table)})"
     return kernel.temporary(kernel.graph.dtype(value), call)

@@ -18,7 +18,7 @@ import qgraph.ir
 from qgraph.codegen.c_graph import IntegerGraph
 from qgraph.codegen.c_rules import Access, Kind, Read, rule_of
 
-__all__ = ["Fused", "fuse", "producer_of", "view_source"]
+__all__ = ["Fused", "fuse", "input_of", "producer_of", "view_source"]
 
 _CHEAP = ("Add", "Cast", "Sub")
 
@@ -45,13 +45,18 @@ def producer_of(value: ir.Value) -> ir.Node:
     return node
 
 
+def input_of(value: ir.Value, position: int = 0) -> ir.Value:
+    """Return an input, which must be there, of the node that computes a value."""
+    found = producer_of(value).inputs[position]
+    assert found is not None, value.name
+    return found
+
+
 def view_source(graph: IntegerGraph, value: ir.Value) -> ir.Value:
     """Return the tensor in whose memory a value lies: itself, or what it is a view of."""
     ports = {port.value for port in graph.inputs}
     while value not in ports and graph.constant(value) is None and rule_of(graph, producer_of(value)).kind is Kind.VIEW:
-        source = producer_of(value).inputs[0]
-        assert source is not None
-        value = source
+        value = input_of(value)
     return value
 
 

@@ -8,21 +8,15 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.codegen import c_text
-from qgraph.codegen.c_fusion import producer_of
+from qgraph.codegen.c_fusion import input_of, producer_of
 from qgraph.codegen.c_graph import IntegerGraph, refusal
 from qgraph.codegen.c_kernel import Index, Kernel, broadcast_index
-from qgraph.codegen.c_rules import Access, Kind, Read, Reads, first, once, register
+from qgraph.codegen.c_rules import Access, Kind, Read, first, once, register
 from qgraph.numerics.resize import COORDINATES, nearest_indices
 
 __all__ = ["axis_map"]
 
 _MANY = first(Access.MANY)
-
-
-def _data(value: ir.Value) -> ir.Value:
-    source = producer_of(value).inputs[0]
-    assert source is not None
-    return source
 
 
 def axis_map(kernel: Kernel, sources: np.ndarray, index: str, name: str) -> str:
@@ -65,26 +59,26 @@ def _view(kernel: Kernel, value: ir.Value, index: Index) -> str:
 def _transpose(kernel: Kernel, value: ir.Value, index: Index) -> str:
     rank = len(index)
     order = list(producer_of(value).attributes.get_ints("perm", range(rank)[::-1]))
-    return kernel.element(_data(value), tuple(index[order.index(axis)] for axis in range(rank)))
+    return kernel.element(input_of(value), tuple(index[order.index(axis)] for axis in range(rank)))
 
 
 @register(Kind.MOVE, "Expand", reads=_MANY)
 def _expand(kernel: Kernel, value: ir.Value, index: Index) -> str:
-    return kernel.element(_data(value), broadcast_index(kernel, _data(value), index))
+    return kernel.element(input_of(value), broadcast_index(kernel, input_of(value), index))
 
 
 @register(Kind.MOVE, "Tile", reads=_MANY)
 def _tile(kernel: Kernel, value: ir.Value, index: Index) -> str:
     shape = kernel.graph.shape(value)
-    for axis, size in enumerate(kernel.graph.shape(_data(value))):
+    for axis, size in enumerate(kernel.graph.shape(input_of(value))):
         index = _mapped(kernel, value, index, axis, np.arange(shape[axis]) % size)
-    return kernel.element(_data(value), index)
+    return kernel.element(input_of(value), index)
 
 
 @register(Kind.MOVE, "Slice", reads=once)
 def _slice(kernel: Kernel, value: ir.Value, index: Index) -> str:
     node, graph = producer_of(value), kernel.graph
-    shape = graph.shape(_data(value))
+    shape = graph.shape(input_of(value))
     starts, ends = graph.integers(node, 1), graph.integers(node, 2)
     axes = graph.integers(node, 3, list(range(len(starts))))
     steps = graph.integers(node, 4, [1] * len(starts))
@@ -93,7 +87,7 @@ def _slice(kernel: Kernel, value: ir.Value, index: Index) -> str:
         # Python's own rules for ends, but that what still lies before the start after counting from the end is none.
         stop = None if step < 0 and end < -size else end
         index = _mapped(kernel, value, index, axis % len(shape), np.arange(size)[start:stop:step])
-    return kernel.element(_data(value), index)
+    return kernel.element(input_of(value), index)
 
 
 @register(Kind.MOVE, "Split", reads=once)
@@ -101,13 +95,13 @@ def _split(kernel: Kernel, value: ir.Value, index: Index) -> str:
     node, graph = producer_of(value), kernel.graph
     axis = node.attributes.get_int("axis", 0) % len(index)
     before = sum(graph.shape(other)[axis] for other in node.outputs[: node.outputs.index(value)])
-    return kernel.element(_data(value), (*index[:axis], c_text.plus(index[axis], before), *index[axis + 1 :]))
+    return kernel.element(input_of(value), (*index[:axis], c_text.plus(index[axis], before), *index[axis + 1 :]))
 
 
 @register(Kind.MOVE, "Pad", reads=once)
 def _pad(kernel: Kernel, value: ir.Value, index: Index) -> str:
     node, graph = producer_of(value), kernel.graph
-    shape, mode = graph.shape(_data(value)), node.attributes.get_string("mode", "constant")
+    shape, mode = graph.shape(input_of(value)), node.attributes.get_string("mode", "constant")
     pads = graph.integers(node, 1)
     axes = graph.integers(node, 3, list(range(len(shape))))
     inside = []
@@ -122,7 +116,7 @@ def _pad(kernel: Kernel, value: ir.Value, index: Index) -> str:
         inside += [f"{moved} >= 0"] * (before > 0) + [f"{moved} < {size}"] * (after > 0)
         index = (*index[:axis], moved, *index[axis + 1 :])
     if not inside:
-        return kernel.element(_data(value), index)
+        return kernel.element(input_of(value), index)
     filler = node.inputs[2] if len(node.inputs) > 2 else None
     other = "0" if filler is None else kernel.element(filler, ("0",) * len(graph.shape(filler)))
     return _guarded(kernel, value, " && ".join(inside), index, other)
@@ -143,7 +137,7 @@ def _guarded(kernel: Kernel, value: ir.Value, condition: str, index: Index, othe
     name = kernel.fresh()
     kernel.line(f"{c_text.temporary_type(kernel.graph.dtype(value))} {name} = {other};")
     with kernel.block(f"if ({condition})"):
-        kernel.line(f"{name} = {kernel.element(_data(value), index)};")
+        kernel.line(f"{name} = {kernel.element(input_of(value), index)};")
     return name
 
 
@@ -158,7 +152,7 @@ def _trilu(kernel: Kernel, value: ir.Value, index: Index) -> str:
 @register(Kind.MOVE, "Resize", reads=_MANY)
 def _resize(kernel: Kernel, value: ir.Value, index: Index) -> str:
     node, graph = producer_of(value), kernel.graph
-    before, after = graph.shape(_data(value)), graph.shape(value)
+    before, after = graph.shape(input_of(value)), graph.shape(value)
     coordinates = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
     if node.attributes.get_string("mode", "nearest") != "nearest" or coordinates not in COORDINATES:
         raise refusal(
@@ -173,7 +167,7 @@ def _resize(kernel: Kernel, value: ir.Value, index: Index) -> str:
         given = after[axis] / before[axis] if scales is None or not scales.size else float(scales[position])
         sources = nearest_indices(before[axis], after[axis], given, coordinates, nearest)
         index = _mapped(kernel, value, index, axis, sources)
-    return kernel.element(_data(value), index)
+    return kernel.element(input_of(value), index)
 
 
 @register(Kind.MOVE, "DepthToSpace", reads=once)
@@ -186,16 +180,16 @@ def _depth_to_space(kernel: Kernel, value: ir.Value, index: Index) -> str:
         source = f"({inner}) * {channels} + {channel}"
     else:
         source = f"{channel} * {block * block} + {inner}"
-    return kernel.element(_data(value), (image, source, f"{row} / {block}", f"{column} / {block}"))
+    return kernel.element(input_of(value), (image, source, f"{row} / {block}", f"{column} / {block}"))
 
 
 @register(Kind.MOVE, "SpaceToDepth", reads=once)
 def _space_to_depth(kernel: Kernel, value: ir.Value, index: Index) -> str:
-    block, channels = producer_of(value).attributes.get_int("blocksize"), kernel.graph.shape(_data(value))[1]
+    block, channels = producer_of(value).attributes.get_int("blocksize"), kernel.graph.shape(input_of(value))[1]
     image, channel, row, column = index[0], *map(c_text.grouped, index[1:])
     at_row = f"{row} * {block} + {channel} / {channels * block}"
     at_column = f"{column} * {block} + {channel} / {channels} % {block}"
-    return kernel.element(_data(value), (image, f"{channel} % {channels}", at_row, at_column))
+    return kernel.element(input_of(value), (image, f"{channel} % {channels}", at_row, at_column))
 
 
 def _nothing(graph: IntegerGraph, node: ir.Node) -> Sequence[Read]:
@@ -209,100 +203,3 @@ def _filled(kernel: Kernel, value: ir.Value, index: Index) -> str:
     attribute = producer_of(value).attributes.get("value")
     number = 0 if attribute is None else attribute.as_tensor().numpy().item()
     return c_text.literal(number, kernel.graph.dtype(value))
-
-
-# --- by index --------------------------------------------------------------------------------------------------------
-
-
-def _pair(node: ir.Node) -> tuple[ir.Value, ir.Value]:
-    data, indices = node.inputs[:2]
-    assert data is not None
-    assert indices is not None
-    return data, indices
-
-
-def _is_table(graph: IntegerGraph, node: ir.Node) -> bool:
-    return len(graph.shape(_pair(node)[0])) == 1
-
-
-def _indices_read(access: Access) -> Reads:
-    """Return the way of operators that read data at any place, and indices."""
-
-    def reads(graph: IntegerGraph, node: ir.Node) -> Sequence[Read]:
-        del graph
-        data, indices = _pair(node)
-        return [(data, Access.MEMORY), (indices, access)]
-
-    return reads
-
-
-@register(Kind.ELEMENT, "Gather", reads=_indices_read(Access.BROADCAST), when=_is_table)
-def _look_up(kernel: Kernel, value: ir.Value, index: Index) -> str:
-    table, indices = _pair(producer_of(value))
-    return _picked(kernel, table, (_index(kernel, indices, index, kernel.graph.size(table)),))
-
-
-@register(Kind.MOVE, "Gather", reads=_indices_read(Access.MANY))
-def _gather(kernel: Kernel, value: ir.Value, index: Index) -> str:
-    node = producer_of(value)
-    data, indices = _pair(node)
-    shape, rank = kernel.graph.shape(data), len(kernel.graph.shape(indices))
-    axis = node.attributes.get_int("axis", 0) % len(shape)
-    inner = index[axis : axis + rank]
-    array = kernel.graph.constant(indices)
-    if array is not None and array.ndim <= 1:
-        sources = array.reshape(-1).astype(np.int64) % shape[axis]
-        picked = axis_map(kernel, sources, inner[0] if inner else "0", f"{value.name}_indices")
-    else:
-        picked = _index(kernel, indices, inner, shape[axis])
-    return _picked(kernel, data, (*index[:axis], picked, *index[axis + rank :]))
-
-
-@register(Kind.MOVE, "GatherElements", reads=_indices_read(Access.ONCE))
-def _gather_at(kernel: Kernel, value: ir.Value, index: Index) -> str:
-    node = producer_of(value)
-    data, indices = _pair(node)
-    shape = kernel.graph.shape(data)
-    axis = node.attributes.get_int("axis", 0) % len(shape)
-    picked = _index(kernel, indices, index, shape[axis])
-    return _picked(kernel, data, (*index[:axis], picked, *index[axis + 1 :]))
-
-
-def _picked(kernel: Kernel, data: ir.Value, index: Index) -> str:
-    """Return an element of data in memory, of whatever place."""
-    shape = kernel.graph.shape(data)
-    array = kernel.graph.constant(data)
-    if array is None:
-        return f"{kernel.pointer(data)}[{c_text.offset(index, shape)}]"
-    element = f"{kernel.constants.name(data.name or 'table', array)}[{c_text.offset(index, shape)}]"
-    return f"(int64_t){element}" if array.dtype == np.int64 else element
-
-
-def _index(kernel: Kernel, indices: ir.Value, index: Index, size: int) -> str:
-    """Return an element of `indices`, counted from the front."""
-    atom = kernel.element(indices, index)
-    if not _may_be_negative(kernel.graph, indices):
-        return atom
-    return kernel.temporary(kernel.graph.dtype(indices), f"{atom} < 0 ? {atom} + {size} : {atom}")
-
-
-def _may_be_negative(graph: IntegerGraph, value: ir.Value) -> bool:
-    """Tell whether indices can be below zero, as far as casts and constants added to them show."""
-    return _least(graph, value) < 0
-
-
-def _least(graph: IntegerGraph, value: ir.Value) -> float:
-    array = graph.constant(value)
-    if array is not None:
-        return float(array.min(initial=0))
-    dtype, node = graph.dtype(value), value.producer()
-    lowest = 0.0 if dtype.kind == "b" else float(np.iinfo(dtype).min)
-    inputs = [] if node is None or value in {port.value for port in graph.inputs} else list(node.inputs)
-    if node is not None and inputs and inputs[0] is not None:
-        if node.op_type in ("Cast", "Reshape", "Transpose", "Identity"):
-            return max(lowest, _least(graph, inputs[0]))
-        if node.op_type == "Add" and inputs[1] is not None:
-            return max(lowest, _least(graph, inputs[0]) + _least(graph, inputs[1]))
-        if node.op_type == "ArgMax":
-            return 0.0
-    return lowest

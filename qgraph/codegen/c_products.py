@@ -9,305 +9,48 @@ off, a few rows at a time, so that each output is the dot product of two runs of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.codegen import c_text
-from qgraph.codegen.c_fusion import producer_of
 from qgraph.codegen.c_graph import IntegerGraph, refusal
-from qgraph.codegen.c_kernel import Index, Kernel, broadcast_index
-from qgraph.codegen.c_rules import Access, Kind, Read, register
-from qgraph.codegen.c_windows import Window, window_of
+from qgraph.codegen.c_kernel import Kernel
 
-__all__: list[str] = []
+__all__ = ["ROW_TYPE", "centred", "minus", "packed", "rows_at_once", "zero_point_of"]
 
 _MOST_ROWS = 16
 _MOST_ELEMENTS = 8192
 """Rows laid side by side at a time: no more than these, and no more elements in all."""
-_SHARED = 4
-"""From this many filters on that see the same elements, these are laid side by side first."""
-_ROW_TYPE = np.dtype(np.int16)
+ROW_TYPE = np.dtype(np.int16)
 
 
-def _rows_at_once(rows: int, length: int) -> int:
+def rows_at_once(rows: int, length: int) -> int:
+    """Return how many of some rows of a length to lay side by side."""
     return max(1, min(rows, _MOST_ROWS, _MOST_ELEMENTS // max(length, 1)))
 
 
-def _input(value: ir.Value, position: int) -> ir.Value:
-    found = producer_of(value).inputs[position]
-    assert found is not None
-    return found
+def zero_point_of(graph: IntegerGraph, node: ir.Node, position: int) -> int:
+    """Return the zero point that an input of a node holds, 0 if it is left out.
 
-
-def _zero_point(graph: IntegerGraph, node: ir.Node, position: int) -> int:
+    Raises:
+        UserError: it differs within the tensor.
+    """
     numbers = graph.integers(node, position, [0])
     if len(set(numbers)) != 1:
         raise refusal(node, f"its zero point (input {position}) must be one for the whole tensor")
     return numbers[0]
 
 
-def _minus(element: str, zero_point: int) -> str:
+def minus(element: str, zero_point: int) -> str:
+    """Return an element less its zero point."""
     return f"{element} - {zero_point}" if zero_point >= 0 else f"{element} + {-zero_point}"
 
 
-def _centred(element: str, zero_point: int) -> str:
-    return f"({_minus(element, zero_point)})" if zero_point else element
+def centred(element: str, zero_point: int) -> str:
+    """Return an element less its zero point, as an operand."""
+    return f"({minus(element, zero_point)})" if zero_point else element
 
 
-# --- convolutions ----------------------------------------------------------------------------------------------------
-
-
-def _image_reads(graph: IntegerGraph, node: ir.Node) -> Sequence[Read]:
-    if graph.constant(node.inputs[1]) is None:
-        raise refusal(node, "its weight is computed")
-    assert node.inputs[0] is not None
-    return [(node.inputs[0], Access.MEMORY)]
-
-
-@register(Kind.ROWS, "ConvInteger", reads=_image_reads)
-def _convolution(kernel: Kernel, value: ir.Value, index: Index) -> str:
-    del index
-    node, graph = producer_of(value), kernel.graph
-    weight = graph.constant(node.inputs[1])
-    assert weight is not None
-    weight = weight.astype(np.int32) - _zero_point(graph, node, 3)
-    groups = node.attributes.get_int("group", 1)
-    window = window_of(graph, node, value, weight.shape[2:])
-    spatial = list(
-        range(len(graph.shape(kernel.fused.output)) - weight.ndim + 2, len(graph.shape(kernel.fused.output)))
-    )
-    if len(spatial) > 1 and kernel.alike(spatial):
-        kernel.merge([*([axis] for axis in range(spatial[0])), spatial])
-    if weight.shape[0] // groups >= _SHARED:
-        _convolve_patches(kernel, value, weight, groups, window)
-    else:
-        _convolve_directly(kernel, value, weight, groups, window)
-    return ""
-
-
-def _place(kernel: Kernel, value: ir.Value, head: tuple[str, str], pixel: str, at: tuple[str, str]) -> Index:
-    """Return the index of a pixel: its place counted along the rows where the kernel merges these, or `at`."""
-    output = kernel.fused.output
-    merged = len(kernel.shape(output)) < len(kernel.graph.shape(output))
-    if merged or len(kernel.graph.shape(value)) == 3:
-        return (*head, pixel)
-    return (*head, *at)
-
-
-def _row_and_column(window: Window, pixel: str) -> tuple[str, str]:
-    rows, columns = window.output
-    simple = c_text.grouped(pixel)
-    row = "0" if rows == 1 else pixel if columns == 1 else f"{simple} / {columns}"
-    return row, "0" if columns == 1 else pixel if rows == 1 else f"{simple} % {columns}"
-
-
-def _convolve_patches(kernel: Kernel, value: ir.Value, weight: np.ndarray, groups: int, window: Window) -> None:
-    filters, channels = weight.shape[0] // groups, weight.shape[1]
-    length, pixels = int(weight[0].size), window.output[0] * window.output[1]
-    count = _rows_at_once(pixels, length)
-    patches = kernel.buffer("patches", _ROW_TYPE, count * length)
-    weights, dot = _weights(kernel, _input(value, 1), weight)
-    with (
-        kernel.loops((kernel.graph.shape(value)[0], groups), "outer") as (image, group),
-        kernel.steps("first", pixels, count) as (first, here),
-    ):
-        with kernel.block(f"for (int32_t p = 0; p < {here}; ++p)"):
-            pixel = "p" if first == "0" else f"{first} + p"
-            _fill_patch(kernel, value, (image, group, pixel), channels, window, f"{patches} + p * {length}")
-        with kernel.block(f"for (int32_t f = 0; f < {filters}; ++f)"):
-            channel = "f" if groups == 1 else kernel.local("channel", f"{group} * {filters} + f")
-            with kernel.block(f"for (int32_t p = 0; p < {here}; ++p)"):
-                call = f"{dot}({weights} + {channel} * {length}, {patches} + p * {length}, {length})"
-                total = kernel.local("total", call)
-                at = "0" if pixels == 1 else "p" if first == "0" else kernel.local("pixel", f"{first} + p")
-                kernel.finish(_place(kernel, value, (image, channel), at, _row_and_column(window, at)), total)
-
-
-def _weights(kernel: Kernel, source: ir.Value, weight: np.ndarray) -> tuple[str, str]:
+def packed(kernel: Kernel, source: ir.Value, weight: np.ndarray) -> tuple[str, str]:
     """Return the name of the constant that holds weights, and the function for dot products with them."""
     dtype = np.dtype(np.int8 if -128 <= weight.min(initial=0) <= weight.max(initial=0) <= 127 else np.int16)
     return kernel.constants.name(source.name or "weight", weight, dtype), kernel.helper(f"dot_{8 * dtype.itemsize}")
-
-
-def _fill_patch(kernel: Kernel, value: ir.Value, place: Index, channels: int, window: Window, target: str) -> None:
-    """Copy what the window at a pixel covers of a group's channels."""
-    source = _input(value, 0)
-    image, group, pixel = place
-    zero_point = _zero_point(kernel.graph, producer_of(value), 2)
-    kernel.line(f"int16_t *patch = {target};")
-    starts = _starts(kernel, window, _row_and_column(window, pixel))
-    before = "" if group == "0" else f"{group} * {channels}"
-
-    def copy(at: Index, element: str, condition: str) -> None:
-        del at
-        text = f"(int16_t)({_minus(element, zero_point)})"
-        kernel.line(f"*patch++ = {f'{condition} ? {text} : 0' if condition else text};")
-
-    _go_through(kernel, source, image, (before, channels), window, starts, copy)
-
-
-def _go_through(
-    kernel: Kernel,
-    source: ir.Value,
-    image: str,
-    channels: tuple[str, int],
-    window: Window,
-    starts: tuple[str, str],
-    write: Callable[[Index, str, str], None],
-) -> None:
-    """Write loops over what a window covers: one without conditions for windows that lie in the image as a whole.
-
-    Args:
-        kernel: is being written.
-        source: the images.
-        image: which of them.
-        channels: what to add the channel to, and how many there are.
-        window: slides over them.
-        starts: its first row and column.
-        write: gets the place in the window (channel, row, column), the element, and the condition under which it is
-            in the image ("" for always).
-    """
-    before, count = channels
-
-    def loops(*, checked: bool) -> None:
-        with kernel.loops((count, *window.kernel), "k") as (channel, down, right):
-            places = ((starts[0], down), (starts[1], right))
-            element, condition = _seen(kernel, source, (image, _sum(before, channel)), window, places)
-            write((channel, down, right), element, condition if checked else "")
-
-    whole = window.wholly_inside(starts)
-    if not whole:
-        loops(checked=False)
-        return
-    with kernel.block(f"if ({whole})"):
-        loops(checked=False)
-    with kernel.block("else"):
-        loops(checked=True)
-
-
-def _sum(*parts: str) -> str:
-    return " + ".join(part for part in parts if part not in ("", "0")) or "0"
-
-
-def _starts(kernel: Kernel, window: Window, at: tuple[str, str]) -> tuple[str, str]:
-    """Write where the window of a pixel starts, and return the row and the column."""
-    row, column = at
-    # A signal has one row, which no window leaves.
-    top = "0" if window.size[0] == window.output[0] == 1 else kernel.local("top", window.start(0, row))
-    return top, kernel.local("left", window.start(1, column))
-
-
-def _seen(
-    kernel: Kernel, source: ir.Value, head: tuple[str, str], window: Window, places: Sequence[tuple[str, str]]
-) -> tuple[str, str]:
-    """Return an element that a window covers, and the condition under which it is in the image ("" for always)."""
-    shape = kernel.graph.shape(source)
-    at, conditions = [], []
-    for axis, (start, step) in enumerate(places):
-        moved = c_text.times(step, window.dilations[axis])
-        place = _sum(start, moved)
-        at.append(place)
-        conditions.append(window.inside(axis, place))
-    spatial = at if len(shape) == 4 else at[1:]
-    element = f"{kernel.pointer(source)}[{c_text.offset((*head, *spatial), shape)}]"
-    return element, " && ".join(part for part in conditions if part)
-
-
-def _convolve_directly(kernel: Kernel, value: ir.Value, weight: np.ndarray, groups: int, window: Window) -> None:
-    source, (batch, filters) = _input(value, 0), kernel.graph.shape(value)[:2]
-    channels, per_group = weight.shape[1], weight.shape[0] // groups
-    zero_point = _zero_point(kernel.graph, producer_of(value), 2)
-    weights = kernel.constants.name(_input(value, 1).name or "weight", weight)
-    with (
-        kernel.loops((batch, filters), "outer") as (image, channel),
-        kernel.loops(window.output, "at") as (row, column),
-    ):
-        starts = _starts(kernel, window, (row, column))
-        kernel.line("int32_t total = 0;")
-        group = channel if per_group == 1 else f"{channel} / {per_group}"
-        before = c_text.times(group, channels) if groups > 1 else ""
-
-        def add(at: Index, element: str, condition: str, channel: str = channel) -> None:
-            offset = c_text.offset((channel, *at), (filters, channels, *window.kernel))
-            product = f"total += {_centred(element, zero_point)} * {weights}[{offset}];"
-            kernel.line(f"if ({condition}) {{ {product} }}" if condition else product)
-
-        _go_through(kernel, source, image, (before, channels), window, starts, add)
-        pixel = c_text.offset((row, column), window.output)
-        kernel.finish(_place(kernel, value, (image, channel), pixel, (row, column)), "total")
-
-
-# --- matrix products -------------------------------------------------------------------------------------------------
-
-
-def _matrix_reads(graph: IntegerGraph, node: ir.Node) -> Sequence[Read]:
-    a, b = node.inputs[:2]
-    assert a is not None
-    assert b is not None
-    if min(len(graph.shape(a)), len(graph.shape(b))) < 2:
-        raise refusal(node, "one of its inputs is a vector; make it a matrix of one row or column")
-    return [(a, Access.ONCE), (b, Access.MANY)]
-
-
-@register(Kind.ROWS, "MatMul", "MatMulInteger", reads=_matrix_reads)
-def _product(kernel: Kernel, value: ir.Value, index: Index) -> str:
-    del index
-    weight = kernel.graph.constant(_input(value, 1))
-    if weight is not None and weight.size == weight.shape[-1] * weight.shape[-2] and weight.dtype.itemsize == 1:
-        _multiply_by_weights(kernel, value, weight.reshape(weight.shape[-2:]))
-    else:
-        _multiply(kernel, value)
-    return ""
-
-
-def _multiply_by_weights(kernel: Kernel, value: ir.Value, weight: np.ndarray) -> None:
-    graph, node, source = kernel.graph, producer_of(value), _input(value, 0)
-    zero_point = _zero_point(graph, node, 2)
-    weights, dot = _weights(kernel, _input(value, 1), weight.astype(np.int32).T - _zero_point(graph, node, 3))
-    length, columns = weight.shape
-    rank = len(graph.shape(kernel.fused.output))
-    if rank > 2 and source not in kernel.fused.inlined and kernel.alike(range(rank - 1)):
-        kernel.merge([list(range(rank - 1)), [rank - 1]])
-    *batch, height, _ = kernel.shape(value)
-    count = _rows_at_once(height, length)
-    rows = kernel.buffer("rows", _ROW_TYPE, count * length)
-    with kernel.loops(batch, "outer") as outer, kernel.steps("first", height, count) as (first, here):
-        with (
-            kernel.block(f"for (int32_t r = 0; r < {here}; ++r)"),
-            kernel.block(f"for (int32_t k = 0; k < {length}; ++k)"),
-        ):
-            row = "0" if height == 1 else "r" if first == "0" else f"{first} + r"
-            place = c_text.offset(("r", "k"), (count, length))
-            element = kernel.element(source, broadcast_index(kernel, source, (*outer, row, "k")))
-            kernel.line(f"{rows}[{place}] = (int16_t)({_minus(element, zero_point)});")
-        with (
-            kernel.block(f"for (int32_t f = 0; f < {columns}; ++f)"),
-            kernel.block(f"for (int32_t r = 0; r < {here}; ++r)"),
-        ):
-            total = kernel.local("total", f"{dot}({weights} + f * {length}, {rows} + r * {length}, {length})")
-            row = "0" if height == 1 else "r" if first == "0" else kernel.local("row", f"{first} + r")
-            kernel.finish((*outer, row, "0" if columns == 1 else "f"), total)
-
-
-def _multiply(kernel: Kernel, value: ir.Value) -> None:
-    """Add rows of the second matrix, times elements of the first, to a row of sums."""
-    graph, node = kernel.graph, producer_of(value)
-    a, b = _input(value, 0), _input(value, 1)
-    integer = node.op_type == "MatMulInteger"
-    zero_a, zero_b = (_zero_point(graph, node, position) if integer else 0 for position in (2, 3))
-    *batch, height, columns = graph.shape(value)
-    length, dtype = graph.shape(a)[-1], graph.dtype(value)
-    sums = kernel.buffer("sums", dtype, columns)
-    with kernel.loops((*batch, height), "outer") as outer:
-        with kernel.block(f"for (int32_t f = 0; f < {columns}; ++f)"):
-            kernel.line(f"{sums}[f] = 0;")
-        with kernel.loops((length,), "k") as (inner,):
-            left = kernel.element(a, broadcast_index(kernel, a, (*outer, inner)))
-            scale = kernel.local("factor", _minus(left, zero_a) if zero_a else left, dtype)
-            with kernel.block(f"for (int32_t f = 0; f < {columns}; ++f)"):
-                right = kernel.element(b, broadcast_index(kernel, b, (*outer[:-1], inner, "f")))
-                kernel.line(f"{sums}[f] += {scale} * {_centred(right, zero_b)};")
-        with kernel.block(f"for (int32_t f = 0; f < {columns}; ++f)"):
-            kernel.finish((*outer, "f"), f"{sums}[f]")

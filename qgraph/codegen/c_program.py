@@ -8,15 +8,16 @@ import math
 import onnx_ir as ir
 
 from qgraph.codegen import arena, c_text
+from qgraph.codegen.c_constants import Constants
 from qgraph.codegen.c_fusion import Fused, fuse, producer_of, view_source
 from qgraph.codegen.c_graph import IntegerGraph, Port
-from qgraph.codegen.c_kernel import Constants, Kernel
+from qgraph.codegen.c_kernel import Kernel
 from qgraph.codegen.c_rules import Kind, rule_of
 from qgraph.codegen.c_runtime import FUNCTIONS, runtime_text
 
 __all__ = ["Program"]
 
-for _module in ("c_elementwise", "c_movement", "c_products", "c_reductions"):
+for _module in ("c_convolutions", "c_elementwise", "c_gather", "c_matrices", "c_movement", "c_reductions"):
     importlib.import_module(f"qgraph.codegen.{_module}")  # for the operators that it registers
 
 

@@ -9,19 +9,13 @@ import numpy as np
 import onnx_ir as ir
 
 from qgraph.codegen import c_text
-from qgraph.codegen.c_fusion import producer_of
+from qgraph.codegen.c_fusion import input_of, producer_of
 from qgraph.codegen.c_graph import IntegerGraph, refusal
 from qgraph.codegen.c_kernel import Index, Kernel
 from qgraph.codegen.c_rules import Access, Kind, Read, every, first, once, register
 from qgraph.codegen.c_windows import window_of
 
 __all__: list[str] = []
-
-
-def _data(value: ir.Value) -> ir.Value:
-    source = producer_of(value).inputs[0]
-    assert source is not None
-    return source
 
 
 # --- over axes -------------------------------------------------------------------------------------------------------
@@ -43,7 +37,7 @@ def _inner_index(axes: Sequence[int], index: Index, inner: Index, rank: int, *, 
 
 @register(Kind.SCALAR, "ReduceMax", "ReduceMin", "ReduceSum", reads=once)
 def _reduce(kernel: Kernel, value: ir.Value, index: Index) -> str:
-    node, shape = producer_of(value), kernel.graph.shape(_data(value))
+    node, shape = producer_of(value), kernel.graph.shape(input_of(value))
     axes, keep = _axes(kernel.graph, node, len(shape)), bool(node.attributes.get_int("keepdims", 1))
     dtype, result = kernel.graph.dtype(value), kernel.fresh("sum" if node.op_type == "ReduceSum" else "extreme")
     start = 0
@@ -54,7 +48,7 @@ def _reduce(kernel: Kernel, value: ir.Value, index: Index) -> str:
         start = int(limits.min if node.op_type == "ReduceMax" else limits.max)
     kernel.line(f"{c_text.temporary_type(dtype)} {result} = {c_text.literal(start, dtype)};")
     with kernel.loops([shape[axis] for axis in axes], kernel.fresh("r")) as inner:
-        element = kernel.element(_data(value), _inner_index(axes, index, inner, len(shape), keep=keep))
+        element = kernel.element(input_of(value), _inner_index(axes, index, inner, len(shape), keep=keep))
         if node.op_type == "ReduceSum":
             kernel.line(f"{result} += {element};")
         else:
@@ -68,18 +62,18 @@ def _keep_extreme(kernel: Kernel, result: str, element: str, sign: str) -> None:
 
 @register(Kind.SCALAR, "ArgMax", "ArgMin", reads=once)
 def _arg(kernel: Kernel, value: ir.Value, index: Index) -> str:
-    node, shape = producer_of(value), kernel.graph.shape(_data(value))
+    node, shape = producer_of(value), kernel.graph.shape(input_of(value))
     axis, keep = node.attributes.get_int("axis", 0) % len(shape), bool(node.attributes.get_int("keepdims", 1))
     last = "=" if node.attributes.get_int("select_last_index", 0) else ""
     sign = (">" if node.op_type == "ArgMax" else "<") + last
     place, best, at = kernel.fresh("place"), kernel.fresh("best"), kernel.fresh("r")
-    dtype = kernel.graph.dtype(_data(value))
+    dtype = kernel.graph.dtype(input_of(value))
     limits = np.iinfo(dtype)
     start = int(limits.min if node.op_type == "ArgMax" else limits.max)
     kernel.line(f"int64_t {place} = 0;")
     kernel.line(f"{c_text.temporary_type(dtype)} {best} = {c_text.literal(start, dtype)};")
     with kernel.block(f"for (int32_t {at} = 0; {at} < {shape[axis]}; ++{at})"):
-        element = kernel.element(_data(value), _inner_index([axis], index, (at,), len(shape), keep=keep))
+        element = kernel.element(input_of(value), _inner_index([axis], index, (at,), len(shape), keep=keep))
         with kernel.block(f"if ({element} {sign} {best})"):
             kernel.line(f"{best} = {element};")
             kernel.line(f"{place} = {at};")
@@ -106,7 +100,7 @@ def _max_pool(kernel: Kernel, value: ir.Value, index: Index) -> str:
         inside = [window.inside(axis, place) for axis, place in zip(range(2 - spatial, 2), places, strict=True)]
         condition = " && ".join(part for part in inside if part)
         with kernel.block(f"if ({condition or '1'})"):
-            element = kernel.element(_data(value), (*index[:2], *places))
+            element = kernel.element(input_of(value), (*index[:2], *places))
             _keep_extreme(kernel, result, element, ">")
     return result
 
@@ -126,7 +120,7 @@ def _running_sum(kernel: Kernel, value: ir.Value, index: Index) -> str:
         with kernel.block(f"for (int32_t k = 0; k < {size}; ++k)"):
             place = f"{size - 1} - k" if node.attributes.get_int("reverse", 0) else "k"
             here = (*outer[:axis], place, *outer[axis + 1 :])
-            element = kernel.element(_data(value), here)
+            element = kernel.element(input_of(value), here)
             if node.attributes.get_int("exclusive", 0):
                 before = kernel.temporary(dtype, total)
                 kernel.line(f"{total} += {element};")
@@ -152,7 +146,7 @@ def _row(kernel: Kernel, value: ir.Value, index: Index) -> str:
     row = kernel.buffer("row", np.dtype(np.int32), length)
     with kernel.loops((*shape[:-1], 1)) as outer:
         with kernel.block(f"for (int32_t k = 0; k < {length}; ++k)"):
-            kernel.line(f"row[k] = {kernel.element(_data(value), (*outer[:-1], 'k'))};")
+            kernel.line(f"row[k] = {kernel.element(input_of(value), (*outer[:-1], 'k'))};")
         kernel.line(f"{_row_call(kernel, node, row, length)};")
         with kernel.block(f"for (int32_t k = 0; k < {length}; ++k)"):
             kernel.finish((*outer[:-1], "k"), "row[k]")
