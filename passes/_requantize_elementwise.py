@@ -28,7 +28,8 @@ _FINEST, _COARSEST = 22, -30
 _HALF = LIMIT // 2
 _ROOT_BITS = 8
 _MEAN_BITS = 8
-_LARGEST_SQUARES = 1 << 61
+_LARGEST_SQUARES = 1 << 53
+"""ONNX Runtime 1.31 sums int64 in double precision, which is exact as far as this."""
 
 
 def add(writer: Writer, unit: Unit, target: Target) -> ir.Value:
@@ -184,29 +185,35 @@ def _count(unit: Unit, axes: list[int] | None) -> int | None:
 def hypot(writer: Writer, unit: Unit, target: Target) -> ir.Value:
     """Write the root of a sum of squares: over an axis, or of two tensors."""
     sources = [writer.codes(value) for value in unit.inputs]
-    step = math.ldexp(sources[0].form.scale, -_ROOT_BITS)
-    factors = [round(codes.form.scale / step) for codes in sources]
     summed = next((node for node in unit.nodes if node.op_type == "ReduceSum"), None)
+    axes, attributes = (None, {}) if summed is None else _axes_of(summed)
+    count = 1 if summed is None else _count(unit, axes)
+    if count is None:
+        raise UnfitError("the number of its squares is not known: fix the shape of the input (--shape)")
+    step, factors = _fine_step(sources, count)
     squares = []
     for codes, factor in zip(sources, factors, strict=True):
         wide = writer.cast(writer.centred(codes), _INT64)
         fine = writer.op("Mul", [wide, writer.constant(factor, _INT64)], _INT64)
         squares.append(writer.op("Mul", [fine, fine], _INT64))
-    bound = sum((codes.form.reach * factor) ** 2 for codes, factor in zip(sources, factors, strict=True))
     if summed is None:
         total = writer.op("Add", squares, _INT64)
     else:
-        axes, attributes = _axes_of(summed)
-        count = _count(unit, axes)
-        if count is None:
-            raise UnfitError("the number of its squares is not known: fix the shape of the input (--shape)")
-        bound *= count
         inputs = [squares[0]] + ([] if axes is None else [writer.constant(np.asarray(axes), _INT64)])
         total = writer.op("ReduceSum", inputs, _INT64, attributes)
-    if bound > _LARGEST_SQUARES:
-        raise UnfitError("its squares could leave int64")
     root = writer.cast(writer.function("IntegerSqrt", [total], _INT64), _INT32)
     return writer.requantize(root, step, target)
+
+
+def _fine_step(sources: list[Codes], count: int) -> tuple[float, list[int]]:
+    """Return the step at which squares are summed, and how many of it one step of each tensor is."""
+    for places in range(_ROOT_BITS, -1, -1):
+        step = math.ldexp(sources[0].form.scale, -places)
+        factors = [round(codes.form.scale / step) for codes in sources]
+        bound = count * sum((codes.form.reach * factor) ** 2 for codes, factor in zip(sources, factors, strict=True))
+        if bound <= _LARGEST_SQUARES and all(factors):
+            return step, factors
+    raise UnfitError("its squares could leave the integers that every runtime sums exactly (2^53)")
 
 
 def _axes_of(node: ir.Node) -> tuple[list[int] | None, dict[str, int]]:
@@ -222,7 +229,10 @@ def _axes_of(node: ir.Node) -> tuple[list[int] | None, dict[str, int]]:
 def numbers(writer: Writer, unit: Unit, target: Target) -> ir.Value:
     """Write integers (or truth values) that the graph treats as real numbers."""
     value = unit.inputs[0]
-    if value.dtype is not ir.DataType.BOOL and value.dtype not in (_INT32, ir.DataType.INT8, ir.DataType.UINT8):
-        bounds = [writer.constant(bound, value.dtype or _INT64) for bound in (-_HALF, _HALF)]
-        value = writer.op("Clip", [value, *bounds], value.dtype or _INT64)
+    if value.dtype in (_INT64, None):
+        # Not by Clip: ONNX Runtime's takes int64 from 2^31 to 2^32 for negative.
+        for compare, bound in (("Greater", _HALF), ("Less", -_HALF)):
+            stored = writer.constant(bound, _INT64)
+            beyond = writer.op(compare, [value, stored], ir.DataType.BOOL)
+            value = writer.op("Where", [beyond, stored, value], _INT64)
     return writer.requantize(writer.cast(value, _INT32), 1.0, target)

@@ -18,13 +18,14 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.integer_rules import is_stored
 from qgraph.analysis.integer_units import Unit, is_float
+from qgraph.numerics.resize import nearest_indices
 from qgraph.passes._requantize_writer import Codes, Target, UnfitError, Writer
 
 __all__ = ["join", "move"]
 
 _INT16, _INT32, _INT64 = ir.DataType.INT16, ir.DataType.INT32, ir.DataType.INT64
 _NO_16_BITS = frozenset({
-    "ArgMax", "ArgMin", "DepthToSpace", "Max", "Min", "Pad", "ReduceMax", "ReduceMin", "Resize", "SpaceToDepth",
+    "ArgMax", "ArgMin", "DepthToSpace", "Max", "Min", "Pad", "ReduceMax", "ReduceMin", "SpaceToDepth",
     "Trilu", "Where",
 })  # fmt: skip
 
@@ -44,6 +45,8 @@ def move(writer: Writer, unit: Unit) -> list[tuple[ir.Value, Target | None]]:
         raise UnfitError("MaxPool has no 16-bit form: quantize its input to 8 bits")
     if node.op_type == "Trilu" and form.zero_point:
         return [(_triangle(writer, node, source), form)]
+    if node.op_type == "Resize":
+        return [(_resize(writer, unit, source.value), form)]
     inputs: list[ir.Value | None] = [source.value, *node.inputs[1:]]
     wide = form.dtype is _INT16 and node.op_type in _NO_16_BITS
     kind = _INT32 if wide else form.dtype
@@ -51,8 +54,6 @@ def move(writer: Writer, unit: Unit) -> list[tuple[ir.Value, Target | None]]:
     op_type, attributes = node.op_type, dict(node.attributes)
     if op_type == "Pad":
         inputs = _padding(writer, node, form, kind, inputs)
-    elif op_type == "Resize":
-        inputs, attributes = _sizes(writer, unit, inputs, attributes)
     elif op_type == "GlobalMaxPool":
         op_type, inputs, attributes = _over_space(writer, unit, inputs[0])
     real = [is_float(value) for value in node.outputs]
@@ -102,19 +103,32 @@ def _padding(
     return [*inputs[:2], fill, *inputs[3:]]
 
 
-def _sizes(
-    writer: Writer, unit: Unit, inputs: Sequence[ir.Value | None], attributes: dict[str, ir.Attr]
-) -> tuple[list[ir.Value | None], dict[str, ir.Attr]]:
-    """Name the result's sizes rather than real scales, along the axes that change."""
+def _resize(writer: Writer, unit: Unit, value: ir.Value) -> ir.Value:
+    """Write a nearest Resize as a Gather along every axis that changes: which element is copied is then certain."""
+    node = unit.main
     before, after = unit.inputs[0].shape, unit.outputs[0].shape
     if before is None or after is None:
         raise UnfitError("the shapes around it are not known: fix the shape of the input (--shape)")
-    axes = [axis for axis, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
-    if not all(isinstance(after[axis], int) and isinstance(before[axis], int) for axis in axes):
-        raise UnfitError("the sizes that it changes are not known: fix the shape of the input (--shape)")
-    attributes["axes"] = ir.AttrInt64s("axes", axes)
-    sizes = writer.constant(np.asarray([after[axis] for axis in axes]), _INT64)
-    return [inputs[0], None, None, sizes], attributes
+    scales = _scales(node, len(before))
+    for axis, (old, new) in enumerate(zip(before, after, strict=True)):
+        if old == new:
+            continue
+        if not (isinstance(old, int) and isinstance(new, int)):
+            raise UnfitError("the sizes that it changes are not known: fix the shape of the input (--shape)")
+        coordinates = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
+        nearest = node.attributes.get_string("nearest_mode", "round_prefer_floor")
+        indices = nearest_indices(old, new, scales.get(axis, new / old), coordinates, nearest)
+        value = writer.op("Gather", [value, writer.constant(indices, _INT64)], value.dtype or _INT32, {"axis": axis})
+    return value
+
+
+def _scales(node: ir.Node, rank: int) -> dict[int, float]:
+    """Return the scales of a Resize by axis, where it names any."""
+    given = qgraph.ir.constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    if given is None or given.size == 0:
+        return {}
+    axes = node.attributes.get_ints("axes", range(rank))
+    return {int(axis) % rank: float(scale) for axis, scale in zip(axes, given.reshape(-1), strict=True)}
 
 
 def _over_space(

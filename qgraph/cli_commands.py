@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["commands"]
 
+_STRICT = ("integer-requantize.strict=true",)
+
 
 class _Commands(click.Group):
     """A group that suggests the nearest command for one that it does not have."""
@@ -77,6 +79,10 @@ def commands() -> None:
     "--executor", metavar="NAME", default="", help="Where a search runs: processes [default] or ray://HOST:PORT."
 )
 @click.option("--tune", is_flag=True, help="Time candidates on this machine, and keep the choice as the recipe.")
+@click.option(
+    "--emit", metavar="c|so", multiple=True, help="Write code too (target integer): C99 sources, or a library by TVM."
+)
+@click.option("--strict", is_flag=True, help="Refuse a model of which anything stays in float (target integer).")
 @click.option("--resume", is_flag=True, help="Go on from the layers that a run which was stopped has finished.")
 @run_options
 @output_options
@@ -100,6 +106,8 @@ def compile_command(
     budget: tuple[str, ...],
     executor: str,
     tune: bool,
+    emit: tuple[str, ...],
+    strict: bool,
     resume: bool,
 ) -> int:
     """Compile MODEL.onnx for a target into a verified artifact."""
@@ -117,7 +125,7 @@ def compile_command(
                 verify_data=common.optional_data(verify_data),
                 passes=passes,
                 recipe=recipe,
-                settings=settings,
+                settings=(*settings, *_STRICT) if strict else settings,
                 tolerance=dict(map(parse_tolerance, tolerance)),
                 evaluation=evaluation,
                 budget=dict(map(parse_budget, budget)),
@@ -127,6 +135,7 @@ def compile_command(
                 force=force,
                 tune=tune,
                 resume=resume,
+                emit=emit,
                 observer=display.event,
                 on_rung=display.rung,
             )

@@ -64,6 +64,7 @@ def compile(  # noqa: A001 - the name that users look for
     force: bool = False,
     tune: bool = False,
     resume: bool = False,
+    emit: Sequence[str] = (),
     observer: Callable[[Event], None] | None = None,
     on_rung: Callable[[Rung], None] | None = None,
 ) -> Artifact:
@@ -91,6 +92,7 @@ def compile(  # noqa: A001 - the name that users look for
         force: replace an artifact that stands at `output`.
         tune: let the target time candidates on this machine; the choice is in the artifact's recipe.
         resume: go on from the layers that a run which was stopped has finished, in `output` + '.work'.
+        emit: code to write beside the model, for targets that write any: "c", "so".
         observer: called when each stage ends.
         on_rung: called with each candidate of a search when it is decided on.
 
@@ -100,7 +102,7 @@ def compile(  # noqa: A001 - the name that users look for
         SearchInterrupted: Ctrl-C came after the first candidate was complete; the best one is kept.
     """
     source_path = None if isinstance(model, ir.Model) else Path(model)
-    chosen = registry.find("target", target)() if isinstance(target, str) else target
+    chosen = (registry.find("target", target)() if isinstance(target, str) else target).emitting(emit)
     folder = _output(output, source_path, chosen)
     refuse_existing(folder, force=force, source=source_path)
     plan = Plan.of(passes, recipe)

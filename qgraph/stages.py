@@ -48,6 +48,7 @@ HELD_BACK = 0.2
 RANDOM_SAMPLES = 4
 BENCH_SECONDS = 0.4
 BENCH_FEEDS = 4
+_FOOTPRINT = {"flash": "of constants (flash)", "ram": "of activations (RAM)"}
 _WHOLE = 2
 """A model with weights of more than this part of the memory for calibration is compared in slices..."""
 _SLICE = 16
@@ -142,6 +143,13 @@ class Bounds:
         elif "latency" in self.budget and speedup is not None and 1 / speedup > noise * self.budget["latency"]:
             failures.append(f"it takes {1 / speedup:.2f} of the source's time, more than {self.budget['latency']:g}x")
         return failures
+
+
+def footprint_text(footprint: Mapping[str, Any]) -> str:
+    """Return what code needs on a device in one line."""
+    parts = [f"{bytes_text(footprint[kind])} {what}" for kind, what in _FOOTPRINT.items() if kind in footprint]
+    parts += [str(footprint[kind]) for kind in ("library",) if kind in footprint]
+    return "   ".join(parts)
 
 
 def bytes_of(folder: Path) -> int:
@@ -318,7 +326,10 @@ class Run:
         failures = verification.meets(bounds.tolerance)
         failures += bounds.over_budget(bytes_of(folder), speedup, noise=_NOISE)
         (folder / "recipe.toml").write_text(recipe_text(self.target, plan), encoding="utf-8")
-        manifest = write_manifest(folder, self._facts(plan, built, kernels, verification, bounds, failures))
+        footprint = self.target.footprint(folder)
+        if footprint is not None:
+            self.event("footprint", footprint_text(footprint))
+        manifest = write_manifest(folder, self._facts(plan, built, kernels, verification, bounds, failures, footprint))
         if speedup is not None:
             self.event("bench", f"{speedup:.2f}x the speed of the source")
         return manifest
@@ -331,6 +342,7 @@ class Run:
         verification: Verification,
         bounds: Bounds,
         failures: Sequence[str],
+        footprint: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
         reports = {"prepare": self.prepared, "compress": built.compress, "lower": built.lower}
         left = [*built.compress.skipped, *built.lower.skipped]
@@ -358,6 +370,7 @@ class Run:
             "skipped": [{"node": node, "reason": reason} for node, reason in _unique(left)],
             "weights": built.weights,
             "kernels": None if kernels is None else _kernels_json(kernels),
+            **({} if footprint is None else {"footprint": footprint}),
             "stand_in": self.target.stand_in(),
             "verification": {"data": self.data_kind, **verification.to_json()},
             "tolerance": dict(bounds.tolerance),

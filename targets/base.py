@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
+from qgraph.errors import UserError
 from qgraph.pipeline import Context, Pipeline, Skipped
 
 __all__ = ["Kernels", "Session", "Step", "Target"]
@@ -148,6 +149,21 @@ class Target(abc.ABC):
         Raises:
             UserError: the runtime is not installed; the message names the extra.
         """
+
+    def emitting(self, forms: Sequence[str]) -> Target:
+        """Return the target that writes code too, in the forms of `--emit`.
+
+        Raises:
+            UserError: it writes none, or not in such a form.
+        """
+        if not forms:
+            return self
+        raise UserError(f"{self.name} writes no code ({', '.join(forms)}): --emit is for the target integer")
+
+    def footprint(self, folder: Path) -> Mapping[str, Any] | None:
+        """Return what the code in `folder` needs on a device, as JSON values; None where there is none."""
+        del folder
+        return None
 
     def stand_in(self) -> str:
         """Return what sessions run on where the target's own device or runtime is not here; '' where it is."""

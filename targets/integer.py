@@ -13,15 +13,20 @@ boundary, named with its reason in report and manifest, and with --strict an err
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.integer_units import FLOATS
+from qgraph.codegen.c_source import emit_c
+from qgraph.codegen.tvm_disassembly import can_disassemble, float_instructions
+from qgraph.codegen.tvm_library import LIBRARY, emit_so
+from qgraph.errors import UserError
 from qgraph.passes.integer_requantize import BOUNDARY_KEY
 from qgraph.pipeline import Context, Pipeline, Skipped
 from qgraph.runtime.session import open_session
@@ -29,9 +34,13 @@ from qgraph.targets.base import Kernels, Session, Target
 
 __all__ = ["Integer"]
 
+FOOTPRINT = "footprint.json"
+_FORMS = {"c": "c", "so": "tvm"}
+
 _PREPARE = (
     "inline-functions,lift-constants,convert-opset{version=21},fold-constants,remove-identity,fold-batch-norm,"
-    "deduplicate-initializers,merge-duplicates,remove-unused,infer-shapes"
+    "deduplicate-initializers,merge-duplicates,remove-unused,infer-shapes,unroll-recurrent,conv-transpose-to-conv,"
+    "resize-to-matmul,decompose-norms,infer-shapes,remove-unused"
 )
 _MOVES = frozenset({
     "Cast", "Concat", "Constant", "ConstantOfShape", "DepthToSpace", "DequantizeLinear", "Expand", "Flatten", "Gather",
@@ -47,6 +56,7 @@ class Integer(Target):
     name: ClassVar[str] = "integer"
     summary: ClassVar[str] = "integer arithmetic only, exact to the bit: standard ONNX, and C or a TVM library from it"
     needs_calibration: ClassVar[bool] = True
+    emit: tuple[str, ...] = dataclasses.field(default=(), metadata={"help": "code to write beside the model: c, so"})
 
     def prepare_passes(self) -> Pipeline:
         """Return the clean-up passes, and those that write operators as others with an integer form."""
@@ -69,6 +79,45 @@ class Integer(Target):
             if _is_float(node) and not _is_edge(node) and BOUNDARY_KEY not in node.metadata_props
         ]
 
+    def emitting(self, forms: Sequence[str]) -> Integer:
+        """Return the target that writes C sources (c), a library compiled by TVM (so), or both.
+
+        Raises:
+            UserError: it writes nothing in such a form.
+        """
+        for form in forms:
+            if form not in _FORMS:
+                raise UserError(f"--emit {form}: the target integer writes {' and '.join(_FORMS)}")
+        return dataclasses.replace(self, emit=tuple(dict.fromkeys(forms)))
+
+    def lower(self, model: ir.Model, folder: Path) -> list[str]:
+        """Write model.onnx, and the code that was asked for into folders of its own.
+
+        Raises:
+            UserError: the model has no code: its shapes are dynamic, or something stays in float.
+        """
+        files = super().lower(model, folder)
+        if not self.emit:
+            return files
+        static = model.clone()
+        Pipeline.parse("infer-shapes,fold-constants,infer-shapes,remove-unused").run(static)
+        for form in self.emit:
+            inner = folder / _FORMS[form]
+            inner.mkdir()
+            needs = _write_c(static, inner) if form == "c" else _write_library(static, inner)
+            files += sorted(f"{inner.name}/{path.name}" for path in inner.iterdir())
+            (inner / FOOTPRINT).write_text(json.dumps(needs, indent=2) + "\n", encoding="utf-8")
+        return files
+
+    def footprint(self, folder: Path) -> Mapping[str, Any] | None:
+        """Return flash and RAM of the C code, and what was found in the library's instructions."""
+        found: dict[str, Any] = {}
+        for inner in _FORMS.values():
+            path = folder / inner / FOOTPRINT
+            if path.is_file():
+                found.update(json.loads(path.read_text(encoding="utf-8")))
+        return found or None
+
     def session(self, folder: Path, *, threads: int = 0) -> Session:
         """Open model.onnx in ONNX Runtime, which executes the functions by their bodies.
 
@@ -77,6 +126,10 @@ class Integer(Target):
         """
         session: Session = open_session(folder / "model.onnx", threads=threads)
         return session
+
+    def stand_in(self) -> str:
+        """Return a note: what is meant to run this is not a processor with a runtime."""
+        return "ONNX Runtime, which computes the same integers; not timed"
 
     def kernels(self, folder: Path) -> Kernels:
         """Count the nodes of the integer graph, functions as one node each, and the boundaries."""
@@ -92,6 +145,21 @@ class Integer(Target):
                 Skipped(qgraph.ir.node_label(node), node.metadata_props[BOUNDARY_KEY]) for node in boundaries
             ],
         )
+
+
+def _write_c(model: ir.Model, folder: Path) -> dict[str, Any]:
+    needs = emit_c(model, folder)
+    return {"flash": needs.flash, "ram": needs.ram, "kernels": needs.kernels}
+
+
+def _write_library(model: ir.Model, folder: Path) -> dict[str, Any]:
+    emit_so(model, folder)
+    if not can_disassemble():
+        return {"library": "its instructions were not looked at: no objdump here"}
+    found = float_instructions(folder / LIBRARY)
+    if found:
+        raise RuntimeError(f"{found[0].function} computes in float ({found[0].mnemonic})")
+    return {"library": "no floating-point instruction"}
 
 
 def _count(nodes: Iterable[ir.Node]) -> Counter[str]:

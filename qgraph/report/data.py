@@ -151,8 +151,12 @@ def _command(manifest: Mapping[str, Any]) -> str:
 
 
 def deployable_bytes(manifest: Mapping[str, Any]) -> int:
-    """Return the bytes of the files that are deployed: all that the manifest hashes but the recipe."""
-    return sum(int(entry["bytes"]) for name, entry in manifest["files"].items() if name not in _NOT_DEPLOYED)
+    """Return the bytes of the files that are deployed: all that the manifest hashes but the recipe.
+
+    Folders hold the same model once more, as code.
+    """
+    files = {name: entry for name, entry in manifest["files"].items() if name not in _NOT_DEPLOYED and "/" not in name}
+    return sum(int(entry["bytes"]) for entry in files.values())
 
 
 def comparisons(manifest: Mapping[str, Any], bench: Mapping[str, Any] | None) -> list[Comparison]:
