@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.analysis.integer_units import FLOATS
+from qgraph.analysis.integer_units import computes_floats
 from qgraph.codegen.c_source import emit_c
 from qgraph.codegen.tvm_disassembly import can_disassemble, float_instructions
 from qgraph.codegen.tvm_library import LIBRARY, emit_so
@@ -76,7 +76,7 @@ class Integer(Target):
         return [
             Skipped(qgraph.ir.node_label(node), "it computes in float, and is no boundary that was told")
             for node in qgraph.ir.walk(model)
-            if _is_float(node) and not _is_edge(node) and BOUNDARY_KEY not in node.metadata_props
+            if computes_floats(node) and not _is_edge(node) and BOUNDARY_KEY not in node.metadata_props
         ]
 
     def emitting(self, forms: Sequence[str]) -> Integer:
@@ -164,10 +164,6 @@ def _write_library(model: ir.Model, folder: Path) -> dict[str, Any]:
 
 def _count(nodes: Iterable[ir.Node]) -> Counter[str]:
     return Counter(node.op_type for node in nodes)
-
-
-def _is_float(node: ir.Node) -> bool:
-    return any(value is not None and value.dtype in FLOATS for value in (*node.inputs, *node.outputs))
 
 
 def _is_edge(node: ir.Node) -> bool:
