@@ -100,5 +100,7 @@ def test_what_cannot_be_compiled_is_refused(tmp_path: Path):
         tvm_lowering.build_module(boundary)
     with pytest.raises(UserError, match="TVM knows no target"):
         tvm_library.emit_so(layer(), tmp_path, target="abacus")
+    with pytest.raises(UserError, match="is of kind 'c', but libraries are made for CPUs"):
+        tvm_library.emit_so(layer(), tmp_path, target={"kind": "c"})
     with pytest.raises(UserError, match=r"signature.json is no signature"):
         TvmSession(tmp_path)
