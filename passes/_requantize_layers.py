@@ -206,7 +206,7 @@ def _add_bias(writer: Writer, node: ir.Node, accumulator: ir.Value, read: Layer)
 def _over_outputs(entries: np.ndarray, node: ir.Node, index: int) -> np.ndarray:
     """Return one entry for each output in the shape that broadcasts against the accumulator; one for all if equal."""
     if np.ptp(entries) == 0:
-        return entries.reshape(-1)[0].reshape(())
+        return np.asarray(entries.reshape(-1)[0])
     if node.op_type != "Conv":
         return entries if index == 1 else entries[:, None]
     weight = node.inputs[1]

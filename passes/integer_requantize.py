@@ -38,6 +38,7 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.integer_difference import differences
+from qgraph.analysis.integer_meaning import note_meaning
 from qgraph.analysis.integer_units import Form, Unit, computes_floats, integer_units, is_float
 from qgraph.errors import UserError
 from qgraph.passes import _requantize_elementwise as elementwise
@@ -168,12 +169,13 @@ class _Rewriter:
             return
         value = unit.outputs[0]
         if not is_float(value):
-            result = functions.predicate(self._writer, unit)
-            value.replace_all_uses_with(result)
+            value.replace_all_uses_with(functions.predicate(self._writer, unit))
             return
         for reader, target in self._targets(value):
-            result = qlinear.write(self._writer, unit, target) if self._fast else None
-            self._take_place(reader, _FORMS[unit.form](self._writer, unit, target) if result is None else result)
+            fast = qlinear.write(self._writer, unit, target) if self._fast else None
+            result = _FORMS[unit.form](self._writer, unit, target) if fast is None else fast
+            self._take_place(reader, result)
+            note_meaning(result, value.name or "", target.scale, target.zero_point)
 
     def _move(self, unit: Unit) -> None:
         wanted = [self._targets(value) if is_float(value) else [] for value in unit.outputs]
@@ -182,6 +184,7 @@ class _Rewriter:
             if form is None:
                 value.replace_all_uses_with(codes, replace_graph_outputs=True)
                 continue
+            note_meaning(codes, value.name or "", form.scale, form.zero_point)
             for reader, target in readers:
                 self._take_place(reader, self._writer.rescale(Codes(codes, form), target))
 
