@@ -30,7 +30,7 @@ from qgraph.errors import UserError
 from qgraph.passes.integer_requantize import BOUNDARY_KEY
 from qgraph.pipeline import Context, Pipeline, Skipped
 from qgraph.runtime.session import open_session
-from qgraph.targets.base import Kernels, Session, Target
+from qgraph.targets.base import Kernels, Session, Step, Target
 
 __all__ = ["Integer"]
 
@@ -42,6 +42,18 @@ _PREPARE = (
     "deduplicate-initializers,merge-duplicates,remove-unused,infer-shapes,unroll-recurrent,conv-transpose-to-conv,"
     "resize-to-matmul,decompose-norms,infer-shapes,remove-unused"
 )
+_LADDER = (
+    Step("activation ranges", ("full-qdq.method=percentile", "full-qdq.method=mse"), "activations"),
+    Step("equalization", ("equalize < full-qdq",)),
+    Step("more of 16 bits", ("full-qdq.sqnr=40", "full-qdq.sqnr=60"), "activations"),
+    Step("bias correction", ("bias-correction{method=fast} > full-qdq",)),
+    Step(
+        "learned rounding",
+        ("gptq{bits=8,group=0,symmetric=true,min_elements=0,ops=[Conv,Gemm,MatMul]} < full-qdq",),
+        "weights",
+    ),
+)
+"""What a search tries, the cheapest first."""
 _MOVES = frozenset({
     "Cast", "Concat", "Constant", "ConstantOfShape", "DepthToSpace", "DequantizeLinear", "Expand", "Flatten", "Gather",
     "GatherElements", "GatherND", "Identity", "If", "Pad", "QuantizeLinear", "Reshape", "Resize", "Shape", "Size",
@@ -70,6 +82,10 @@ class Integer(Target):
     def lower_passes(self) -> Pipeline:
         """Return the passes that end in integers."""
         return Pipeline.parse("integer-requantize,merge-duplicates,remove-unused")
+
+    def ladder(self, compress: Pipeline) -> Sequence[Step]:
+        """Return what brings integers nearer to float: other ranges, more 16-bit tensors, passes before and behind."""
+        return _LADDER if any(one.name == "full-qdq" for one in compress) else ()
 
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return the nodes that compute in float and are no marked boundary."""
