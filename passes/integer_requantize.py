@@ -141,8 +141,7 @@ class _Rewriter:
             return
         value = unit.outputs[0]
         if not is_float(value):
-            result = functions.predicate(self._writer, unit)
-            value.replace_all_uses_with(result)
+            _replace(value, functions.predicate(self._writer, unit))
             return
         for reader, target in self._targets(value):
             self._take_place(reader, _FORMS[unit.form](self._writer, unit, target))
@@ -152,7 +151,7 @@ class _Rewriter:
         results = moves.move(self._writer, unit)
         for value, (codes, form), readers in zip(unit.outputs, results, wanted, strict=False):
             if form is None:
-                value.replace_all_uses_with(codes, replace_graph_outputs=True)
+                _replace(value, codes)
                 continue
             for reader, target in readers:
                 self._take_place(reader, self._writer.rescale(Codes(codes, form), target))
@@ -207,6 +206,15 @@ class _Rewriter:
         if self.boundaries:
             notes.append(f"{len(self.boundaries)} nodes stay in float")
         return [*notes, *self._writer.remarks()]
+
+
+def _replace(value: ir.Value, result: ir.Value) -> None:
+    """Let a new value take the place of another that was never real; an output of the model keeps its name."""
+    result.shape = value.shape
+    if value.is_graph_output():
+        name, value.name = value.name, None
+        result.name = name
+    value.replace_all_uses_with(result, replace_graph_outputs=True)
 
 
 def _is_rescale(node: ir.Node) -> bool:
