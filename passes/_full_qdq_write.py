@@ -133,7 +133,7 @@ class _Writer:
     def _store(self, weight: ir.Value, array: np.ndarray, scheme: Scheme) -> ir.Value:
         scale, zero_point = minmax_parameters(array, scheme)
         if self._options.scales == "pow2":
-            scale = np.exp2(np.ceil(np.log2(scale.astype(np.float64)))).astype(np.float32)
+            scale = np.asarray(np.exp2(np.ceil(np.log2(scale.astype(np.float64)))), np.float32)
         chosen = Parameters(scale, zero_point)
         dtype = ir.DataType.INT8 if scheme.bits != _INT4.bits else ir.DataType.INT4
         name = weight.name or "weight"

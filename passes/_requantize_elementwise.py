@@ -26,10 +26,10 @@ __all__ = ["add", "divide", "hypot", "multiply", "numbers", "reduce"]
 _INT32, _INT64 = ir.DataType.INT32, ir.DataType.INT64
 _FINEST, _COARSEST = 22, -30
 _HALF = LIMIT // 2
-_ROOT_BITS = 8
-_MEAN_BITS = 8
-_LARGEST_SQUARES = 1 << 53
-"""ONNX Runtime 1.31 sums int64 in double precision, which is exact as far as this."""
+_ROOT_BITS = 14
+_LARGEST_SQUARES = 1 << 60
+_LARGEST_REDUCED = 1 << 53
+"""ONNX Runtime 1.31 reduces int64 in double precision, which is exact as far as this."""
 
 
 def add(writer: Writer, unit: Unit, target: Target) -> ir.Value:
@@ -144,10 +144,10 @@ def reduce(writer: Writer, unit: Unit, target: Target) -> ir.Value:
         return writer.requantize(total, source.form.scale / count, target)
     sizes = [writer.op("Size", [value], _INT64) for value in (source.value, total)]
     elements = writer.op("Div", sizes, _INT64)
-    places = writer.constant(1 << _MEAN_BITS, _INT64)
-    wide = writer.op("Mul", [writer.cast(total, _INT64), places], _INT64)
+    places = (_HALF // source.form.reach).bit_length() - 1
+    wide = writer.op("Mul", [writer.cast(total, _INT64), writer.constant(1 << places, _INT64)], _INT64)
     mean = writer.cast(writer.function("RoundedDivide", [wide, elements], _INT64), _INT32)
-    return writer.requantize(mean, math.ldexp(source.form.scale, -_MEAN_BITS), target)
+    return writer.requantize(mean, math.ldexp(source.form.scale, -places), target)
 
 
 def _axes(unit: Unit) -> tuple[list[int] | None, dict[str, int]]:
@@ -190,7 +190,7 @@ def hypot(writer: Writer, unit: Unit, target: Target) -> ir.Value:
     count = 1 if summed is None else _count(unit, axes)
     if count is None:
         raise UnfitError("the number of its squares is not known: fix the shape of the input (--shape)")
-    step, factors = _fine_step(sources, count)
+    step, factors = _fine_step(sources, count, _LARGEST_SQUARES if summed is None else _LARGEST_REDUCED)
     squares = []
     for codes, factor in zip(sources, factors, strict=True):
         wide = writer.cast(writer.centred(codes), _INT64)
@@ -205,15 +205,17 @@ def hypot(writer: Writer, unit: Unit, target: Target) -> ir.Value:
     return writer.requantize(root, step, target)
 
 
-def _fine_step(sources: list[Codes], count: int) -> tuple[float, list[int]]:
+def _fine_step(sources: list[Codes], count: int, most: int) -> tuple[float, list[int]]:
     """Return the step at which squares are summed, and how many of it one step of each tensor is."""
     for places in range(_ROOT_BITS, -1, -1):
         step = math.ldexp(sources[0].form.scale, -places)
         factors = [round(codes.form.scale / step) for codes in sources]
         bound = count * sum((codes.form.reach * factor) ** 2 for codes, factor in zip(sources, factors, strict=True))
-        if bound <= _LARGEST_SQUARES and all(factors):
+        if bound <= most and all(factors):
             return step, factors
-    raise UnfitError("its squares could leave the integers that every runtime sums exactly (2^53)")
+    raise UnfitError(
+        f"its squares could leave the integers that every runtime sums exactly (2^{most.bit_length() - 1})"
+    )
 
 
 def _axes_of(node: ir.Node) -> tuple[list[int] | None, dict[str, int]]:
@@ -228,7 +230,8 @@ def _axes_of(node: ir.Node) -> tuple[list[int] | None, dict[str, int]]:
 
 def numbers(writer: Writer, unit: Unit, target: Target) -> ir.Value:
     """Write integers (or truth values) that the graph treats as real numbers."""
-    value = unit.inputs[0]
+    value = unit.main.inputs[0]
+    assert value is not None
     if value.dtype in (_INT64, None):
         # Not by Clip: ONNX Runtime's takes int64 from 2^31 to 2^32 for negative.
         for compare, bound in (("Greater", _HALF), ("Less", -_HALF)):

@@ -169,7 +169,7 @@ class _Rewriter:
             return
         value = unit.outputs[0]
         if not is_float(value):
-            value.replace_all_uses_with(functions.predicate(self._writer, unit))
+            _replace(value, functions.predicate(self._writer, unit))
             return
         for reader, target in self._targets(value):
             fast = qlinear.write(self._writer, unit, target) if self._fast else None
@@ -182,7 +182,7 @@ class _Rewriter:
         results = moves.move(self._writer, unit)
         for value, (codes, form), readers in zip(unit.outputs, results, wanted, strict=False):
             if form is None:
-                value.replace_all_uses_with(codes, replace_graph_outputs=True)
+                _replace(value, codes)
                 continue
             note_meaning(codes, value.name or "", form.scale, form.zero_point)
             for reader, target in readers:
@@ -238,6 +238,15 @@ class _Rewriter:
         if self.boundaries:
             notes.append(f"{len(self.boundaries)} nodes stay in float")
         return [*notes, *self._writer.remarks()]
+
+
+def _replace(value: ir.Value, result: ir.Value) -> None:
+    """Let a new value take the place of another that was never real; an output of the model keeps its name."""
+    result.shape = value.shape
+    if value.is_graph_output():
+        name, value.name = value.name, None
+        result.name = name
+    value.replace_all_uses_with(result, replace_graph_outputs=True)
 
 
 def _is_rescale(node: ir.Node) -> bool:

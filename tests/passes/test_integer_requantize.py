@@ -1,0 +1,127 @@
+"""`integer-requantize` behind `full-qdq`: every form of a unit in integers, against the quantized floats it stands for.
+
+Each case is a float graph of `integer_forms.txt`. Its integer graph is run in ONNX Runtime and by the definitions,
+which must agree to the bit, and compared with the QDQ graph in ONNX Runtime without its rewriting: one step of the
+output's scale at most, unless `BOUNDS` says otherwise and why.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from qgraph.analysis.integer_units import MOVERS, Form, integer_units
+from qgraph.targets.integer import Integer
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from integer_compilation import compiled, feeds, graph, in_onnxruntime, output_scale, steps_apart
+
+
+def read_cases() -> dict[str, dict[str, str]]:
+    """Return the graphs of `integer_forms.txt`, where they stand as `--- group: name`, by group and name."""
+    groups: dict[str, dict[str, str]] = {}
+    text = (Path(__file__).parent / "integer_forms.txt").read_text(encoding="utf-8")
+    for part in text.split("--- ")[1:]:
+        head, _, body = part.partition("\n")
+        group, _, name = head.partition(": ")
+        groups.setdefault(group, {})[name] = body
+    return groups
+
+
+GROUPS = read_cases()
+CASES = {name: text for group in GROUPS.values() for name, text in group.items()}
+OPSETS = {"RMSNormalization": 23}
+
+
+def case_graph(case: str) -> ir.Model:
+    return graph(CASES[case], OPSETS.get(case, 21))
+
+
+CHAINS = {"attention", "attention where", "around a layer", "function of a layer", "root mean square", "two layers"}
+"""Several roundings one behind the other: what one is off the next ones carry on."""
+BOUNDS = {
+    # The result has 16 bits, and the bias is rounded to the accumulator's step, which is that of 8-bit factors.
+    **dict.fromkeys(GROUPS["layer"], 2.0),
+    **dict.fromkeys(("matmul scaled", "matmul negated"), 2.0),
+    # Normalized numbers have 15 bits less half of those of the length, and their gains 15.
+    **dict.fromkeys(("LayerNormalization", "LayerNormalization without bias", "RMSNormalization"), 2.0),
+}
+"""Steps of the output's scale, where 16 bits are finer than what is computed with; elsewhere, and at 8 bits, 1."""
+SLACK = 0.01
+"""Of a step: outputs are float32."""
+
+
+def assert_near(case: str, options: str, rounding: str, seed: int = 100) -> None:
+    model = case_graph(case)
+    one = compiled(model, options, rounding)
+    assert Integer().check(one.integer) == [], case
+    assert not any(part.skipped for report in one.reports for part in report.parts), case
+    onnx.checker.check_model(ir.to_proto(one.integer), full_check=True)
+    signature = [[(v.name, v.dtype) for v in m.graph.outputs] for m in (model, one.integer)]
+    assert signature[0] == signature[1], case
+    inputs = feeds(model, seed)
+    off = steps_apart(one, inputs)
+    if case in CHAINS:
+        largest = max(np.abs(array).max() for array in in_onnxruntime(one.quantized, inputs))
+        scale = min(output_scale(value) for value in one.integer.graph.outputs)
+        assert off * scale <= 0.05 * largest, case
+    else:
+        bound = BOUNDS.get(case, 1.0) if "wide=none" not in options else 1.0
+        assert off <= bound + SLACK, f"{case}: {off} steps"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_form(case: str):
+    assert_near(case, "", "half-up")
+
+
+OPTIONS = {
+    "8 bits": ("wide=none", "half-up"),
+    "signed": ("activations=int8,wide=none", "gemmlowp"),
+    "symmetric": ("activations=int8,symmetric=true,wide=none", "half-even"),
+    "symmetric without sign": ("symmetric=true,sqnr=0.0", "half-up"),
+    "powers of two": ("scales=pow2,wide=none", "half-up"),
+    "4-bit weights of one scale": ("weights=int4,per_channel=false,wide=none", "half-up"),
+    "gemmlowp": ("activations=int8", "gemmlowp"),
+    "half-even": ("per_channel=false", "half-even"),
+}
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name: str, number: int):
+    """Every option meets a part of every kind of case, each another one."""
+    first = (list(OPTIONS).index(name) + number * 4) % 16
+    for case in list(CASES)[first::16]:
+        assert_near(case, *OPTIONS[name])
+
+
+def test_every_form_is_tried():
+    units = [unit for case in CASES for unit in integer_units(case_graph(case).graph).units]
+    assert {unit.form for unit in units} == set(Form)
+    assert {unit.main.op_type for unit in units if unit.form is Form.MOVE} | {"Identity"} == MOVERS
+
+
+ROUNDED_BIAS = {case for case, text in GROUPS["layer"].items() if " b" in text or "alpha" in text} | {
+    "matmul scaled",
+    "matmul negated",
+}
+OWN_ROUNDING = {"Pow", "LayerNormalization", "LayerNormalization without bias", "RMSNormalization", "root mean square"}
+OWN_ROUNDING |= {case for case in CASES if case.startswith(("Softmax", "attention", "quotient"))}
+EXACT = [case for case in CASES if case not in ROUNDED_BIAS | OWN_ROUNDING | {"clip with one bound"}]
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_powers_of_two_are_exact(number: int):
+    """Where floats are exact too and ties go to even, there is no difference at all.
+
+    Left out: biases, which are rounded to the accumulator's step, and what divides or interpolates.
+    """
+    for index, case in enumerate(EXACT[number::4]):
+        one = compiled(case_graph(case), "scales=pow2" + (",wide=none" if index % 2 else ""), "half-even")
+        assert steps_apart(one, feeds(one.floating, 7)) == 0, case
