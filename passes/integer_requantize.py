@@ -47,6 +47,7 @@ from qgraph.passes import _requantize_layers as layers
 from qgraph.passes import _requantize_moves as moves
 from qgraph.passes import _requantize_qlinear as qlinear
 from qgraph.passes._requantize_writer import Codes, Target, UnfitError, Writer
+from qgraph.passes._weight_options import FLOAT_KEY
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
 __all__ = ["BOUNDARY_KEY", "IntegerRequantize"]
@@ -140,6 +141,10 @@ class _Rewriter:
         for node in [node for node in self._graph if _is_rescale(node)]:
             self._rescale(node)
         for unit in found.units:
+            kept = next((node for node in unit.nodes if FLOAT_KEY in node.metadata_props), None)
+            if kept is not None:
+                self._reasons.update(dict.fromkeys(unit.nodes, kept.metadata_props[FLOAT_KEY]))
+                continue
             self._writer.at(unit.nodes[-1], unit.label)
             try:
                 self._rewrite(unit)
