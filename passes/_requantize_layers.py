@@ -11,6 +11,7 @@ output are halved until they cannot; the pass names the layer.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -22,21 +23,46 @@ from qgraph.analysis.integer_rules import output_axis
 from qgraph.analysis.integer_units import Unit, layer_weight
 from qgraph.passes._requantize_writer import LIMIT, Codes, Target, UnfitError, Writer
 
-__all__ = ["layer", "matmul", "pool"]
+__all__ = ["Layer", "int8_weight", "layer", "matmul", "pool", "read_layer"]
 
 _INT32, _INT8, _UINT8 = ir.DataType.INT32, ir.DataType.INT8, ir.DataType.UINT8
 _SPLIT = 256
+_MATRIX = 2
 _CONV_ATTRIBUTES = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 
 
-def layer(writer: Writer, unit: Unit, target: Target) -> ir.Value:
-    """Write a layer with a constant weight, and what is done to its accumulator."""
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A linear layer in integers.
+
+    Attributes:
+        source: what it reads.
+        weight: int64, as the node lays it out.
+        index: which of the node's inputs the weight is.
+        bias: int64, (outputs,).
+        scale: what one unit of the accumulator is worth, (outputs,).
+    """
+
+    source: Codes
+    weight: np.ndarray
+    index: int
+    bias: np.ndarray
+    scale: np.ndarray
+
+
+def read_layer(writer: Writer, unit: Unit) -> Layer:
+    """Return a layer's integers, at which no input leads beyond int32.
+
+    Raises:
+        UnfitError: its weight or bias cannot be followed.
+    """
     node = unit.main
     found = layer_weight(node)
     assert found is not None
     index, stored = found
     source = writer.codes(unit.inputs[0])
-    weight, weight_scale, axis = _weight(node, stored)
+    axis = output_axis(node) if node.op_type != "MatMul" else index - _MATRIX
+    weight, weight_scale = _weight(stored, axis)
     if weight.size == 0:
         raise UnfitError("its weight is empty")
     factor, offset = _affine(writer, unit, weight.shape[axis])
@@ -44,15 +70,20 @@ def layer(writer: Writer, unit: Unit, target: Target) -> ir.Value:
     weight = weight * _along(np.sign(factor), axis, weight.ndim).astype(np.int64)
     bias = np.asarray(offset / scale)
     weight, bias, scale = _bounded(writer, unit, weight, axis, bias, scale, source.form)
-    accumulator = _multiply(writer, node, source, weight, index)
-    accumulator = _add_bias(writer, node, accumulator, bias)
-    spread = _over_outputs(scale, node)
-    return writer.requantize(accumulator, spread, target, unit.tail.low, unit.tail.high)
+    return Layer(source, weight, index, bias, scale)
 
 
-def _weight(node: ir.Node, stored: ir.Value) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return the integers of a weight (int64), its scale () or (outputs,), and the axis of the outputs."""
-    axis = output_axis(node) if node.op_type != "MatMul" else -1
+def layer(writer: Writer, unit: Unit, target: Target) -> ir.Value:
+    """Write a layer with a constant weight, and what is done to its accumulator."""
+    read = read_layer(writer, unit)
+    accumulator = _multiply(writer, unit.main, read.source, read.weight, read.index)
+    accumulator = _add_bias(writer, unit.main, accumulator, read)
+    scale = _over_outputs(read.scale, unit.main, read.index)
+    return writer.requantize(accumulator, scale, target, unit.tail.low, unit.tail.high)
+
+
+def _weight(stored: ir.Value, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the integers of a weight (int64) and its scale, () or (outputs,) along `axis`."""
     rounded = stored.producer()
     if rounded is None or not qgraph.ir.is_op(rounded, "DequantizeLinear"):
         raise UnfitError("its weight is not quantized")
@@ -64,12 +95,14 @@ def _weight(node: ir.Node, stored: ir.Value) -> tuple[np.ndarray, np.ndarray, in
     if rounded.attributes.get_int("block_size", 0):
         raise UnfitError("its weight has a scale for every group of inputs; quantize it with one for each output")
     codes = np.asarray(integers).astype(np.int64)
+    if codes.ndim < _MATRIX:
+        raise UnfitError("its weight is a vector: write it as a matrix")
     if scale.size == 1:
-        return codes - np.asarray(zero_point).astype(np.int64), np.asarray(scale.reshape(()), np.float64), axis
+        return codes - np.asarray(zero_point).astype(np.int64), np.asarray(scale.reshape(()), np.float64)
     if rounded.attributes.get_int("axis", 1) % codes.ndim != axis % codes.ndim:
         raise UnfitError("its weight has its scales along the inputs; quantize it with one for each output")
     centred = codes - _along(np.asarray(zero_point).astype(np.int64).reshape(-1), axis, codes.ndim)
-    return centred, np.asarray(scale.reshape(-1), np.float64), axis
+    return centred, np.asarray(scale.reshape(-1), np.float64)
 
 
 def _affine(writer: Writer, unit: Unit, outputs: int) -> tuple[np.ndarray, np.ndarray]:
@@ -121,14 +154,19 @@ def _bounded(
     return integers, rounded.astype(np.int64), scale
 
 
-def _multiply(writer: Writer, node: ir.Node, source: Codes, weight: np.ndarray, index: int) -> ir.Value:
-    """Multiply integers and return the accumulator, int32."""
+def int8_weight(writer: Writer, node: ir.Node, weight: np.ndarray) -> ir.Value:
+    """Store a weight as the integer operators read it: int8, a Gemm's as [inputs, outputs]."""
     if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != 0:
         weight = weight.T
     limits = np.iinfo(np.int8)
     if weight.min() < limits.min or weight.max() > limits.max:
         raise UnfitError("its weight less the zero point does not fit into int8")
-    stored = writer.constant(weight, _INT8, f"{qgraph.ir.node_label(node)}/weight")
+    return writer.constant(weight, _INT8, f"{qgraph.ir.node_label(node)}/weight")
+
+
+def _multiply(writer: Writer, node: ir.Node, source: Codes, weight: np.ndarray, index: int) -> ir.Value:
+    """Multiply integers and return the accumulator, int32."""
+    stored = int8_weight(writer, node, weight)
     kept = {name: node.attributes[name] for name in _CONV_ATTRIBUTES if name in node.attributes}
 
     def product(codes: ir.Value, zero_point: int) -> ir.Value:
@@ -155,23 +193,22 @@ def _in_halves(writer: Writer, source: Codes, product: Callable[[ir.Value, int],
     return writer.op("Add", [writer.op("Mul", [upper, split], _INT32), lower], _INT32)
 
 
-def _add_bias(writer: Writer, node: ir.Node, accumulator: ir.Value, bias: np.ndarray) -> ir.Value:
-    if not np.any(bias):
+def _add_bias(writer: Writer, node: ir.Node, accumulator: ir.Value, read: Layer) -> ir.Value:
+    if not np.any(read.bias):
         return accumulator
-    name = f"{qgraph.ir.node_label(node)}/bias"
-    spread = _over_outputs(bias, node)
-    spread = spread[None] if node.op_type == "Conv" else spread
-    return writer.op("Add", [accumulator, writer.constant(spread, _INT32, name)], _INT32)
+    spread = _over_outputs(read.bias, node, read.index)
+    spread = spread[None] if node.op_type == "Conv" and spread.ndim else spread
+    return writer.op(
+        "Add", [accumulator, writer.constant(spread, _INT32, f"{qgraph.ir.node_label(node)}/bias")], _INT32
+    )
 
 
-def _over_outputs(entries: np.ndarray, node: ir.Node) -> np.ndarray:
-    """Return one entry for each output in the shape that broadcasts against the accumulator."""
-    if entries.ndim == 0 or (
-        entries.size > 1 and np.ptp(entries) == 0 and not np.issubdtype(entries.dtype, np.integer)
-    ):
-        return entries.reshape(-1)[:1].reshape(())
+def _over_outputs(entries: np.ndarray, node: ir.Node, index: int) -> np.ndarray:
+    """Return one entry for each output in the shape that broadcasts against the accumulator; one for all if equal."""
+    if np.ptp(entries) == 0:
+        return np.asarray(entries.reshape(-1)[0])
     if node.op_type != "Conv":
-        return entries
+        return entries if index == 1 else entries[:, None]
     weight = node.inputs[1]
     rank = 4 if weight is None or weight.shape is None else len(weight.shape)
     return entries.reshape(-1, *[1] * (rank - 2))

@@ -117,16 +117,25 @@ class Writer:
         attributes: Attributes | None = None,
         *,
         outputs: int = 1,
+        domain: str = "",
     ) -> ir.Node:
         """Insert a node whose outputs are of one type."""
-        node = ir.node(op_type, inputs, dict(attributes or {}), num_outputs=outputs)
+        if domain:
+            self.graph.opset_imports.setdefault(domain, 1)
+        node = ir.node(op_type, inputs, dict(attributes or {}), domain=domain, num_outputs=outputs)
         return self._insert(node, op_type, dtype)
 
     def op(
-        self, op_type: str, inputs: Sequence[ir.Value | None], dtype: ir.DataType, attributes: Attributes | None = None
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        dtype: ir.DataType,
+        attributes: Attributes | None = None,
+        *,
+        domain: str = "",
     ) -> ir.Value:
         """Insert a node and return its output."""
-        return self.node(op_type, inputs, dtype, attributes).outputs[0]
+        return self.node(op_type, inputs, dtype, attributes, domain=domain).outputs[0]
 
     def function(self, name: str, inputs: Sequence[ir.Value], dtype: ir.DataType) -> ir.Value:
         """Insert a call of one of the functions of `qgraph.passes._integer_functions`."""

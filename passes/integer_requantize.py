@@ -18,6 +18,9 @@ matches their calls as one node each.
 No accumulator can overflow for any input: that is proven from weights and ranges for every node, and where a layer
 could leave int32 its weights lose bits until it cannot, which the notes say.
 
+form=qlinear writes ONNX Runtime's own operators (QLinearConv ...) where there are any, which are fast but round a float
+product; how many integers that changes is counted on calibration samples.
+
 What has no integer form, or is not quantized all around, stays as it is between a DequantizeLinear and a
 QuantizeLinear: a boundary, marked in the node's metadata and told with its reason; with `strict=true` it is an error.
 Reads any QDQ graph; `full-qdq` writes one in which everything can become integers. A second run changes nothing.
@@ -25,6 +28,7 @@ Reads any QDQ graph; `full-qdq` writes one in which everything can become intege
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -33,12 +37,15 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.analysis.integer_units import FLOATS, Form, Unit, integer_units, is_float
+from qgraph.analysis.integer_difference import differences
+from qgraph.analysis.integer_meaning import note_meaning
+from qgraph.analysis.integer_units import Form, Unit, computes_floats, integer_units, is_float
 from qgraph.errors import UserError
 from qgraph.passes import _requantize_elementwise as elementwise
 from qgraph.passes import _requantize_functions as functions
 from qgraph.passes import _requantize_layers as layers
 from qgraph.passes import _requantize_moves as moves
+from qgraph.passes import _requantize_qlinear as qlinear
 from qgraph.passes._requantize_writer import Codes, Target, UnfitError, Writer
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
@@ -47,6 +54,8 @@ __all__ = ["BOUNDARY_KEY", "IntegerRequantize"]
 BOUNDARY_KEY = "qgraph.boundary"
 """Key in a node's metadata: why it computes in float inside an integer graph."""
 _FIRST_OPSET = 21
+_COMPARED = 8
+"""Calibration samples on which the fast form is compared with the exact one."""
 
 _FORMS: Mapping[Form, Callable[[Writer, Unit, Target], ir.Value]] = {
     Form.LAYER: layers.layer,
@@ -73,17 +82,21 @@ class IntegerRequantize(Pass):
     rounding: Literal["half-up", "gemmlowp", "half-even"] = field(
         default="half-up", metadata={"help": "how accumulators are rounded"}
     )
+    form: Literal["exact", "qlinear"] = field(
+        default="exact",
+        metadata={"help": "qlinear: ONNX Runtime's fast operators where there are any, and what differs"},
+    )
     strict: bool = field(default=False, metadata={"help": "refuse a model of which anything stays in float"})
 
     def apply(self, model: ir.Model, context: Context) -> Report:
         """Rewrite; `skipped` has every node that stays in float."""
-        del context
         opset = model.graph.opset_imports.get("", 0)
         if opset < _FIRST_OPSET:
             raise UserError(
                 f"integer-requantize needs opset {_FIRST_OPSET}, and the model has {opset}: put convert-opset before it"
             )
-        rewriter = _Rewriter(model, self.rounding)
+        exact = model.clone() if self.form == "qlinear" and context.calibration is not None else None
+        rewriter = _Rewriter(model, self.rounding, fast=self.form == "qlinear")
         rewriter.run()
         if self.strict and rewriter.boundaries:
             node, reason = next(iter(rewriter.boundaries.items()))
@@ -93,12 +106,27 @@ class IntegerRequantize(Pass):
                 f"integer-requantize{{strict=true}}: '{qgraph.ir.node_label(node)}' stays in float: {reason}{more}"
             )
         skipped = [Skipped(qgraph.ir.node_label(node), reason) for node, reason in rewriter.boundaries.items()]
-        return Report(rewriter.changed, skipped, rewriter.notes())
+        report = Report(rewriter.changed, skipped, rewriter.notes())
+        if exact is None or not rewriter.changed:
+            return report
+        _Rewriter(exact, self.rounding).run()
+        return _compared(report, exact, model, context)
+
+
+def _compared(report: Report, exact: ir.Model, fast: ir.Model, context: Context) -> Report:
+    """Return the report with what the fast operators do otherwise than the exact functions, counted on some samples."""
+    feeds = [feed for _, feed in zip(range(_COMPARED), context.samples("integer-requantize"), strict=False)]
+    found = differences(exact, fast, context, feeds)
+    differing, elements = sum(one.differing for one in found), sum(one.elements for one in found)
+    largest = max((one.largest for one in found), default=0)
+    note = f"{differing:,} of {elements:,} integers differ from the exact ones, by {largest} at most"
+    figures = {"differences": [one.to_json() for one in found]}
+    return dataclasses.replace(report, notes=[*report.notes, note], figures=figures)
 
 
 class _Rewriter:
-    def __init__(self, model: ir.Model, rounding: str) -> None:
-        self._model = model
+    def __init__(self, model: ir.Model, rounding: str, *, fast: bool = False) -> None:
+        self._fast = fast
         self._graph = model.graph
         self._writer = Writer(model, rounding)
         self._written: Counter[Form] = Counter()
@@ -144,7 +172,10 @@ class _Rewriter:
             _replace(value, functions.predicate(self._writer, unit))
             return
         for reader, target in self._targets(value):
-            self._take_place(reader, _FORMS[unit.form](self._writer, unit, target))
+            fast = qlinear.write(self._writer, unit, target) if self._fast else None
+            result = _FORMS[unit.form](self._writer, unit, target) if fast is None else fast
+            self._take_place(reader, result)
+            note_meaning(result, value.name or "", target.scale, target.zero_point)
 
     def _move(self, unit: Unit) -> None:
         wanted = [self._targets(value) if is_float(value) else [] for value in unit.outputs]
@@ -153,6 +184,7 @@ class _Rewriter:
             if form is None:
                 _replace(value, codes)
                 continue
+            note_meaning(codes, value.name or "", form.scale, form.zero_point)
             for reader, target in readers:
                 self._take_place(reader, self._writer.rescale(Codes(codes, form), target))
 
@@ -193,7 +225,7 @@ class _Rewriter:
     def _mark(self) -> None:
         """Mark what stays in float between the quantizers, and remember why."""
         for node in self._graph:
-            if qgraph.ir.is_op(node, "QuantizeLinear", "DequantizeLinear") or not _computes_floats(node):
+            if qgraph.ir.is_op(node, "QuantizeLinear", "DequantizeLinear") or not computes_floats(node):
                 continue
             reason = self._reasons.get(node, "what it reads or makes is not quantized")
             node.metadata_props[BOUNDARY_KEY] = reason
@@ -224,8 +256,3 @@ def _is_rescale(node: ir.Node) -> bool:
         and value is not None
         and qgraph.ir.is_op(value.producer(), "DequantizeLinear")
     )
-
-
-def _computes_floats(node: ir.Node) -> bool:
-    values = (*node.inputs, *node.outputs)
-    return any(value is not None and value.dtype in FLOATS for value in values)

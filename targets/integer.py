@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.analysis.integer_units import FLOATS
+from qgraph.analysis.integer_units import computes_floats
 from qgraph.codegen.c_source import emit_c
 from qgraph.codegen.tvm_disassembly import can_disassemble, float_instructions
 from qgraph.codegen.tvm_library import LIBRARY, emit_so
@@ -30,7 +30,7 @@ from qgraph.errors import UserError
 from qgraph.passes.integer_requantize import BOUNDARY_KEY
 from qgraph.pipeline import Context, Pipeline, Skipped
 from qgraph.runtime.session import open_session
-from qgraph.targets.base import Kernels, Session, Target
+from qgraph.targets.base import Kernels, Session, Step, Target
 
 __all__ = ["Integer"]
 
@@ -42,6 +42,18 @@ _PREPARE = (
     "deduplicate-initializers,merge-duplicates,remove-unused,infer-shapes,unroll-recurrent,conv-transpose-to-conv,"
     "resize-to-matmul,decompose-norms,infer-shapes,remove-unused"
 )
+_LADDER = (
+    Step("activation ranges", ("full-qdq.method=percentile", "full-qdq.method=mse"), "activations"),
+    Step("equalization", ("equalize < full-qdq",)),
+    Step("more of 16 bits", ("full-qdq.sqnr=40", "full-qdq.sqnr=60"), "activations"),
+    Step("bias correction", ("bias-correction{method=fast} > full-qdq",)),
+    Step(
+        "learned rounding",
+        ("gptq{bits=8,group=0,symmetric=true,min_elements=0,ops=[Conv,Gemm,MatMul]} < full-qdq",),
+        "weights",
+    ),
+)
+"""What a search tries, the cheapest first."""
 _MOVES = frozenset({
     "Cast", "Concat", "Constant", "ConstantOfShape", "DepthToSpace", "DequantizeLinear", "Expand", "Flatten", "Gather",
     "GatherElements", "GatherND", "Identity", "If", "Pad", "QuantizeLinear", "Reshape", "Resize", "Shape", "Size",
@@ -71,12 +83,16 @@ class Integer(Target):
         """Return the passes that end in integers."""
         return Pipeline.parse("integer-requantize,merge-duplicates,remove-unused")
 
+    def ladder(self, compress: Pipeline) -> Sequence[Step]:
+        """Return what brings integers nearer to float: other ranges, more 16-bit tensors, passes before and behind."""
+        return _LADDER if any(one.name == "full-qdq" for one in compress) else ()
+
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return the nodes that compute in float and are no marked boundary."""
         return [
             Skipped(qgraph.ir.node_label(node), "it computes in float, and is no boundary that was told")
             for node in qgraph.ir.walk(model)
-            if _is_float(node) and not _is_edge(node) and BOUNDARY_KEY not in node.metadata_props
+            if computes_floats(node) and not _is_edge(node) and BOUNDARY_KEY not in node.metadata_props
         ]
 
     def emitting(self, forms: Sequence[str]) -> Integer:
@@ -164,10 +180,6 @@ def _write_library(model: ir.Model, folder: Path) -> dict[str, Any]:
 
 def _count(nodes: Iterable[ir.Node]) -> Counter[str]:
     return Counter(node.op_type for node in nodes)
-
-
-def _is_float(node: ir.Node) -> bool:
-    return any(value is not None and value.dtype in FLOATS for value in (*node.inputs, *node.outputs))
 
 
 def _is_edge(node: ir.Node) -> bool:

@@ -28,7 +28,7 @@ from qgraph.analysis.elementwise import ELEMENTWISE
 from qgraph.analysis.integer_patterns import PATTERNS
 from qgraph.analysis.integer_rules import is_constant, is_stored, output_axis
 
-__all__ = ["FLOATS", "Form", "Tail", "Unit", "Units", "integer_units", "is_float", "layer_weight"]
+__all__ = ["FLOATS", "Form", "Tail", "Unit", "Units", "computes_floats", "integer_units", "is_float", "layer_weight"]
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
@@ -122,6 +122,14 @@ _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 def is_float(value: ir.Value | None) -> bool:
     """Tell whether a value holds floating-point numbers, or something of which nothing is known."""
     return value is not None and (value.dtype is None or value.dtype in FLOATS)
+
+
+def computes_floats(node: ir.Node) -> bool:
+    """Tell whether a node reads or makes floats, but for the constant scales of ONNX Runtime's quantized operators."""
+    values = (*node.inputs, *node.outputs)
+    if node.op_type.startswith(("QLinear", "QGemm")):
+        values = tuple(value for value in values if not is_constant(value))
+    return any(value is not None and value.dtype in FLOATS for value in values)
 
 
 def layer_weight(node: ir.Node) -> tuple[int, ir.Value] | None:

@@ -48,7 +48,10 @@ def emit_so(model: ir.Model, folder: Path, *, target: str | Mapping[str, Any] | 
     try:
         executable.export_library(str(folder / LIBRARY))
     except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"the library cannot be linked: {_last_line(error)}. Is a C++ compiler installed?") from error
+        raise UserError(
+            f"the library cannot be linked: {_last_line(error)}. A C++ compiler for the target must be installed; "
+            "the environment variable CXX names another than the system's"
+        ) from error
     signature.write(folder / SIGNATURE, target=str(chosen))
     return [LIBRARY, SIGNATURE]
 
@@ -57,9 +60,12 @@ def _target(tvm: Any, wanted: str | Mapping[str, Any] | None) -> Any:
     if wanted is None:
         wanted = {"kind": "llvm", "mcpu": tvm.get_global_func("target.llvm_get_system_cpu")()}
     try:
-        return tvm.target.Target(dict(wanted) if isinstance(wanted, Mapping) else wanted)
+        target = tvm.target.Target(dict(wanted) if isinstance(wanted, Mapping) else wanted)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"TVM knows no target {wanted}: {_last_line(error)}") from error
+    if str(target.kind) != "llvm":
+        raise UserError(f"the target {wanted} is of kind '{target.kind}', but libraries are made for CPUs: kind 'llvm'")
+    return target
 
 
 def _last_line(error: Exception) -> str:

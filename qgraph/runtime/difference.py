@@ -26,6 +26,7 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
+from qgraph.analysis.integer_meaning import meaning
 from qgraph.analysis.probes import AddOutputs, Probe, kinds, main_values, raw_outputs, size_outputs
 from qgraph.analysis.quantization_sensitivity import Sensitivities
 from qgraph.errors import UserError
@@ -317,10 +318,25 @@ def _real_outputs(names: Sequence[str]) -> AddOutputs:
                 real.outputs[0].name = f"qgraph.real.{number}"
                 model.graph.append(real)
                 value = real.outputs[0]
+            elif (noted := meaning(value)) is not None:
+                value = _stood_for(model.graph, value, *noted, f"qgraph.real.{number}")
             outputs.append(value)
         return outputs
 
     return add
+
+
+def _stood_for(graph: ir.Graph, value: ir.Value, scale: float, zero_point: int, name: str) -> ir.Value:
+    """Append what dequantizes a tensor inside an integer graph, and return its output."""
+    dtype = value.dtype or ir.DataType.INT8
+    constants = [
+        qgraph.ir.initializer(graph, f"{name}.scale", np.asarray(scale, np.float32)),
+        qgraph.ir.initializer(graph, f"{name}.zero_point", np.asarray(zero_point).astype(dtype.numpy())),
+    ]
+    real = ir.node("DequantizeLinear", [value, *constants])
+    real.outputs[0].name = name
+    graph.append(real)
+    return real.outputs[0]
 
 
 def _largest(model: ir.Model, samples: Samples) -> Feeds:
