@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -18,11 +21,12 @@ PREPARE = "lift-constants,fold-constants,infer-shapes"
 
 
 def graph(text: str, opset: int = 21, seed: int = 0) -> ir.Model:
-    """Read a graph `g (inputs) => (outputs) { nodes }` whose constants are those inputs that no x, i or c begins.
+    """Read a model, or a graph `(inputs) => (outputs) { nodes }`, whose constants are its inputs not named x, i or c.
 
     w: a weight, normal, its rows of length 1; b: normal; p: between 0.5 and 2; k: one number between -2 and 2.
     """
-    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : {opset}]>\ng {text}')
+    head = "" if text.startswith("<") else f'<ir_version: 10, opset_import: ["" : {opset}]>\ng '
+    proto = onnx.parser.parse_model(head + text)
     random = np.random.default_rng(seed)
     for value in list(proto.graph.input):
         if value.name[0] in "xic":
@@ -129,3 +133,33 @@ def steps_apart(one: Compiled, inputs: Mapping[str, np.ndarray]) -> float:
             off = np.abs(a.astype(np.float64) - b.astype(np.float64))
             steps.append(float(off.max()) / output_scale(value))
     return max(steps)
+
+
+def check_golden(path: Path, default: str) -> tuple[ir.Model, Report]:
+    """Compare with a golden file: the model before, `---`, its text after, without constants and function bodies.
+
+    A first line `# ...` gives the pipeline. QGRAPH_UPDATE_GOLDEN=1 writes the second part anew. A second run of the
+    pipeline must change nothing.
+    """
+    text = path.read_text(encoding="utf-8")
+    before, _, golden = text.partition("\n---\n")
+    first, _, rest = before.partition("\n")
+    pipeline, source = (first[1:].strip(), rest) if first.startswith("#") else (default, before)
+    model = graph(source)
+    samples = [feeds(model, seed) for seed in range(4)]
+    report = Pipeline.parse(pipeline).run(model, calibration=samples, context=Context(threads=1))
+    bare = model.clone()
+    bare.functions.clear()
+    after = re.sub(r" = +\{[^}]*\}", "", ir.to_onnx_text(bare))
+    after = re.sub(r"\n +<[^{]*>\n\{", "\n{", after).rstrip() + "\n"
+    after = re.sub(r'"\d{6,}_(int\d+)"', r'"number_\1"', after)  # the last digits follow the processor's floats
+    if os.environ.get("QGRAPH_UPDATE_GOLDEN"):
+        path.write_text(f"{before}\n---\n{after}", encoding="utf-8")
+    else:
+        assert after == golden
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    again = Pipeline.parse(pipeline).run(model, calibration=samples, context=Context(threads=1))
+    assert all(part.changed == 0 for part in again.parts)
+    assert ir.to_proto(model) == proto
+    return model, report

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import numpy as np
 import onnx_ir as ir
@@ -147,14 +147,28 @@ def integer_units(graph: ir.Graph) -> Units:
     Args:
         graph: types must be known (`infer-shapes`); QuantizeLinear and DequantizeLinear bound units and are none.
     """
-    return _Cutter(graph).run()
+    ends: set[ir.Value] = set()
+    while True:
+        cutter = _Cutter(graph, ends)
+        found = cutter.run()
+        crossed = cutter.crossed()
+        if not crossed:
+            return found
+        ends |= crossed
 
 
 class _Cutter:
-    """Goes over the nodes once; a node may take those behind it along, and functions of one tensor grow backwards."""
+    """Goes over the nodes once; a node may take those behind it along, and functions of one tensor grow backwards.
 
-    def __init__(self, graph: ir.Graph) -> None:
+    Args:
+        graph: the main graph.
+        ends: tensors through which no function of one tensor grows.
+    """
+
+    def __init__(self, graph: ir.Graph, ends: Set[ir.Value]) -> None:
         self._graph = graph
+        self._ends = ends
+        self._made: dict[ir.Value, Unit] = {}
         self._units: list[Unit] = []
         self._refused: dict[ir.Node, str] = {}
         self._taken: set[ir.Node] = set()
@@ -206,8 +220,9 @@ class _Cutter:
                 continue
             if is_constant(value):
                 return False
-            root = self._root.get(value, value)
-            if value not in self._root and not is_float(value):
+            inside = value in self._root and value not in self._ends
+            root = self._root[value] if inside else value
+            if not inside and not is_float(value):
                 return False
             roots.add(root)
         if len(roots) != 1:
@@ -226,7 +241,16 @@ class _Cutter:
             discrete = not is_float(value) and any(reader.outputs[0] not in self._root for reader in readers)
             if value in wanted or value.is_graph_output() or outside or bounded or discrete:
                 path = self._path(root, value)
-                self._units.append(Unit(Form.TABLE, path[-1], path, (root,), (value,)))
+                unit = Unit(Form.TABLE, path[-1], path, (root,), (value,))
+                self._units.append(unit)
+                if value in wanted or value.is_graph_output() or outside or discrete:
+                    self._made[value] = unit
+
+    def crossed(self) -> set[ir.Value]:
+        """Return the results of functions that others pass through: integers stand there, so those start from them."""
+        tables = [unit for unit in self._units if unit.form is Form.TABLE]
+        read = {value for unit in tables for node in unit.nodes for value in node.inputs if value not in unit.inputs}
+        return {value for value in self._made if value in read}
 
     def _path(self, root: ir.Value, value: ir.Value) -> tuple[ir.Node, ...]:
         found: dict[ir.Node, None] = {}
@@ -236,7 +260,8 @@ class _Cutter:
             if node is None or node in found:
                 continue
             found[node] = None
-            stack += [one for one in node.inputs if one is not None and one in self._root and one is not root]
+            inner = (one for one in node.inputs if one is not None and one in self._root)
+            stack += [one for one in inner if one is not root and one not in self._ends]
         return self._sorted(found)
 
     def _sorted(self, nodes: Iterable[ir.Node]) -> tuple[ir.Node, ...]:

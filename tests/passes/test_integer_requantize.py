@@ -19,7 +19,16 @@ from qgraph.analysis.integer_units import MOVERS, Form, integer_units
 from qgraph.targets.integer import Integer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from integer_compilation import compiled, feeds, graph, in_onnxruntime, output_scale, steps_apart
+from integer_compilation import (
+    assert_reference_agrees,
+    check_golden,
+    compiled,
+    feeds,
+    graph,
+    in_onnxruntime,
+    output_scale,
+    steps_apart,
+)
 
 
 def read_cases() -> dict[str, dict[str, str]]:
@@ -36,6 +45,19 @@ def read_cases() -> dict[str, dict[str, str]]:
 GROUPS = read_cases()
 CASES = {name: text for group in GROUPS.values() for name, text in group.items()}
 OPSETS = {"RMSNormalization": 23}
+
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "integer-requantize"
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.onnxtxt")), ids=lambda path: path.stem)
+def test_golden(path: Path):
+    model, report = check_golden(path, "integer-requantize")
+    assert Integer().check(model) == []
+    assert bool(report.parts[-1].skipped) == (path.stem == "boundary")
+    if path.stem != "boundary":
+        for seed in range(2):
+            assert_reference_agrees(model, feeds(model, seed, batch=3))
 
 
 def case_graph(case: str) -> ir.Model:
