@@ -135,7 +135,9 @@ class _Fuser:
         reads = [read for read in self._reads(value) if self._graph.constant(read[0]) is None]
         # The producer that runs last comes first: what it makes need not wait in memory for the others.
         for read, access in sorted(reads, key=lambda read: -self._rank(read[0])):
-            again = at.again or access is Access.MANY or (self._readers[value] > 1 and value is not kernel.output)
+            spread = access is Access.BROADCAST and not self._same(value, read)
+            several = self._readers[value] > 1 and value is not kernel.output
+            again = at.again or access is Access.MANY or spread or several
             there = _At(at.home and elementwise, again)
             if read in kernel.inlined:
                 continue

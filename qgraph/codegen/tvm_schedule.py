@@ -50,6 +50,8 @@ def scheduled(module: Any, target: Any) -> Any:
 def _schedule(schedule: Any, block: Any) -> None:
     description = schedule.get(block)
     loops = schedule.get_loops(block)
+    if not loops:
+        return  # a scalar: TVM gives its block a variable without a loop
     kinds = [variable.iter_type for variable in description.iter_vars]
     free = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == _FREE]
     summed = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == _SUMMED]

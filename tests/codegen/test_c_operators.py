@@ -278,6 +278,15 @@ def _conv_and_what_is_not_alike_in_all_pixels() -> Graph:
 
 
 @case
+def _conv_whose_only_pixel_scales_all_pixels() -> Graph:
+    graph = Graph(x=integers("uint8", 1, 3, 6, 6), p=integers("uint8", 1, 3, 1, 1))
+    gate = graph.op("ConvInteger", "p", integers("int8", 3, 3, 1, 1), scalar(3, "uint8"))
+    gate = graph.op("Cast", graph.op("Clip", gate, scalar(-128), scalar(127)), to=ir.DataType.INT8)
+    pixels, gates = (graph.op("Cast", one, to=ir.DataType.INT32) for one in ("x", gate))
+    return graph.gives(graph.op("Mul", pixels, gates))
+
+
+@case
 def _two_convolutions_that_meet() -> Graph:
     graph = Graph(x=integers("uint8", 1, 3, 6, 6), p=integers("uint8", 1, 4, 6, 6))
     one_ = graph.op("ConvInteger", "x", integers("int8", 4, 3, 1, 1), scalar(3, "uint8"))

@@ -158,6 +158,14 @@ def test_standard_operators_give_the_bits_of_onnxruntime(text: str, tmp_path: Pa
     assert_same(parsed(text), tmp_path, **changed)
 
 
+def test_a_scalar_has_no_loops(tmp_path: Path):
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    scalar (int64 a, int64 b) => (int64 sum, bool more) { s = Abs (a)  sum = Add (s, b)  more = Greater (a, b) }
+    """
+    assert_same(parsed(text), tmp_path)
+
+
 @pytest.mark.parametrize("rounding", requantize.ROUNDINGS)
 def test_requantize_gives_the_bits_of_its_definition(rounding: str, tmp_path: Path):
     random = np.random.default_rng(0)
