@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 
 import numpy as np
@@ -26,9 +25,10 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.elementwise import ELEMENTWISE
 from qgraph.analysis.integer_patterns import PATTERNS
-from qgraph.analysis.integer_rules import is_constant, is_stored, output_axis
+from qgraph.analysis.integer_rules import is_constant, is_stored
+from qgraph.analysis.integer_tails import Tail, clamp_behind, follow_layer
 
-__all__ = ["FLOATS", "Form", "Tail", "Unit", "Units", "computes_floats", "integer_units", "is_float", "layer_weight"]
+__all__ = ["FLOATS", "Form", "Unit", "Units", "computes_floats", "integer_units", "is_float", "layer_weight"]
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
@@ -50,23 +50,6 @@ class Form(enum.Enum):
     NORM = "normalization"
     HYPOT = "root of a sum of squares"
     CAST = "integers as numbers"
-
-
-@dataclasses.dataclass
-class Tail:
-    """What is done to an accumulator before it is rounded: y = clamp(x * factor + offset, low, high).
-
-    Attributes:
-        factor: float64, () or broadcasting over the last axis of a product, or over the channels of a convolution.
-        offset: the same.
-        low: the least result.
-        high: the largest.
-    """
-
-    factor: np.ndarray = dataclasses.field(default_factory=lambda: np.array(1.0))
-    offset: np.ndarray = dataclasses.field(default_factory=lambda: np.array(0.0))
-    low: float = -math.inf
-    high: float = math.inf
 
 
 @dataclasses.dataclass(eq=False)
@@ -303,7 +286,7 @@ class _Cutter:
             left, right = node.inputs
             assert left is not None
             assert right is not None
-            tail, nodes = self._tail(node, per_channel=False)
+            tail, nodes = follow_layer(node, per_channel=False)
             return Unit(Form.MATMUL, node, nodes, (left, right), tuple(nodes[-1].outputs), tail)
         index, _ = weight
         source = node.inputs[1 - index] if node.op_type == "MatMul" else node.inputs[0]
@@ -316,7 +299,7 @@ class _Cutter:
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if bias is not None and qgraph.ir.constant(bias) is None and not is_stored(bias):
             return "its bias is computed at run time"
-        tail, nodes = self._tail(node, per_channel=index == 1)
+        tail, nodes = follow_layer(node, per_channel=index == 1)
         return Unit(Form.LAYER, node, nodes, (source,), tuple(nodes[-1].outputs), tail)
 
     def _sum(self, node: ir.Node) -> Unit | str:
@@ -338,7 +321,7 @@ class _Cutter:
         if not dynamic:
             return "it reads only constants"
         values, signs = zip(*terms, strict=True)
-        tail, rest_nodes = self._clamp(nodes[-1])
+        tail, rest_nodes = clamp_behind(nodes[-1])
         inside = (*nodes, *rest_nodes)
         return Unit(Form.SUM, nodes[-1], inside, dynamic, tuple(inside[-1].outputs), tail, signs, values)
 
@@ -360,60 +343,9 @@ class _Cutter:
             if is_stored(right) and not np.all(_array(right)):
                 return "it divides by zero"
             form = Form.PRODUCT if is_stored(right) else Form.QUOTIENT
-        tail, rest = self._clamp(node)
+        tail, rest = clamp_behind(node)
         nodes = (node, *rest)
         return Unit(form, node, nodes, dynamic, tuple(nodes[-1].outputs), tail, terms=(left, right))
-
-    # --- what stands behind an accumulator ----------------------------------------------------------------------------
-
-    def _tail(self, node: ir.Node, *, per_channel: bool) -> tuple[Tail, tuple[ir.Node, ...]]:
-        """Follow a layer through what can be done to its accumulator."""
-        tail, nodes = Tail(), [node]
-        while True:
-            after = qgraph.ir.only_consumer(nodes[-1].outputs[0])
-            if after is None or after.graph is not self._graph or len(after.outputs) != 1:
-                break
-            if not self._follow(tail, after, nodes[-1].outputs[0], node, per_channel=per_channel):
-                break
-            nodes.append(after)
-        clamp, rest = self._clamp(nodes[-1])
-        tail.low, tail.high = clamp.low, clamp.high
-        return tail, (*nodes, *rest)
-
-    def _follow(self, tail: Tail, after: ir.Node, value: ir.Value, layer: ir.Node, *, per_channel: bool) -> bool:
-        if not qgraph.ir.is_op(after, "Add", "Sub", "Mul", "Div"):
-            return False
-        position = 0 if after.inputs[0] is value else 1
-        array = qgraph.ir.constant(after.inputs[1 - position])
-        if array is None or array.dtype != np.float32 or not np.isfinite(array).all():
-            return False
-        operand = _over_channels(np.asarray(array, np.float64), layer, per_channel=per_channel)
-        if operand is None or (after.op_type == "Div" and (position == 1 or not np.all(operand))):
-            return False
-        if after.op_type in ("Mul", "Div"):
-            factor = operand if after.op_type == "Mul" else 1.0 / operand
-            if not np.all(factor):
-                return False
-            tail.factor, tail.offset = tail.factor * factor, tail.offset * factor
-        elif after.op_type == "Add" or position == 0:
-            tail.offset = tail.offset + (operand if after.op_type == "Add" else -operand)
-        else:
-            tail.factor, tail.offset = -tail.factor, operand - tail.offset
-        return True
-
-    def _clamp(self, node: ir.Node) -> tuple[Tail, list[ir.Node]]:
-        """Return the bounds of the Relu or Clip that alone reads the result of `node`, and that node."""
-        after = qgraph.ir.only_consumer(node.outputs[0])
-        if after is None or after.graph is not self._graph or not qgraph.ir.is_op(after, "Relu", "Clip"):
-            return Tail(), []
-        if after.op_type == "Relu":
-            return Tail(low=0.0), [after]
-        bounds = [qgraph.ir.constant(after.inputs[i]) if i < len(after.inputs) else None for i in (1, 2)]
-        given = [value for value in after.inputs[1:] if value is not None]
-        if len(given) != sum(bound is not None for bound in bounds):
-            return Tail(), []
-        low, high = (None if bound is None else float(bound.item()) for bound in bounds)
-        return Tail(low=-math.inf if low is None else low, high=math.inf if high is None else high), [after]
 
 
 def _touches_floats(node: ir.Node) -> bool:
@@ -474,22 +406,3 @@ def _joiner(node: ir.Node, first: int) -> Unit | str:
     if not dynamic and node.op_type != "Where":
         return "it reads only constants"
     return Unit(Form.JOIN, node, (node,), dynamic, _outputs(node), terms=tuple(values))
-
-
-def _over_channels(array: np.ndarray, layer: ir.Node, *, per_channel: bool) -> np.ndarray | None:
-    """Return a constant as () or (channels,) if it is the same everywhere else, else None."""
-    if array.size == 1:
-        return array.reshape(())
-    if not per_channel:
-        return None
-    weight = layer.inputs[1]
-    if weight is None or weight.shape is None:
-        return None
-    if layer.op_type == "Conv":
-        rank, channels = len(weight.shape), weight.shape[0]
-        fits = array.size == channels and array.ndim >= rank - 1 and array.shape[-(rank - 1)] == channels
-    else:
-        channels = weight.shape[output_axis(layer) - 2 if len(weight.shape) > 2 else output_axis(layer)]
-        channels = weight.shape[-1] if layer.op_type == "MatMul" else channels
-        fits = array.size == channels and array.ndim >= 1 and array.shape[-1] == channels
-    return array.reshape(-1) if fits else None
