@@ -116,6 +116,8 @@ def _affine(writer: Writer, unit: Unit, outputs: int) -> tuple[np.ndarray, np.nd
         if array.size not in (1, outputs):
             raise UnfitError("its bias is not one number for each output")
         offset = offset + factor * beta * (array if array.size > 1 else array.reshape(()))
+    if not np.isfinite(offset).all():
+        raise UnfitError("its bias holds NaN or infinity")
     alpha = node.attributes.get_float("alpha", 1.0) if node.op_type == "Gemm" else 1.0
     if alpha == 0:
         raise UnfitError("its alpha is zero")
