@@ -40,6 +40,7 @@ PEERS = Path(__file__).resolve().parent / "integer_peers.json"
 IMAGE, ROWS = (1, 4, 8, 8), (2, 6, 8)
 _FEEDS = 8
 _OPSET = 20
+_OPSETS = {"GroupNormalization": 21, "RMSNormalization": 23}
 
 Source = tuple[int, ...] | np.ndarray | None
 
@@ -83,9 +84,12 @@ class Case:
         node = helper.make_node(self.op_type, names, outputs, name="n", **self.attributes)
         values = [helper.make_empty_tensor_value_info(name) for name in outputs]
         graph = helper.make_graph([node], "one", inputs, values, constants)
-        imports = [helper.make_opsetid("", _OPSET if self.op_type != "RMSNormalization" else 23)]
+        imports = [helper.make_opsetid("", _OPSETS.get(self.op_type, _OPSET))]
         model = onnx.shape_inference.infer_shapes(helper.make_model(graph, opset_imports=imports, ir_version=10))
         del model.graph.value_info[:]  # the outputs' again, which QONNX refuses
+        for value in model.graph.output:
+            if not value.type.HasField("tensor_type"):  # onnx does not infer GroupNormalization
+                value.type.CopyFrom(model.graph.input[0].type)
         return model
 
     def feeds(self, seed: int) -> dict[str, np.ndarray]:
@@ -163,7 +167,7 @@ def _arithmetic() -> list[Case]:
         Case("LayerNormalization", (ROWS, _weight(8), _weight(8)), {"axis": -1}),
         Case("RMSNormalization", (ROWS, _weight(8)), {"axis": -1}),
         Case("InstanceNormalization", (IMAGE, _weight(4), _weight(4))),
-        Case("GroupNormalization", (IMAGE, _weight(2), _weight(2)), {"num_groups": 2}),
+        Case("GroupNormalization", (IMAGE, _weight(4), _weight(4)), {"num_groups": 2}),
         Case("BatchNormalization", (IMAGE, _weight(4), _weight(4), _weight(4), np.abs(_weight(4)) + 0.5)),
         Case("LpNormalization", (ROWS,)),
         Case("LRN", (IMAGE,), {"size": 3}),
@@ -247,7 +251,11 @@ def ours(case: Case) -> str:
     with tempfile.TemporaryDirectory(prefix="qgraph-integer-") as scratch:
         path = Path(scratch) / "model.onnx"
         qgraph.ir.save(model, path)
-        one, other = timing.session(path, threads=1).run(None, feeds[0]), ReferenceSession(path).run(None, feeds[0])
+        other = ReferenceSession(path).run(None, feeds[0])
+        try:
+            one = timing.session(path, threads=1).run(None, feeds[0])
+        except Exception as error:  # noqa: BLE001 - ONNX Runtime's have no class in common
+            return f"ONNX Runtime does not run it: {str(error).split(' : ')[-1].split('failed:')[-1][:160]}"
     return f"{count} elements differ" if (count := integer_bits.differing(one, other)) else ""
 
 
@@ -272,8 +280,8 @@ _COLUMNS = {
 
 _HOW = """\
 Each operator in a model of its own. qgraph: nothing is left in float, and the reference executor and ONNX Runtime \
-give the same bits. Peers ({versions}; {date}), on the same models: onnxsim's `quantize_full_qdq` puts Q and DQ around the \
-operator, which stays in float in between; its integer checks (`certify_no_overflow`, `quant_int_verify`) prove \
+give the same bits. Peers ({versions}; {date}), on the same models: onnxsim's `quantize_full_qdq` puts Q and DQ around \
+the operator, which stays in float in between; its integer checks (`certify_no_overflow`, `quant_int_verify`) prove \
 MatMulInteger, ConvInteger, QLinearMatMul and QLinearConv, and bound the results that the second column names. QONNX's \
 `InferDataTypes` gives the result an integer type for integer inputs; QONNX's own operators (Quant, IntQuant, \
 BipolarQuant, Trunc, MultiThreshold, QuantAvgPool2d, XnorPopcountMatMul, Im2Col, MaxPoolNHWC) are not ONNX's and not \

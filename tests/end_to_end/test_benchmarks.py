@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -13,6 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import accuracy
 import accuracy_peers
 import data
+import integer
+import integer_accuracy
+import integer_bits
+import integer_operators
+import integer_subjects
 import metrics
 import report
 import report_accuracy
@@ -225,3 +232,74 @@ def test_the_published_loop_of_the_sparsity_benchmark_is_ours_without_the_fit():
     hessian = 2 / len(x) * (x.T.astype(np.float64) @ x)
     found = sparsity.sparse_gptq(weight, hessian, sparsity.Pattern("neighbours"), fits=0).weight
     np.testing.assert_allclose(sparsity.published(weight, hessian), found, atol=1e-4)
+
+
+def test_elements_of_another_type_or_shape_differ() -> None:
+    one = np.array([1, 2, 3], np.int8)
+    assert integer_bits.differing([one, one], [one, np.array([1, 0, 0], np.int8)]) == 2
+    assert integer_bits.differing([one], [one.astype(np.int16)]) == 3
+    assert integer_bits.differing([one], [one[None]]) == 3
+
+
+def _bits(name: str, **changed: object) -> dict:
+    row = {f"{runner} differ": 0 for runner in integer.RUNNERS} | {f"{runner} samples": 9 for runner in integer.RUNNERS}
+    return {"name": name, "nodes": 4, "boundaries": 0, **row, **changed}
+
+
+def test_bits_are_only_the_same_where_everything_ran() -> None:
+    good = _bits("a")
+    assert [one["reached"] for one in integer.bits_claims([good])] == [True] * 4
+    wrong, missing = _bits("b", **{"c differ": 1}), _bits("c", **{"tvm differ": None, "tvm samples": None})
+    verdicts = [one["reached"] for one in integer.bits_claims([good, wrong, missing, _bits("d", boundaries=2)])]
+    assert verdicts == [False, True, False, False]
+
+
+def _forms(name: str, **scores: float) -> list[dict]:
+    names = {"float": "float32", "cpu": "cpu-int8", "qdq": "qdq", "ours": "integer, half-up"}
+    return [{"name": name, "form": names[key], "score": one, "sqnr dB": one} for key, one in scores.items()]
+
+
+def test_integers_may_lose_a_little_against_qdq_or_float() -> None:
+    def reached(name: str, ours: float) -> bool:
+        (one,) = integer_accuracy.claims(_forms(name, float=82.0, cpu=99.0, qdq=81.0, ours=ours))
+        return one["reached"]
+
+    assert (reached("resnet20", 80.7), reached("resnet20", 80.69)) == (True, False)
+    assert (reached("silero_vad", 79.0), reached("silero_vad", 78.9)) == (True, False)
+    assert (reached("minilm_dynamo_sdpa", 81.0), reached("minilm_dynamo_sdpa", 80.9)) == (True, False)
+
+
+def test_models_that_did_not_run_stay_as_they_were() -> None:
+    before = {"rows": [_bits("digits_cnn"), _bits("mnist", nodes=1)]}
+    now = {"rows": [_bits("mnist", nodes=2)], "quick": False}
+    merged = integer.merged("bits", before, now)
+    assert [(row["name"], row["nodes"]) for row in merged["rows"]] == [("digits_cnn", 4), ("mnist", 2)]
+    assert merged["claims"][0]["found"] == "18 samples of 2 models"
+
+
+def test_sentences_are_cut_and_filled_up() -> None:
+    ids = np.arange(1, 5)[None]
+    np.testing.assert_array_equal(integer_subjects._of_length(ids, 6), [[1, 2, 3, 4, 0, 0]])
+    np.testing.assert_array_equal(integer_subjects._of_length(ids, 2), [[1, 2]])
+    assert set(data.TASKS) < set(integer_subjects.SUBJECTS)
+    assert set(integer_accuracy.MODELS) < set(integer_subjects.SUBJECTS)
+
+
+def test_every_operator_is_a_valid_model_that_the_peers_were_asked_about() -> None:
+    names = [case.name for case in integer_operators.CASES]
+    assert len(set(names)) == len(names)
+    assert set(names) >= integer_operators.FINN
+    assert set(names) == set(json.loads(integer_operators.PEERS.read_text())["operators"])
+    for case in integer_operators.CASES:
+        onnx.checker.check_model(case.model(), full_check=True)
+
+
+def test_what_a_peer_has_and_we_have_not_is_named() -> None:
+    columns = {"onnxsim_qdq": True, "onnxsim_bounds": False, "qonnx": True, "finn": False}
+    rows = [{"name": "Add", "qgraph": "", **columns}, {"name": "TopK", "qgraph": "no form", **columns}]
+    found = integer_operators.claims(rows)
+    assert [one["found"] for one in found] == ["1 of 2; not: TopK", "0 of 0", "1 of 2; not: TopK", "0 of 0"]
+    assert [one["reached"] for one in found] == [False, True, False, True]
+    assert "| TopK | **no**: no form | yes |  | yes |  |" in integer_operators.render(
+        {"rows": rows, "claims": found, "versions": {"qonnx": "1"}, "date": "today"}
+    )
