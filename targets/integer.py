@@ -114,6 +114,8 @@ class Integer(Target):
         Raises:
             UserError: the model has no code: its shapes are dynamic, or something stays in float.
         """
+        if self.emit:
+            _refuse_boundaries(model, self.emit)
         files = super().lower(model, folder)
         if not self.emit:
             return files
@@ -162,6 +164,16 @@ class Integer(Target):
             left_in_float=[
                 Skipped(qgraph.ir.node_label(node), node.metadata_props[BOUNDARY_KEY]) for node in boundaries
             ],
+        )
+
+
+def _refuse_boundaries(model: ir.Model, forms: Sequence[str]) -> None:
+    told = [node for node in qgraph.ir.walk(model) if BOUNDARY_KEY in node.metadata_props]
+    if told:
+        more = f" (and {len(told) - 1} more)" if len(told) > 1 else ""
+        raise UserError(
+            f"--emit {forms[0]}: code computes in integers only, and '{qgraph.ir.node_label(told[0])}'{more} stays in "
+            f"float: {told[0].metadata_props[BOUNDARY_KEY]}. Without --emit it runs as an ONNX model"
         )
 
 

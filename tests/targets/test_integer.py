@@ -70,7 +70,7 @@ def test_what_it_costs_is_bounded(made):
     assert output["sqnr_db"] > LEAST_SQNR[name]
     assert output["broken"] == 0
     found = data(name)
-    images, labels = found.evaluation["image"][:400], found.labels[:400]
+    images, labels = found.evaluation["image"][:250], found.labels[:250]
     right = [
         np.mean(scores(path, images).argmax(axis=1) == labels)
         for path in (artifact.path.parent / f"{name}.onnx", artifact.path / "model.onnx")
