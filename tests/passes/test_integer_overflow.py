@@ -49,12 +49,13 @@ def layer(weight: np.ndarray, bits: int = 8, bias: float | None = None) -> tuple
     """Return x [1, inputs] times an int8 weight [inputs, outputs] in integers; scales are 1, 1 and 2^20."""
     kind, zero = ("uint8", 100) if bits == 8 else ("int16", 0)
     inputs, outputs = weight.shape
-    added = "" if bias is None else "b = Add(m, c)"
+    added, result = ("", "m") if bias is None else ("b = Add(m, c)", "b")
     model = ir.from_onnx_text(
         f'<ir_version: 10, opset_import: ["" : 21]>\ng (float[1,{inputs}] x) => (float[1,{outputs}] y)\n'
         f"<float s = {{1}}, {kind} z = {{{zero}}}, int8[1] w = {{0}}, float t = {{1048576}}, int16 o = {{0}},"
-        f" float c = {{{bias or 0}}}>\n{{ q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z)"
-        f" e = DequantizeLinear(w, s) [layer] m = MatMul(d, e) {added} r = QuantizeLinear({'m' if bias is None else 'b'}, t, o) y = DequantizeLinear(r, t, o) }}"
+        f" float c = {{{bias or 0}}}>\n"
+        "{ q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) e = DequantizeLinear(w, s)"
+        f" [layer] m = MatMul(d, e) {added} r = QuantizeLinear({result}, t, o) y = DequantizeLinear(r, t, o) }}"
     )
     stored = model.graph.initializers["w"]
     stored.const_value, stored.shape = ir.tensor(weight.astype(np.int8), name="w"), ir.Shape(weight.shape)
@@ -92,9 +93,8 @@ def test_the_inputs_that_reach_furthest(seed: int):
     notes = [note for note in report.parts[-1].notes if "could leave int32" in note]
     assert bool(notes) == bool(beyond.any())
     if notes:
-        assert notes == [
-            f"'layer': {beyond.sum()} of 3 outputs could leave int32, so that their weights have fewer bits"
-        ]
+        count = f"{beyond.sum()} of 3 outputs"
+        assert notes == [f"'layer': {count} could leave int32, so that their weights have fewer bits"]
         assert (np.abs(stored).max(axis=0) < np.abs(weight).max(axis=0))[beyond].all()
     np.testing.assert_array_equal(stored[:, ~beyond], weight[:, ~beyond])
 
@@ -123,8 +123,8 @@ def test_a_bias_that_is_no_number_stays_in_float(bias: float):
     source = ir.from_onnx_text(
         '<ir_version: 10, opset_import: ["" : 21]>\ng (float[1,2] x) => (float[1,2] y)\n'
         "<float s = {1}, uint8 z = {0}, int8[2,2] w = {1, 2, 3, 4}, float[2] c = {0, 0}>\n"
-        "{ q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) e = DequantizeLinear(w, s) [layer] m = Gemm(d, e, c)"
-        " r = QuantizeLinear(m, s, z) y = DequantizeLinear(r, s, z) }"
+        "{ q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) e = DequantizeLinear(w, s)"
+        " [layer] m = Gemm(d, e, c) r = QuantizeLinear(m, s, z) y = DequantizeLinear(r, s, z) }"
     )
     source.graph.initializers["c"].const_value = ir.tensor(np.array([0, bias], np.float32), name="c")
     (part,) = Pipeline.parse("integer-requantize").run(source).parts

@@ -16,10 +16,13 @@ import onnx_ir as ir
 import pytest
 
 from qgraph.analysis.integer_units import MOVERS, Form, integer_units
+from qgraph.errors import UserError
+from qgraph.pipeline import Pipeline
 from qgraph.targets.integer import Integer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from integer_compilation import (
+    Compiled,
     assert_reference_agrees,
     check_golden,
     compiled,
@@ -147,3 +150,61 @@ def test_powers_of_two_are_exact(number: int):
     for index, case in enumerate(EXACT[number::4]):
         one = compiled(case_graph(case), "scales=pow2" + (",wide=none" if index % 2 else ""), "half-even")
         assert steps_apart(one, feeds(one.floating, 7)) == 0, case
+
+
+# --- graphs that were quantized elsewhere -----------------------------------------------------------------------------
+
+FOREIGN = (
+    '<ir_version: 10, opset_import: ["" : 21]>\ng (float[2,8] x) => (float[2,4] y)\n'
+    "<float s = {{0.05}}, {kind} z = {{{zero}}}, uint8 v = {{128}}, float u = {{0.1}}>\n"
+    "{{ q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) e = DequantizeLinear{weight}"
+    " [layer] m = MatMul(d, e) o = QuantizeLinear(m, u, v) y = DequantizeLinear(o, u, v) }}"
+)
+
+
+def foreign(weight: str, kind: str = "uint8", zero: int = 120, **constants: np.ndarray) -> ir.Model:
+    proto = onnx.parser.parse_model(FOREIGN.format(weight=weight, kind=kind, zero=zero))
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in constants.items())
+    model = ir.from_proto(proto)
+    Pipeline.parse("infer-shapes").run(model)
+    return model
+
+
+CODES = np.random.default_rng(0).integers(-100, 100, (8, 4))
+SCALES = np.linspace(0.01, 0.02, 4, dtype=np.float32)
+READ = {
+    "zero points of weights": foreign(
+        "<axis=1>(w, t, p)", w=(CODES // 2 + 128).astype(np.uint8), t=SCALES, p=np.full(4, 128, np.uint8)
+    ),
+    "one scale": foreign("(w, t)", w=CODES.astype(np.int8), t=np.float32(0.02)),
+    "16-bit inputs": foreign("<axis=1>(w, t)", "int16", 0, w=CODES.astype(np.int8), t=SCALES),
+    "signed inputs": foreign("<axis=-1>(w, t)", "int8", -5, w=CODES.astype(np.int8), t=SCALES),
+}  # fmt: skip
+LEFT = {
+    "scales along the inputs": foreign("<axis=0>(w, t)", w=CODES.astype(np.int8), t=np.ones(8, np.float32)),
+    "a scale for every group": foreign(
+        "<axis=0, block_size=4>(w, t)", w=CODES.astype(np.int8), t=np.ones((2, 4), np.float32)
+    ),
+    "does not fit into int8": foreign("(w, t, p)", w=np.full((8, 4), 255, np.uint8), t=np.float32(1), p=np.uint8(0)),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_other_quantized_graphs(case: str):
+    quantized = READ[case]
+    integer = quantized.clone()
+    report = Pipeline.parse("integer-requantize").run(integer)
+    assert Integer().check(integer) == []
+    inputs = {"x": np.random.default_rng(1).normal(size=(2, 8)).astype(np.float32) * 3}
+    assert steps_apart(Compiled(quantized, quantized, integer, (report,)), inputs) <= 1 + SLACK
+
+
+@pytest.mark.parametrize("reason", LEFT)
+def test_what_other_graphs_hold_that_has_no_form(reason: str):
+    model = LEFT[reason].clone()
+    (part,) = Pipeline.parse("integer-requantize").run(model).parts
+    (skipped,) = part.skipped
+    assert skipped.node == "layer"
+    assert reason in skipped.reason
+    with pytest.raises(UserError, match="'layer' stays in float"):
+        Pipeline.parse("integer-requantize{strict=true}").run(LEFT[reason].clone())
