@@ -175,6 +175,10 @@ class _Cutter:
         if node.domain not in ("", "ai.onnx"):
             self._refused[node] = f"{node.domain}.{node.op_type} is not an operator of ONNX"
             return
+        other = _other_floats(node)
+        if other is not None:
+            self._refused[node] = f"it computes in {other.name.lower()}: only float32 has an integer form"
+            return
         for pattern in PATTERNS:
             found = pattern(node)
             if found is not None and not self._taken.intersection(found.nodes):
@@ -388,12 +392,20 @@ class _Cutter:
         if len(given) != sum(bound is not None for bound in bounds):
             return Tail(), []
         low, high = (None if bound is None else float(bound.item()) for bound in bounds)
+        if any(bound is not None and math.isnan(bound) for bound in (low, high)):
+            return Tail(), []
         return Tail(low=-math.inf if low is None else low, high=math.inf if high is None else high), [after]
 
 
 def _touches_floats(node: ir.Node) -> bool:
     values = (*node.inputs, *node.outputs)
     return any(value is not None and (value.dtype in FLOATS) for value in values)
+
+
+def _other_floats(node: ir.Node) -> ir.DataType | None:
+    """Return the type of floats other than float32 that a node reads or makes, if any."""
+    kinds = (value.dtype for value in (*node.inputs, *node.outputs) if value is not None)
+    return next((kind for kind in kinds if kind in FLOATS and kind is not ir.DataType.FLOAT), None)
 
 
 def _outputs(node: ir.Node) -> tuple[ir.Value, ...]:
@@ -458,7 +470,7 @@ def _over_channels(array: np.ndarray, layer: ir.Node, *, per_channel: bool) -> n
     if not per_channel:
         return None
     weight = layer.inputs[1]
-    if weight is None or weight.shape is None:
+    if weight is None or weight.shape is None or len(weight.shape) < 2:
         return None
     if layer.op_type == "Conv":
         rank, channels = len(weight.shape), weight.shape[0]
