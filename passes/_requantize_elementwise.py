@@ -30,6 +30,8 @@ _ROOT_BITS = 14
 _LARGEST_SQUARES = 1 << 60
 _LARGEST_REDUCED = 1 << 53
 """ONNX Runtime 1.31 reduces int64 in double precision, which is exact as far as this."""
+_SHOWN = 2.0**-10
+"""The share of the result's range that the factors of a sum may be off by."""
 
 
 def add(writer: Writer, unit: Unit, target: Target) -> ir.Value:
@@ -44,10 +46,14 @@ def add(writer: Writer, unit: Unit, target: Target) -> ir.Value:
     offset = constants[0] if constants else np.zeros(())
     for array in constants[1:]:
         offset = offset + array
-    step, factors = _common_step(dynamic, offset)
+    offset = _felt(offset, dynamic, target)
+    step, factors, reaches = _common_step(dynamic, offset, target)
     total: ir.Value | None = None
-    for (codes, sign), factor in zip(dynamic, factors, strict=True):
-        term = writer.times(writer.centred(codes), sign * factor)
+    for (codes, sign), factor, reach in zip(dynamic, factors, reaches, strict=True):
+        term = writer.centred(codes)
+        if reach < codes.form.reach:
+            term = writer.op("Clip", [term, *(writer.constant(one, _INT32) for one in (-reach, reach))], _INT32)
+        term = writer.times(term, sign * factor)
         total = term if total is None else writer.op("Add", [total, term], _INT32)
     assert total is not None
     rounded = np.rint(offset / step)
@@ -56,18 +62,50 @@ def add(writer: Writer, unit: Unit, target: Target) -> ir.Value:
     return writer.requantize(total, step, target, unit.tail.low, unit.tail.high)
 
 
-def _common_step(terms: list[tuple[Codes, int]], offset: np.ndarray) -> tuple[float, list[int]]:
-    """Return the step of an accumulator, and how many of it one step of each term is.
+def _felt(offset: np.ndarray, terms: list[tuple[Codes, int]], target: Target) -> np.ndarray:
+    """Return what is added as far as it matters: beyond, as a mask is, the result is clipped whatever the terms are."""
+    room = sum(codes.form.reach * codes.form.scale for codes, _ in terms)
+    low, high = ((bound - target.zero_point) * target.scale for bound in target.bounds)
+    return np.asarray(np.clip(offset, low - room - target.scale, high + room + target.scale))
+
+
+def _common_step(
+    terms: list[tuple[Codes, int]], offset: np.ndarray, target: Target
+) -> tuple[float, list[int], list[int]]:
+    """Return the step of an accumulator, how many of it one step of each term is, and how far each term may reach.
 
     The step is that of the first term, divided by a power of two as large as half of int32 has room for, so that
-    scales which are powers of two stay exact.
+    scales which are powers of two stay exact. Where a term reaches so far that the others would be lost in that, it is
+    cut off where the result is clipped anyway.
     """
-    first = terms[0][0].form.scale
+    forms = [codes.form for codes, _ in terms]
+    reaches = [form.reach for form in forms]
+    largest = float(np.max(np.abs(offset), initial=0.0))
+    step, factors = _step(forms, reaches, largest, forms[0].scale)
+    if not _shows(forms, factors, step, target):
+        return step, factors, reaches
+    total = sum(form.reach * form.scale for form in forms) + largest + target.reach * target.scale
+    reaches = [min(form.reach, math.ceil(total / form.scale - form.reach) + 1) for form in forms]
+    step, factors = _step(forms, reaches, largest, min(form.scale for form in forms))
+    if not all(factor or form.reach * form.scale < target.scale for form, factor in zip(forms, factors, strict=True)):
+        raise UnfitError("its terms have such different scales that no accumulator holds them")
+    return step, factors, reaches
+
+
+def _shows(forms: list[Target], factors: list[int], step: float, target: Target) -> bool:
+    """Tell whether a factor is so coarse that the result shows it."""
+    allowed = target.scale * max(1.0, target.reach * _SHOWN)
+    return any(
+        abs(factor * step - form.scale) * form.reach > allowed for form, factor in zip(forms, factors, strict=True)
+    )
+
+
+def _step(forms: list[Target], reaches: list[int], offset: float, first: float) -> tuple[float, list[int]]:
     for places in range(_FINEST, _COARSEST - 1, -1):
         step = math.ldexp(first, -places)
-        factors = [round(codes.form.scale / step) for codes, _ in terms]
-        bound = sum(factor * codes.form.reach for factor, (codes, _) in zip(factors, terms, strict=True))
-        if bound + float(np.max(np.abs(offset), initial=0.0)) / step <= _HALF:
+        factors = [round(form.scale / step) for form in forms]
+        bound = sum(factor * reach for factor, reach in zip(factors, reaches, strict=True))
+        if bound + offset / step <= _HALF:
             return step, factors
     raise UnfitError("its terms have such different scales that no accumulator holds them")
 

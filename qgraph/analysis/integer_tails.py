@@ -13,6 +13,8 @@ from qgraph.analysis.integer_rules import output_axis
 
 __all__ = ["Tail", "clamp_behind", "follow_layer"]
 
+_MATRIX = 2
+
 
 @dataclasses.dataclass
 class Tail:
@@ -88,6 +90,8 @@ def clamp_behind(node: ir.Node) -> tuple[Tail, list[ir.Node]]:
     if len(given) != sum(bound is not None for bound in bounds):
         return Tail(), []
     low, high = (None if bound is None else float(bound.item()) for bound in bounds)
+    if any(bound is not None and math.isnan(bound) for bound in (low, high)):
+        return Tail(), []
     return Tail(low=-math.inf if low is None else low, high=math.inf if high is None else high), [after]
 
 
@@ -98,7 +102,7 @@ def _over_channels(array: np.ndarray, layer: ir.Node, *, per_channel: bool) -> n
     if not per_channel:
         return None
     weight = layer.inputs[1]
-    if weight is None or weight.shape is None:
+    if weight is None or weight.shape is None or len(weight.shape) < _MATRIX:
         return None
     if layer.op_type == "Conv":
         rank, channels = len(weight.shape), weight.shape[0]

@@ -172,6 +172,10 @@ class _Cutter:
         if node.domain not in ("", "ai.onnx"):
             self._refused[node] = f"{node.domain}.{node.op_type} is not an operator of ONNX"
             return
+        other = _other_floats(node)
+        if other is not None:
+            self._refused[node] = f"it computes in {other.name.lower()}: only float32 has an integer form"
+            return
         for pattern in PATTERNS:
             found = pattern(node)
             if found is not None and not self._taken.intersection(found.nodes):
@@ -351,6 +355,12 @@ class _Cutter:
 def _touches_floats(node: ir.Node) -> bool:
     values = (*node.inputs, *node.outputs)
     return any(value is not None and (value.dtype in FLOATS) for value in values)
+
+
+def _other_floats(node: ir.Node) -> ir.DataType | None:
+    """Return the type of floats other than float32 that a node reads or makes, if any."""
+    kinds = (value.dtype for value in (*node.inputs, *node.outputs) if value is not None)
+    return next((kind for kind in kinds if kind in FLOATS and kind is not ir.DataType.FLOAT), None)
 
 
 def _outputs(node: ir.Node) -> tuple[ir.Value, ...]:
