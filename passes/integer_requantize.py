@@ -208,6 +208,7 @@ class _Rewriter:
             result: what is read instead of it.
             spared: nodes that go on reading `value`: functions that are yet to be tabulated through it.
         """
+        result.shape = value.shape
         for use in list(value.uses()):
             if use.node not in spared:
                 use.node.replace_input_with(use.idx, result)
@@ -216,7 +217,7 @@ class _Rewriter:
             self._graph.outputs[index] = result
         if outputs:
             name, value.name = value.name, qgraph.ir.fresh_name(self._graph, f"{value.name}_replaced")
-            result.name, result.shape, result.type = name, value.shape, value.type
+            result.name, result.type = name, value.type
 
     def _targets(self, value: ir.Value) -> list[tuple[ir.Node, Target]]:
         """Return the QuantizeLinear that read a value, each with the integers that it makes.
@@ -268,15 +269,6 @@ class _Rewriter:
         if self.boundaries:
             notes.append(f"{len(self.boundaries)} nodes stay in float")
         return [*notes, *self._writer.remarks()]
-
-
-def _replace(value: ir.Value, result: ir.Value) -> None:
-    """Let a new value take the place of another that was never real; an output of the model keeps its name."""
-    result.shape = value.shape
-    if value.is_graph_output():
-        name, value.name = value.name, None
-        result.name = name
-    value.replace_all_uses_with(result, replace_graph_outputs=True)
 
 
 def _is_rescale(node: ir.Node) -> bool:
