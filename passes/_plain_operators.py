@@ -18,7 +18,7 @@ import qgraph.ir
 from qgraph.passes._opsets import version_of
 from qgraph.pipeline import Report, Skipped
 
-__all__ = ["Emitter", "Rewriting", "UnfitError", "rewrite", "static_sizes"]
+__all__ = ["Emitter", "PlainAlready", "Rewriting", "UnfitError", "rewrite", "static_sizes"]
 
 _OLDEST_OPSET = 18
 """From here on Split, Pad, ReduceSum and the other reductions are what they are today."""
@@ -26,6 +26,10 @@ _OLDEST_OPSET = 18
 
 class UnfitError(Exception):
     """The reason why a node stays as it is."""
+
+
+class PlainAlready(UnfitError):  # noqa: N818 - nothing is wrong with such a node
+    """A node needs no rewriting; reports do not tell of it."""
 
 
 class Emitter:
@@ -112,6 +116,8 @@ def rewrite(model: ir.Model, rewritings: Mapping[str, Rewriting], as_what: str) 
                 raise UnfitError(f"the model is of opset {version}, and this takes {_OLDEST_OPSET}: convert-opset")
             emit = Emitter(node, model.graph)
             outputs = rewritings[node.op_type](node, emit)
+        except PlainAlready:
+            continue
         except UnfitError as error:
             skipped.append(Skipped(qgraph.ir.node_label(node), f"{node.op_type} stays: {error}"))
             continue

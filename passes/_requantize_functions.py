@@ -27,8 +27,8 @@ _INT32, _INT64, _INT16 = ir.DataType.INT32, ir.DataType.INT64, ir.DataType.INT16
 _EXP_BITS, _EXP_ENTRIES = 15, 1024
 _EXP_REACH = 11.1
 """2^15 exp(-11.1) rounds to zero."""
-_COARSE_OFF, _FINE_OFF = 1, 4
-"""By how many steps interpolation may be off, for results of 8 and of 16 bits; else the table is whole."""
+_COARSE_OFF, _FINE_OFF = 1, 32
+"""By how many steps interpolation may be off, for results of 8 and of 16 bits (a 2048th); else the table is whole."""
 _STRAIGHT = 2e-6
 _NORM_BITS = 15
 _MOST_SQUARES = 1 << 62
@@ -48,6 +48,7 @@ def table(writer: Writer, unit: Unit, target: Target) -> ir.Value:
     codes = np.arange(-(1 << 15), 1 << 15, dtype=np.int16)
     off = np.abs(table_interpolate(codes, coarse).astype(np.int64) - exact.astype(np.int64)).max()
     if off > (_FINE_OFF if target.dtype is _INT16 else _COARSE_OFF):
+        writer.whole_table(exact.nbytes)
         return _look_up(writer, source, exact, target.dtype)
     result = writer.function("TableInterpolate", [source.value, writer.constant(coarse, _INT32)], _INT32)
     return writer.cast(result, target.dtype)

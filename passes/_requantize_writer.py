@@ -85,6 +85,7 @@ class Writer:
         self.rounding = rounding
         self._remarks: dict[str, None] = {}
         self._most = LIMIT
+        self._tables: list[int] = []
         self._place: ir.Node | None = None
         self._base = "integer"
         self._constants: dict[tuple[object, ...], ir.Value] = {}
@@ -102,10 +103,17 @@ class Writer:
         """Note that a sum of unknown length cannot overflow as long as it has at most `most` terms."""
         self._most = min(self._most, most)
 
+    def whole_table(self, nbytes: int) -> None:
+        """Note a table of every 16-bit input, for a function too steep to interpolate."""
+        self._tables.append(nbytes)
+
     def remarks(self) -> list[str]:
         """Return what was noted."""
         sums = [f"sums along dynamic axes cannot leave int32 up to {self._most:,} terms"] if self._most < LIMIT else []
-        return [*self._remarks, *sums]
+        tables = (
+            [f"{len(self._tables)} tables of 65,536 entries ({sum(self._tables) >> 10} KiB)"] if self._tables else []
+        )
+        return [*self._remarks, *sums, *tables]
 
     # --- nodes --------------------------------------------------------------------------------------------------------
 

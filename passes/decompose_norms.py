@@ -2,11 +2,15 @@
 
     InstanceNormalization(x[n,c,h,w], s, b)    =>    Reshape(LayerNormalization(Reshape(x, [n,c,h*w]), 1)) * s + b
     GroupNormalization(x[n,c,h,w], s, b)       =>    the same over [n,groups,c/groups*h*w]
+    LayerNormalization<axis=1>(x[n,h,w], s)    =>    Reshape(LayerNormalization(Reshape(x, [n,h*w]), s))
+    BatchNormalization(x, s, b, mean, var)     =>    x * (s / sqrt(var + epsilon)) + (b - mean * ...)
     ReduceL1(x)                                =>    ReduceSum(Abs(x))
     ReduceL2(x)                                =>    Sqrt(ReduceSum(x * x))
     ReduceSumSquare(x)                         =>    ReduceSum(x * x)
     LpNormalization(x)                         =>    x / Clip(norm, min=least)      norm as ReduceL1 or ReduceL2
     LogSoftmax(x)                              =>    d - Log(ReduceSum(Exp(d)))     d = x - ReduceMax(x)
+    ReduceLogSumExp(x)                         =>    m + Log(ReduceSum(Exp(x - m))) m = ReduceMax(x)
+    PRelu(x, slopes of channels)               =>    Max(x, slopes * x)             where no slope exceeds 1
 
 LogSoftmax is not written as Log(Softmax(x)): what is improbable would be the logarithm of a probability that has
 underflowed. `least` is the smallest normal number: a vector of zeros stays zeros, as the reference has it. The scale of
@@ -27,7 +31,7 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.passes._plain_operators import Emitter, Rewriting, UnfitError, rewrite, static_sizes
+from qgraph.passes._plain_operators import Emitter, PlainAlready, Rewriting, UnfitError, rewrite, static_sizes
 from qgraph.pipeline import Context, Pass, Report
 
 __all__ = ["DecomposeNorms"]
@@ -97,6 +101,57 @@ def _normalized(
     return [emit("Add", value, emit.constant("bias", bias.reshape(by_channel)))]
 
 
+def _layer(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
+    """Join the axes that a LayerNormalization runs over to one, if they are several."""
+    value = node.inputs[0]
+    rank = None if value is None or value.shape is None else len(value.shape)
+    axis = node.attributes.get_int("axis", -1)
+    if rank is None:
+        raise UnfitError("the rank of its input is not known")
+    if axis % rank == rank - 1:
+        raise PlainAlready
+    if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
+        raise UnfitError("its mean or deviation is read")
+    sizes = static_sizes(value, slice(axis % rank, None), "a size that it runs over is")
+    arrays = [None if one is None else qgraph.ir.constant(one) for one in node.inputs[1:3]]
+    if any(one is not None and array is None for one, array in zip(node.inputs[1:3], arrays, strict=True)):
+        raise UnfitError("its scale or bias is computed")
+    row = math.prod(sizes)
+    flat = [
+        None if array is None else emit.constant(name, np.broadcast_to(array, sizes).reshape(row))
+        for name, array in zip(("scale", "bias"), arrays, strict=False)
+    ]
+    kept = [0] * (axis % rank)
+    rows = emit("Reshape", value, emit.integers("rows", [*kept, row]))
+    done = emit("LayerNormalization", rows, *flat, axis=-1, epsilon=node.attributes.get_float("epsilon", 1e-5))
+    return [emit("Reshape", done, emit.integers("back", [*kept, *sizes])), *[None] * (len(node.outputs) - 1)]
+
+
+def _batch(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
+    """Write what is left of BatchNormalization where no layer before it could take it up."""
+    value = node.inputs[0]
+    arrays = [qgraph.ir.constant(one) for one in node.inputs[1:5]]
+    known = [np.asarray(array, np.float64) for array in arrays if array is not None]
+    if value is None or value.shape is None or len(known) < len(arrays) or node.attributes.get_int("training_mode", 0):
+        raise UnfitError("its statistics are computed, or the rank of its input is not known")
+    scale, bias, mean, variance = known
+    factor = scale / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
+    along = (-1, *[1] * (len(value.shape) - 2))
+    dtype = np.float32 if value.dtype is None else value.dtype.numpy()
+    product = emit("Mul", value, emit.constant("factor", factor.astype(dtype).reshape(along)))
+    offset = emit.constant("offset", (bias - mean * factor).astype(dtype).reshape(along))
+    return [emit("Add", product, offset), *[None] * (len(node.outputs) - 1)]
+
+
+def _channel_slopes(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
+    slopes = qgraph.ir.constant(node.inputs[1])
+    if slopes is not None and slopes.size == 1:
+        raise PlainAlready
+    if slopes is None or np.any(slopes > 1):
+        raise UnfitError("its slopes are computed, or one is above 1")
+    return [emit("Max", node.inputs[0], emit("Mul", node.inputs[0], node.inputs[1]))]
+
+
 # --- norms -----------------------------------------------------------------------------------------------------------
 
 
@@ -135,6 +190,15 @@ def _log_softmax(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
     return [emit("Sub", below, emit("Log", emit("ReduceSum", emit("Exp", below), axes)))]
 
 
+def _log_sum_exp(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
+    axes = node.inputs[1] if len(node.inputs) > 1 else None
+    if axes is None or not node.attributes.get_int("keepdims", 1):
+        raise UnfitError("it runs over all axes, or drops those that it runs over")
+    largest = emit("ReduceMax", node.inputs[0], axes)
+    below = emit("Sub", node.inputs[0], largest)
+    return [emit("Add", largest, emit("Log", emit("ReduceSum", emit("Exp", below), axes)))]
+
+
 def _local_response(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
     del node, emit
     raise UnfitError("its sums over neighbouring channels are none of the plain operators")
@@ -147,6 +211,10 @@ _REWRITINGS: Mapping[str, Rewriting] = {
     "ReduceL2": _reduced,
     "ReduceSumSquare": _reduced,
     "LpNormalization": _lp,
+    "LayerNormalization": _layer,
+    "BatchNormalization": _batch,
+    "PRelu": _channel_slopes,
     "LogSoftmax": _log_softmax,
+    "ReduceLogSumExp": _log_sum_exp,
     "LRN": _local_response,
 }

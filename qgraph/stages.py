@@ -363,6 +363,8 @@ class Run:
             "weights": built.weights,
             "kernels": None if kernels is None else _kernels_json(kernels),
             **({} if footprint is None else {"footprint": footprint}),
+            **({"shapes": {name: list(sizes) for name, sizes in self.shapes.items()}} if self.shapes else {}),
+            **({"emit": list(self.target.emits)} if self.target.emits else {}),
             "stand_in": self.target.stand_in(),
             "verification": {"data": self.data_kind, **verification.to_json()},
             "tolerance": dict(bounds.tolerance),

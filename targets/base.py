@@ -150,6 +150,11 @@ class Target(abc.ABC):
             UserError: the runtime is not installed; the message names the extra.
         """
 
+    @property
+    def emits(self) -> tuple[str, ...]:
+        """The forms of code that it writes beside the model, as `emitting` was told."""
+        return ()
+
     def emitting(self, forms: Sequence[str]) -> Target:
         """Return the target that writes code too, in the forms of `--emit`.
 

@@ -27,6 +27,7 @@ from qgraph.analysis.integer_units import computes_floats
 from qgraph.codegen.c_source import emit_c
 from qgraph.codegen.tvm_disassembly import can_disassemble, float_instructions
 from qgraph.codegen.tvm_library import LIBRARY, emit_so
+from qgraph.codegen.tvm_lowering import require_tvm
 from qgraph.errors import UserError
 from qgraph.passes.integer_requantize import BOUNDARY_KEY
 from qgraph.pipeline import Context, Pipeline, Skipped
@@ -77,7 +78,9 @@ class Integer(Target):
 
     def compress_passes(self, model: ir.Model, context: Context) -> Pipeline:
         """Return the quantization of everything."""
-        del model, context
+        del context
+        if self.emit:
+            _refuse_dynamic(model, self.emit)
         return Pipeline.parse("full-qdq")
 
     def lower_passes(self) -> Pipeline:
@@ -97,16 +100,24 @@ class Integer(Target):
                 found.append(Skipped(qgraph.ir.node_label(node), reason))
         return found
 
+    @property
+    def emits(self) -> tuple[str, ...]:
+        """The forms of code that it writes."""
+        return self.emit
+
     def emitting(self, forms: Sequence[str]) -> Integer:
         """Return the target that writes C sources (c), a library compiled by TVM (so), or both.
 
         Raises:
-            UserError: it writes nothing in such a form.
+            UserError: it writes nothing in such a form, or TVM is needed and not installed.
         """
-        for form in forms:
+        wanted = tuple(dict.fromkeys(one for form in forms for one in form.split(",")))
+        for form in wanted:
             if form not in _FORMS:
                 raise UserError(f"--emit {form}: the target integer writes {' and '.join(_FORMS)}")
-        return dataclasses.replace(self, emit=tuple(dict.fromkeys(forms)))
+        if "so" in wanted:
+            require_tvm()
+        return dataclasses.replace(self, emit=wanted)
 
     def lower(self, model: ir.Model, folder: Path) -> list[str]:
         """Write model.onnx, and the code that was asked for into folders of its own.
@@ -167,7 +178,25 @@ class Integer(Target):
         )
 
 
+def _refuse_dynamic(model: ir.Model, forms: Sequence[str]) -> None:
+    """Raise before any work is done what the code would refuse in the end."""
+    for value in model.graph.inputs:
+        if value.shape is None or not value.shape.is_static():
+            dims = [] if value.shape is None else list(value.shape)
+            example = ",".join(str(size) if isinstance(size, int) else "1" for size in dims)
+            raise UserError(
+                f"--emit {forms[0]}: input '{value.name}' has the shape {[str(size) for size in dims]}, and code needs "
+                f"every size: fix it, for instance with --shape {value.name}={example}"
+            )
+
+
 def _refuse_boundaries(model: ir.Model, forms: Sequence[str]) -> None:
+    fast = next((node for node in qgraph.ir.walk(model) if node.op_type.startswith(("QLinear", "QGemm"))), None)
+    if fast is not None:
+        raise UserError(
+            f"--emit {forms[0]}: '{qgraph.ir.node_label(fast)}' is an operator of ONNX Runtime, which has no code: "
+            "leave integer-requantize at form=exact"
+        )
     told = [node for node in qgraph.ir.walk(model) if BOUNDARY_KEY in node.metadata_props]
     if told:
         more = f" (and {len(told) - 1} more)" if len(told) > 1 else ""

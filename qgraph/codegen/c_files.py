@@ -153,7 +153,7 @@ int main(int argc, char **argv)
             return 2;
         }}
     }} else {{
-        printf("%08lx\\n", (unsigned long)sum);
+        printf("checksum of the outputs for zeros: %08lx\\n", (unsigned long)sum);
     }}
     return 0;
 }}

@@ -146,6 +146,10 @@ def _command(manifest: Mapping[str, Any]) -> str:
     if "held-back" in str(manifest.get("verification", {}).get("data", "")):
         parts += ["--calib", "DATA"]
     parts += ["--recipe", "recipe.toml", "--seed", str(manifest.get("seed", 0))]
+    for name, sizes in manifest.get("shapes", {}).items():
+        parts += ["--shape", f"{name}={','.join(map(str, sizes))}"]
+    for form in manifest.get("emit", ()):
+        parts += ["--emit", str(form)]
     for metric, bound in manifest.get("tolerance", {}).items():
         parts += ["--tolerance", f"{metric}={bound:g}"]
     return shlex.join(parts)

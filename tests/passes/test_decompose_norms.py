@@ -114,3 +114,41 @@ def test_a_computed_scale_stays():
     model.graph.inputs.append(model.graph.initializers["s"])
     report = Pipeline.parse("decompose-norms").run(model)
     assert "scale or bias is computed" in report.parts[0].skipped[0].reason
+
+
+@pytest.mark.parametrize("axis", [1, -2, 2, -1])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_over_several_axes(axis: int, bias: bool):
+    random = np.random.default_rng(1)
+    sizes = [4, 3, 5][axis % 4 - 1 :]
+    constants = {name: random.normal(size=sizes).astype(np.float32) for name in (("s", "b") if bias else ("s",))}
+    model = single("LayerNormalization", [4, 3, 5], constants, axis=axis, epsilon=0.01)
+    if axis == -1:
+        report = Pipeline.parse("decompose-norms").run(model)
+        assert (report.changed, report.skipped) == (0, ())  # it is plain already
+        return
+    x = numbers([4, 3, 5])
+    before = run(model, x)
+    assert Pipeline.parse("decompose-norms").run(model).changed == 1
+    assert [node.op_type for node in model.graph] == ["Reshape", "LayerNormalization", "Reshape"]
+    np.testing.assert_allclose(run(model, x), before, rtol=0, atol=5e-6 * np.abs(before).max())
+
+
+def test_what_no_layer_took_up_of_a_batch_norm():
+    random = np.random.default_rng(2)
+    constants = {name: random.normal(size=6).astype(np.float32) for name in ("s", "b", "m")}
+    constants["v"] = np.abs(random.normal(size=6)).astype(np.float32) + 0.1
+    assert_kept(single("BatchNormalization", [6, 3, 5], constants, epsilon=0.01), numbers([6, 3, 5]))
+
+
+def test_slopes_of_channels():
+    slopes = np.array([-0.5, 0.0, 0.25, 1.0], np.float32).reshape(4, 1)
+    assert_kept(single("PRelu", [4, 5], {"s": slopes}), numbers([4, 5]))
+    steep = single("PRelu", [4, 5], {"s": slopes * 2})
+    (skipped,) = Pipeline.parse("decompose-norms").run(steep).skipped
+    assert "above 1" in skipped.reason
+
+
+@pytest.mark.parametrize("axes", [[1], [-1, 1]])
+def test_logarithms_of_sums_of_exponentials(axes: list[int]):
+    assert_kept(single("ReduceLogSumExp", [4, 5], {"axes": np.array(axes, np.int64)}), numbers([4, 5]) * 30)
