@@ -208,13 +208,21 @@ class _Planner:
         others = [value for value in unit.terms if value not in hidden and value in self._stand]
         if not hidden or not others:
             return
-        lows, highs = zip(*[(self._stand[value].low, self._stand[value].high) for value in others], strict=True)
+        # Not what their group reaches: a join's addends may share that with the mask itself.
+        lows, highs = zip(*[self._reach(value, seen) for value in others], strict=True)
         low, high = (sum(lows), sum(highs)) if unit.form is Form.SUM else (min(lows), max(highs))
         stand.low, stand.high, stand.fixed = low - _UNSEEN, high, True
         for value in hidden:
             mask = self._stand.get(value)
             if mask is not None and mask is not stand:
                 mask.low, mask.high, mask.fixed = low - high - _UNSEEN, 0.0, True
+
+    def _reach(self, value: ir.Value, seen: Mapping[str, Statistics]) -> tuple[float, float]:
+        array, known = qgraph.ir.constant(value), seen.get(str(value.name))
+        if array is not None and array.size:
+            return float(array.min()), float(array.max())
+        stand = self._stand[value]
+        return (stand.low, stand.high) if known is None else (known.low, known.high)
 
     def _hides(self, value: ir.Value, seen: Mapping[str, Statistics], masks: set[ir.Value]) -> bool:
         array = qgraph.ir.constant(value)

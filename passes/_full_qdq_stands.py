@@ -69,7 +69,8 @@ def parameters(stand: Stand, options: Options) -> tuple[np.ndarray, np.ndarray]:
     """Return scale (float32) and zero point of a group, both scalars."""
     if stand.wide:
         reach = max(abs(stand.low), abs(stand.high))
-        scale = np.float32(max(reach / _WIDE_LIMIT, _LEAST_SCALE) if reach else 1.0)
+        # What was zero throughout says nothing of its range; a huge one would drown what is added to it.
+        scale = np.float32(max((reach or 1.0) / _WIDE_LIMIT, _LEAST_SCALE))
         return np.asarray(_rounded(scale, options)), np.asarray(0, np.int16)
     scheme = scheme_of(options)
     exact = scale_and_zero_point(stand.low, stand.high, scheme)

@@ -53,7 +53,8 @@ class _Writer:
     def _quantize(self, value: ir.Value, stand: Stand, narrow: Mapping[tuple[ir.Node, int], Stand]) -> None:
         """Let everybody read what integers stand for in the place of a tensor."""
         uses = [(use.node, use.idx) for use in value.uses()]
-        output = [index for index, one in enumerate(self._graph.outputs) if one is value]
+        # An input that is an output too keeps its name, and so stays what it is there.
+        output = [] if value.is_graph_input() else [i for i, one in enumerate(self._graph.outputs) if one is value]
         real = self._pair(value, stand, value, value.name or "value")
         copies: dict[Stand, ir.Value] = {}
         for node, index in uses:
@@ -62,9 +63,9 @@ class _Writer:
                 copies[other] = self._pair(real, other, value, f"{value.name}_8bit")
             node.replace_input_with(index, real if other is None else copies[other])
         for index in output:
-            name, value.name = value.name, qgraph.ir.fresh_name(self._graph, f"{value.name}_raw")
-            real.name = name
             self._graph.outputs[index] = real
+        if output:
+            real.name, value.name = value.name, qgraph.ir.fresh_name(self._graph, f"{value.name}_raw")
 
     def _pair(self, source: ir.Value, stand: Stand, like: ir.Value, name: str) -> ir.Value:
         scale, zero_point = self._parameters(stand, name)
@@ -133,7 +134,7 @@ class _Writer:
     def _store(self, weight: ir.Value, array: np.ndarray, scheme: Scheme) -> ir.Value:
         scale, zero_point = minmax_parameters(array, scheme)
         if self._options.scales == "pow2":
-            scale = np.exp2(np.ceil(np.log2(scale.astype(np.float64)))).astype(np.float32)
+            scale = np.asarray(np.exp2(np.ceil(np.log2(scale.astype(np.float64)))), np.float32)
         chosen = Parameters(scale, zero_point)
         dtype = ir.DataType.INT8 if scheme.bits != _INT4.bits else ir.DataType.INT4
         name = weight.name or "weight"

@@ -22,6 +22,7 @@ __all__ = ["call"]
 
 _VERSION = 1
 _OPSET = 21
+"""The bodies' own; in a model of a later one they are of that, in which their operators mean the same."""
 _IR_VERSION = 10
 """The first whose functions may have overloads: a function's overload is its rounding."""
 
@@ -61,7 +62,7 @@ def call(model: ir.Model, name: str, inputs: Sequence[ir.Value], rounding: str |
 def _add(model: ir.Model, name: str, overload: str) -> None:
     if (DOMAIN, name, overload) in model.functions:
         return
-    function = _function(name, overload)
+    function = _function(name, overload, max(_OPSET, model.graph.opset_imports.get("", _OPSET)))
     model.functions[function.identifier()] = function
     model.graph.opset_imports.setdefault(DOMAIN, _VERSION)
     model.ir_version = max(model.ir_version, _IR_VERSION)
@@ -70,7 +71,7 @@ def _add(model: ir.Model, name: str, overload: str) -> None:
             _add(model, node.op_type, node.overload)
 
 
-def _function(name: str, overload: str) -> ir.Function:
+def _function(name: str, overload: str, opset: int) -> ir.Function:
     body = REQUANTIZE_BODY.format(rounded=ROUNDED[overload]) if name == REQUANTIZE else BODIES[name]
-    head = f'<domain: "{DOMAIN}", overload: "{overload}", opset_import: ["": {_OPSET}, "{DOMAIN}": {_VERSION}]>'
+    head = f'<domain: "{DOMAIN}", overload: "{overload}", opset_import: ["": {opset}, "{DOMAIN}": {_VERSION}]>'
     return ir.serde.deserialize_function(onnx.parser.parse_function(head + body))

@@ -26,10 +26,12 @@ __all__ = ["add", "divide", "hypot", "multiply", "numbers", "reduce"]
 _INT32, _INT64 = ir.DataType.INT32, ir.DataType.INT64
 _FINEST, _COARSEST = 22, -30
 _HALF = LIMIT // 2
-_ROOT_BITS = 8
-_MEAN_BITS = 8
-_LARGEST_SQUARES = 1 << 53
-"""ONNX Runtime 1.31 sums int64 in double precision, which is exact as far as this."""
+_ROOT_BITS = 14
+_LARGEST_SQUARES = 1 << 60
+_LARGEST_REDUCED = 1 << 53
+"""ONNX Runtime 1.31 reduces int64 in double precision, which is exact as far as this."""
+_SHOWN = 2.0**-10
+"""The share of the result's range that the factors of a sum may be off by."""
 
 
 def add(writer: Writer, unit: Unit, target: Target) -> ir.Value:
@@ -44,10 +46,14 @@ def add(writer: Writer, unit: Unit, target: Target) -> ir.Value:
     offset = constants[0] if constants else np.zeros(())
     for array in constants[1:]:
         offset = offset + array
-    step, factors = _common_step(dynamic, offset)
+    offset = _felt(offset, dynamic, target)
+    step, factors, reaches = _common_step(dynamic, offset, target)
     total: ir.Value | None = None
-    for (codes, sign), factor in zip(dynamic, factors, strict=True):
-        term = writer.times(writer.centred(codes), sign * factor)
+    for (codes, sign), factor, reach in zip(dynamic, factors, reaches, strict=True):
+        term = writer.centred(codes)
+        if reach < codes.form.reach:
+            term = writer.op("Clip", [term, *(writer.constant(one, _INT32) for one in (-reach, reach))], _INT32)
+        term = writer.times(term, sign * factor)
         total = term if total is None else writer.op("Add", [total, term], _INT32)
     assert total is not None
     rounded = np.rint(offset / step)
@@ -56,18 +62,50 @@ def add(writer: Writer, unit: Unit, target: Target) -> ir.Value:
     return writer.requantize(total, step, target, unit.tail.low, unit.tail.high)
 
 
-def _common_step(terms: list[tuple[Codes, int]], offset: np.ndarray) -> tuple[float, list[int]]:
-    """Return the step of an accumulator, and how many of it one step of each term is.
+def _felt(offset: np.ndarray, terms: list[tuple[Codes, int]], target: Target) -> np.ndarray:
+    """Return what is added as far as it matters: beyond, as a mask is, the result is clipped whatever the terms are."""
+    room = sum(codes.form.reach * codes.form.scale for codes, _ in terms)
+    low, high = ((bound - target.zero_point) * target.scale for bound in target.bounds)
+    return np.asarray(np.clip(offset, low - room - target.scale, high + room + target.scale))
+
+
+def _common_step(
+    terms: list[tuple[Codes, int]], offset: np.ndarray, target: Target
+) -> tuple[float, list[int], list[int]]:
+    """Return the step of an accumulator, how many of it one step of each term is, and how far each term may reach.
 
     The step is that of the first term, divided by a power of two as large as half of int32 has room for, so that
-    scales which are powers of two stay exact.
+    scales which are powers of two stay exact. Where a term reaches so far that the others would be lost in that, it is
+    cut off where the result is clipped anyway.
     """
-    first = terms[0][0].form.scale
+    forms = [codes.form for codes, _ in terms]
+    reaches = [form.reach for form in forms]
+    largest = float(np.max(np.abs(offset), initial=0.0))
+    step, factors = _step(forms, reaches, largest, forms[0].scale)
+    if not _shows(forms, factors, step, target):
+        return step, factors, reaches
+    total = sum(form.reach * form.scale for form in forms) + largest + target.reach * target.scale
+    reaches = [min(form.reach, math.ceil(total / form.scale - form.reach) + 1) for form in forms]
+    step, factors = _step(forms, reaches, largest, min(form.scale for form in forms))
+    if not all(factor or form.reach * form.scale < target.scale for form, factor in zip(forms, factors, strict=True)):
+        raise UnfitError("its terms have such different scales that no accumulator holds them")
+    return step, factors, reaches
+
+
+def _shows(forms: list[Target], factors: list[int], step: float, target: Target) -> bool:
+    """Tell whether a factor is so coarse that the result shows it."""
+    allowed = target.scale * max(1.0, target.reach * _SHOWN)
+    return any(
+        abs(factor * step - form.scale) * form.reach > allowed for form, factor in zip(forms, factors, strict=True)
+    )
+
+
+def _step(forms: list[Target], reaches: list[int], offset: float, first: float) -> tuple[float, list[int]]:
     for places in range(_FINEST, _COARSEST - 1, -1):
         step = math.ldexp(first, -places)
-        factors = [round(codes.form.scale / step) for codes, _ in terms]
-        bound = sum(factor * codes.form.reach for factor, (codes, _) in zip(factors, terms, strict=True))
-        if bound + float(np.max(np.abs(offset), initial=0.0)) / step <= _HALF:
+        factors = [round(form.scale / step) for form in forms]
+        bound = sum(factor * reach for factor, reach in zip(factors, reaches, strict=True))
+        if bound + offset / step <= _HALF:
             return step, factors
     raise UnfitError("its terms have such different scales that no accumulator holds them")
 
@@ -144,10 +182,10 @@ def reduce(writer: Writer, unit: Unit, target: Target) -> ir.Value:
         return writer.requantize(total, source.form.scale / count, target)
     sizes = [writer.op("Size", [value], _INT64) for value in (source.value, total)]
     elements = writer.op("Div", sizes, _INT64)
-    places = writer.constant(1 << _MEAN_BITS, _INT64)
-    wide = writer.op("Mul", [writer.cast(total, _INT64), places], _INT64)
+    places = (_HALF // source.form.reach).bit_length() - 1
+    wide = writer.op("Mul", [writer.cast(total, _INT64), writer.constant(1 << places, _INT64)], _INT64)
     mean = writer.cast(writer.function("RoundedDivide", [wide, elements], _INT64), _INT32)
-    return writer.requantize(mean, math.ldexp(source.form.scale, -_MEAN_BITS), target)
+    return writer.requantize(mean, math.ldexp(source.form.scale, -places), target)
 
 
 def _axes(unit: Unit) -> tuple[list[int] | None, dict[str, int]]:
@@ -190,7 +228,7 @@ def hypot(writer: Writer, unit: Unit, target: Target) -> ir.Value:
     count = 1 if summed is None else _count(unit, axes)
     if count is None:
         raise UnfitError("the number of its squares is not known: fix the shape of the input (--shape)")
-    step, factors = _fine_step(sources, count)
+    step, factors = _fine_step(sources, count, _LARGEST_SQUARES if summed is None else _LARGEST_REDUCED)
     squares = []
     for codes, factor in zip(sources, factors, strict=True):
         wide = writer.cast(writer.centred(codes), _INT64)
@@ -205,15 +243,17 @@ def hypot(writer: Writer, unit: Unit, target: Target) -> ir.Value:
     return writer.requantize(root, step, target)
 
 
-def _fine_step(sources: list[Codes], count: int) -> tuple[float, list[int]]:
+def _fine_step(sources: list[Codes], count: int, most: int) -> tuple[float, list[int]]:
     """Return the step at which squares are summed, and how many of it one step of each tensor is."""
     for places in range(_ROOT_BITS, -1, -1):
         step = math.ldexp(sources[0].form.scale, -places)
         factors = [round(codes.form.scale / step) for codes in sources]
         bound = count * sum((codes.form.reach * factor) ** 2 for codes, factor in zip(sources, factors, strict=True))
-        if bound <= _LARGEST_SQUARES and all(factors):
+        if bound <= most and all(factors):
             return step, factors
-    raise UnfitError("its squares could leave the integers that every runtime sums exactly (2^53)")
+    raise UnfitError(
+        f"its squares could leave the integers that every runtime sums exactly (2^{most.bit_length() - 1})"
+    )
 
 
 def _axes_of(node: ir.Node) -> tuple[list[int] | None, dict[str, int]]:
@@ -228,7 +268,8 @@ def _axes_of(node: ir.Node) -> tuple[list[int] | None, dict[str, int]]:
 
 def numbers(writer: Writer, unit: Unit, target: Target) -> ir.Value:
     """Write integers (or truth values) that the graph treats as real numbers."""
-    value = unit.inputs[0]
+    value = unit.main.inputs[0]
+    assert value is not None
     if value.dtype in (_INT64, None):
         # Not by Clip: ONNX Runtime's takes int64 from 2^31 to 2^32 for negative.
         for compare, bound in (("Greater", _HALF), ("Less", -_HALF)):

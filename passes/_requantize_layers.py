@@ -21,13 +21,14 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.integer_rules import output_axis
 from qgraph.analysis.integer_units import Unit, layer_weight
-from qgraph.passes._requantize_writer import LIMIT, Codes, Target, UnfitError, Writer
+from qgraph.passes._requantize_writer import LIMIT, Codes, Target, UnfitError, Writer, along
 
 __all__ = ["Layer", "int8_weight", "layer", "matmul", "pool", "read_layer"]
 
 _INT32, _INT8, _UINT8 = ir.DataType.INT32, ir.DataType.INT8, ir.DataType.UINT8
 _SPLIT = 256
 _MATRIX = 2
+_BIAS_BITS = 24
 _CONV_ATTRIBUTES = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 
 
@@ -67,7 +68,7 @@ def read_layer(writer: Writer, unit: Unit) -> Layer:
         raise UnfitError("its weight is empty")
     factor, offset = _affine(writer, unit, weight.shape[axis])
     scale = np.abs(factor) * source.form.scale * weight_scale
-    weight = weight * _along(np.sign(factor), axis, weight.ndim).astype(np.int64)
+    weight = weight * along(np.sign(factor), axis, weight.ndim).astype(np.int64)
     bias = np.asarray(offset / scale)
     weight, bias, scale = _bounded(writer, unit, weight, axis, bias, scale, source.form)
     return Layer(source, weight, index, bias, scale)
@@ -101,7 +102,7 @@ def _weight(stored: ir.Value, axis: int) -> tuple[np.ndarray, np.ndarray]:
         return codes - np.asarray(zero_point).astype(np.int64), np.asarray(scale.reshape(()), np.float64)
     if rounded.attributes.get_int("axis", 1) % codes.ndim != axis % codes.ndim:
         raise UnfitError("its weight has its scales along the inputs; quantize it with one for each output")
-    centred = codes - _along(np.asarray(zero_point).astype(np.int64).reshape(-1), axis, codes.ndim)
+    centred = codes - along(np.asarray(zero_point).astype(np.int64).reshape(-1), axis, codes.ndim)
     return centred, np.asarray(scale.reshape(-1), np.float64)
 
 
@@ -116,16 +117,12 @@ def _affine(writer: Writer, unit: Unit, outputs: int) -> tuple[np.ndarray, np.nd
         if array.size not in (1, outputs):
             raise UnfitError("its bias is not one number for each output")
         offset = offset + factor * beta * (array if array.size > 1 else array.reshape(()))
+    if not np.isfinite(offset).all():
+        raise UnfitError("its bias holds NaN or infinity")
     alpha = node.attributes.get_float("alpha", 1.0) if node.op_type == "Gemm" else 1.0
     if alpha == 0:
         raise UnfitError("its alpha is zero")
     return np.asarray(factor * alpha), np.asarray(offset)
-
-
-def _along(entries: np.ndarray, axis: int, rank: int) -> np.ndarray:
-    """Return one entry for each index along an axis in a shape that broadcasts against an array of that rank."""
-    entries = np.asarray(entries)
-    return entries if entries.ndim == 0 else entries.reshape([-1 if one == axis % rank else 1 for one in range(rank)])
 
 
 def _bounded(
@@ -139,6 +136,7 @@ def _bounded(
     real_bias = np.array(np.broadcast_to(bias * np.broadcast_to(scale, bias.shape or (outputs,)), (outputs,)))
     integers = weight
     halved = np.zeros(outputs, bool)
+    scale = _fine_enough(scale, real_bias, np.abs(weight).sum(axis=others) == 0)
     while True:
         rounded = np.rint(real_bias / scale)
         bound = np.abs(integers).sum(axis=others) * float(reach) + np.abs(rounded)
@@ -147,11 +145,18 @@ def _bounded(
             break
         halved |= beyond
         scale = np.where(beyond, scale * 2, scale)
-        integers = np.where(_along(beyond, axis, weight.ndim), np.rint(integers / 2).astype(np.int64), integers)
+        integers = np.where(along(beyond, axis, weight.ndim), np.rint(integers / 2).astype(np.int64), integers)
     if halved.any():
         count = f"{int(halved.sum())} of {outputs} outputs"
         writer.remark(f"'{unit.label}': {count} could leave int32, so that their weights have fewer bits")
     return integers, rounded.astype(np.int64), scale
+
+
+def _fine_enough(scale: np.ndarray, bias: np.ndarray, empty: np.ndarray) -> np.ndarray:
+    """Return scales at which no bias is lost where all weights are zero: their own scale says nothing then."""
+    lost = empty & (np.rint(bias / scale) * scale != bias)
+    exponents = np.ceil(np.log2(np.abs(bias), where=lost, out=np.zeros_like(bias)))
+    return np.asarray(np.where(lost, np.exp2(exponents - _BIAS_BITS), scale))
 
 
 def int8_weight(writer: Writer, node: ir.Node, weight: np.ndarray) -> ir.Value:

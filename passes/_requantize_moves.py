@@ -4,7 +4,8 @@
     Concat(D(a), D(b)) -> Q                =>    Concat(Requantize(a), b)        each at the scale of the result
     Where(c, D(a), -inf) -> Q              =>    Where(c, a, lowest)
 
-ONNX Runtime has no 16-bit kernels for some of these; they are then done in int32 between two casts.
+ONNX Runtime has no 16-bit kernels for some of these; they are then done in int32 between two casts, or written as
+others.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ __all__ = ["join", "move"]
 
 _INT16, _INT32, _INT64 = ir.DataType.INT16, ir.DataType.INT32, ir.DataType.INT64
 _NO_16_BITS = frozenset({
-    "ArgMax", "ArgMin", "DepthToSpace", "Max", "Min", "Pad", "ReduceMax", "ReduceMin", "SpaceToDepth",
-    "Trilu", "Where",
+    "ArgMax", "ArgMin", "GlobalMaxPool", "Max", "Min", "Pad", "ReduceMax", "ReduceMin", "Where",
 })  # fmt: skip
 
 
@@ -43,8 +43,10 @@ def move(writer: Writer, unit: Unit) -> list[tuple[ir.Value, Target | None]]:
     form = source.form
     if node.op_type == "MaxPool" and form.dtype is _INT16:
         raise UnfitError("MaxPool has no 16-bit form: quantize its input to 8 bits")
-    if node.op_type == "Trilu" and form.zero_point:
+    if node.op_type == "Trilu":
         return [(_triangle(writer, node, source), form)]
+    if node.op_type in ("DepthToSpace", "SpaceToDepth") and form.dtype is _INT16:
+        return [(_blocks(writer, unit, source.value), form)]
     if node.op_type == "Resize":
         return [(_resize(writer, unit, source.value), form)]
     inputs: list[ir.Value | None] = [source.value, *node.inputs[1:]]
@@ -85,10 +87,34 @@ def _form_read(writer: Writer, value: ir.Value) -> Target:
 
 
 def _triangle(writer: Writer, node: ir.Node, source: Codes) -> ir.Value:
-    """Write a Trilu, which fills in zeros: those are zero points."""
-    zero = writer.constant(source.form.zero_point, _INT32)
+    """Write a Trilu, which fills in zeros: those are zero points. ONNX Runtime has it for no fewer bits than 32."""
     kept = writer.op("Trilu", [writer.centred(source), *node.inputs[1:]], _INT32, dict(node.attributes))
-    return writer.cast(writer.op("Add", [kept, zero], _INT32), source.form.dtype)
+    if source.form.zero_point:
+        kept = writer.op("Add", [kept, writer.constant(source.form.zero_point, _INT32)], _INT32)
+    return writer.cast(kept, source.form.dtype)
+
+
+def _blocks(writer: Writer, unit: Unit, value: ir.Value) -> ir.Value:
+    """Write a DepthToSpace or SpaceToDepth of 16 bits, for which ONNX Runtime has no kernel, as a Transpose."""
+    node, shape = unit.main, unit.inputs[0].shape
+    sizes = [] if shape is None else [size if isinstance(size, int) else -1 for size in shape]
+    if len(sizes) != 4 or sizes[1] < 0 or sizes.count(-1) > 1:
+        raise UnfitError("its shape is not known, which 16 bits need: fix the shape of the input (--shape)")
+    batch, channels, height, width = sizes
+    block = node.attributes.get_int("blocksize", 1)
+    if node.op_type == "SpaceToDepth":
+        rows, columns = (max(size // block, -1) for size in (height, width))
+        split, order = [batch, channels, rows, block, columns, block], [0, 3, 5, 1, 2, 4]
+        joined = [batch, channels * block * block, rows, columns]
+    else:
+        depth = channels // (block * block)
+        first = node.attributes.get_string("mode", "DCR") == "CRD"
+        split = [batch, depth, block, block, height, width] if first else [batch, block, block, depth, height, width]
+        order = [0, 1, 4, 2, 5, 3] if first else [0, 3, 4, 1, 5, 2]
+        joined = [batch, depth, *(max(size * block, -1) for size in (height, width))]
+    apart = writer.op("Reshape", [value, writer.constant(np.asarray(split), _INT64)], _INT16)
+    moved = writer.op("Transpose", [apart], _INT16, {"perm": order})
+    return writer.op("Reshape", [moved, writer.constant(np.asarray(joined), _INT64)], _INT16)
 
 
 def _padding(

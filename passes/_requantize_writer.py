@@ -15,7 +15,7 @@ from qgraph.analysis.integer_rules import is_constant
 from qgraph.numerics.requantize import fixed_point
 from qgraph.passes import _integer_functions
 
-__all__ = ["LIMIT", "Codes", "Target", "UnfitError", "Writer"]
+__all__ = ["LIMIT", "Codes", "Target", "UnfitError", "Writer", "along"]
 
 LIMIT = (1 << 31) - 1
 """The largest accumulator."""
@@ -206,6 +206,8 @@ class Writer:
             raise UnfitError(f"the scale of '{value.name}' is not one constant number")
         if dtype not in _BITS:
             raise UnfitError(f"'{value.name}' is quantized to {'?' if dtype is None else dtype.name.lower()}")
+        if dtype is ir.DataType.INT16 and np.any(zero_point):
+            raise UnfitError(f"'{value.name}' is quantized to int16 with a zero point: quantize it around zero")
         if not float(scale.item()) > 0:
             raise UnfitError(f"the scale of '{value.name}' is {scale.item()}, which is not positive")
         return Target(float(scale.item()), int(zero_point.item()), dtype)
@@ -229,10 +231,15 @@ class Writer:
         node = value.producer()
         if node is None or not qgraph.ir.is_op(node, "DequantizeLinear") or not is_constant(node.inputs[0]):
             raise UnfitError(f"'{value.name}' is computed at run time")
-        integers = qgraph.ir.constant(node.inputs[0])
-        form = self.form(node, value)
-        assert integers is not None
-        return (np.asarray(integers, np.float64) - form.zero_point) * form.scale
+        integers, scale = qgraph.ir.constant(node.inputs[0]), qgraph.ir.constant(node.inputs[1])
+        zero = None if len(node.inputs) < 3 or node.inputs[2] is None else qgraph.ir.constant(node.inputs[2])
+        if integers is None or scale is None or node.attributes.get_int("block_size", 0) != 0:
+            raise UnfitError(f"the scale of '{value.name}' is not one constant number, or one for each channel")
+        axis = node.attributes.get_int("axis", 1)
+        scales, zero_points = (
+            _spread(one, axis, integers.ndim) for one in (scale, np.zeros(()) if zero is None else zero)
+        )
+        return np.asarray((np.asarray(integers, np.float64) - zero_points) * scales)
 
     # --- results ------------------------------------------------------------------------------------------------------
 
@@ -283,3 +290,14 @@ class Writer:
         if codes.form == target:
             return codes.value
         return self.requantize(self.centred(codes), codes.form.scale, target)
+
+
+def along(entries: np.ndarray, axis: int, rank: int) -> np.ndarray:
+    """Return one entry for each index along an axis in a shape that broadcasts against an array of that rank."""
+    entries = np.asarray(entries)
+    return entries if entries.ndim == 0 else entries.reshape([-1 if one == axis % rank else 1 for one in range(rank)])
+
+
+def _spread(parameter: np.ndarray, axis: int, rank: int) -> np.ndarray:
+    one = np.asarray(parameter, np.float64)
+    return one.reshape(()) if one.size == 1 else along(one, axis, rank)

@@ -81,8 +81,16 @@ class FullQdq(Pass):
         if not plan.values and not plan.weights:
             return Report(skipped=_told(plan))
         context.keep_reference(model)
+        unused = self._unused(model.graph)
+        for node, reason in plan.refused.items():
+            node.metadata_props[FLOAT_KEY] = reason
         write(model.graph, plan, self)
-        return Report(len(plan.units), _told(plan), _notes(plan))
+        return Report(len(plan.units), _told(plan), [*_notes(plan), *unused])
+
+    def _unused(self, graph: ir.Graph) -> list[str]:
+        labels = [qgraph.ir.node_label(node) for node in graph]
+        unused = [pattern for pattern in self.exclude if not fnmatch.filter(labels, pattern)]
+        return [f"exclude: no node is called '{pattern}'" for pattern in unused]
 
     def _units(self, graph: ir.Graph) -> Units:
         found = integer_units(graph)

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -47,6 +47,7 @@ from qgraph.passes import _requantize_layers as layers
 from qgraph.passes import _requantize_moves as moves
 from qgraph.passes import _requantize_qlinear as qlinear
 from qgraph.passes._requantize_writer import Codes, Target, UnfitError, Writer
+from qgraph.passes._weight_options import FLOAT_KEY
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
 __all__ = ["BOUNDARY_KEY", "IntegerRequantize"]
@@ -131,15 +132,24 @@ class _Rewriter:
         self._writer = Writer(model, rounding)
         self._written: Counter[Form] = Counter()
         self._reasons: dict[ir.Node, str] = {}
+        self._functions: dict[ir.Node, set[ir.Node]] = {}
         self.boundaries: dict[ir.Node, str] = {}
         self.changed = 0
 
     def run(self) -> None:
         found = integer_units(self._graph)
         self._reasons = dict(found.refused)
+        for unit in found.units:
+            if unit.form is Form.TABLE:
+                for node in unit.nodes:
+                    self._functions.setdefault(node, set()).update(unit.nodes)
         for node in [node for node in self._graph if _is_rescale(node)]:
             self._rescale(node)
         for unit in found.units:
+            kept = next((node for node in unit.nodes if FLOAT_KEY in node.metadata_props), None)
+            if kept is not None:
+                self._reasons.update(dict.fromkeys(unit.nodes, kept.metadata_props[FLOAT_KEY]))
+                continue
             self._writer.at(unit.nodes[-1], unit.label)
             try:
                 self._rewrite(unit)
@@ -169,7 +179,9 @@ class _Rewriter:
             return
         value = unit.outputs[0]
         if not is_float(value):
-            value.replace_all_uses_with(functions.predicate(self._writer, unit))
+            self._stand_for(
+                value, functions.predicate(self._writer, unit), spared=self._functions.get(unit.main, set())
+            )
             return
         for reader, target in self._targets(value):
             fast = qlinear.write(self._writer, unit, target) if self._fast else None
@@ -182,11 +194,29 @@ class _Rewriter:
         results = moves.move(self._writer, unit)
         for value, (codes, form), readers in zip(unit.outputs, results, wanted, strict=False):
             if form is None:
-                value.replace_all_uses_with(codes, replace_graph_outputs=True)
+                self._stand_for(value, codes)
                 continue
             note_meaning(codes, value.name or "", form.scale, form.zero_point)
             for reader, target in readers:
                 self._take_place(reader, self._writer.rescale(Codes(codes, form), target))
+
+    def _stand_for(self, value: ir.Value, result: ir.Value, spared: Collection[ir.Node] = ()) -> None:
+        """Let `result` take the place of a tensor that never was real, its name as an output included.
+
+        Args:
+            value: the tensor, of integers or truth values.
+            result: what is read instead of it.
+            spared: nodes that go on reading `value`: functions that are yet to be tabulated through it.
+        """
+        for use in list(value.uses()):
+            if use.node not in spared:
+                use.node.replace_input_with(use.idx, result)
+        outputs = [index for index, one in enumerate(self._graph.outputs) if one is value]
+        for index in outputs:
+            self._graph.outputs[index] = result
+        if outputs:
+            name, value.name = value.name, qgraph.ir.fresh_name(self._graph, f"{value.name}_replaced")
+            result.name, result.shape, result.type = name, value.shape, value.type
 
     def _targets(self, value: ir.Value) -> list[tuple[ir.Node, Target]]:
         """Return the QuantizeLinear that read a value, each with the integers that it makes.
@@ -238,6 +268,15 @@ class _Rewriter:
         if self.boundaries:
             notes.append(f"{len(self.boundaries)} nodes stay in float")
         return [*notes, *self._writer.remarks()]
+
+
+def _replace(value: ir.Value, result: ir.Value) -> None:
+    """Let a new value take the place of another that was never real; an output of the model keeps its name."""
+    result.shape = value.shape
+    if value.is_graph_output():
+        name, value.name = value.name, None
+        result.name = name
+    value.replace_all_uses_with(result, replace_graph_outputs=True)
 
 
 def _is_rescale(node: ir.Node) -> bool:

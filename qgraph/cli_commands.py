@@ -14,13 +14,14 @@ import qgraph
 from qgraph.cli_compare import compare
 from qgraph.cli_options import PATH, Common, data_options, memory, output_options, pass_common, run_options
 from qgraph.cli_options import shapes as read_shapes
-from qgraph.errors import SearchInterrupted, ToleranceError, nearest
+from qgraph.errors import SearchInterrupted, ToleranceError, UserError, nearest
 
 if TYPE_CHECKING:
     from qgraph.registry import Kind
 
 __all__ = ["commands"]
 
+_STRICT_TARGET = "integer"
 _STRICT = ("integer-requantize.strict=true",)
 
 
@@ -114,6 +115,8 @@ def compile_command(
     from qgraph.compiler import compile as compile_model
     from qgraph.runtime.tolerances import parse_budget, parse_tolerance
 
+    if strict and target != _STRICT_TARGET:
+        raise UserError(f"--strict is for the target {_STRICT_TARGET}, and this is {target}")
     failure: ToleranceError | SearchInterrupted | None = None
     with common.display() as display:
         try:

@@ -138,9 +138,9 @@ def compile(  # noqa: A001 - the name that users look for
         raise SearchInterrupted(artifact)
     if manifest["failures"]:
         bounded = " and the ".join(name for name in ("tolerance", "budget") if manifest.get(name))
+        state = f"is outside the {bounded}" if bounded else "is not verified"
         raise ToleranceError(
-            f"{folder} is outside the {bounded}: {'; '.join(manifest['failures'])}. {result.tried}"
-            "It is kept, marked unverified.",
+            f"{folder} {state}: {'; '.join(manifest['failures'])}. {result.tried}It is kept, marked unverified.",
             artifact,
         )
     return artifact

@@ -48,7 +48,6 @@ HELD_BACK = 0.2
 RANDOM_SAMPLES = 4
 BENCH_SECONDS = 0.4
 BENCH_FEEDS = 4
-_FOOTPRINT = {"flash": "of constants (flash)", "ram": "of activations (RAM)"}
 _WHOLE = 2
 """A model with weights of more than this part of the memory for calibration is compared in slices..."""
 _SLICE = 16
@@ -143,13 +142,6 @@ class Bounds:
         elif "latency" in self.budget and speedup is not None and 1 / speedup > noise * self.budget["latency"]:
             failures.append(f"it takes {1 / speedup:.2f} of the source's time, more than {self.budget['latency']:g}x")
         return failures
-
-
-def footprint_text(footprint: Mapping[str, Any]) -> str:
-    """Return what code needs on a device in one line."""
-    parts = [f"{bytes_text(footprint[kind])} {what}" for kind, what in _FOOTPRINT.items() if kind in footprint]
-    parts += [str(footprint[kind]) for kind in ("library",) if kind in footprint]
-    return "   ".join(parts)
 
 
 def bytes_of(folder: Path) -> int:
@@ -327,8 +319,8 @@ class Run:
         failures += bounds.over_budget(bytes_of(folder), speedup, noise=_NOISE)
         (folder / "recipe.toml").write_text(recipe_text(self.target, plan), encoding="utf-8")
         footprint = self.target.footprint(folder)
-        if footprint is not None:
-            self.event("footprint", footprint_text(footprint))
+        if footprint is not None and "library" in footprint:
+            self.event("library", str(footprint["library"]))
         manifest = write_manifest(folder, self._facts(plan, built, kernels, verification, bounds, failures, footprint))
         if speedup is not None:
             self.event("bench", f"{speedup:.2f}x the speed of the source")

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 import qgraph.ir
+from qgraph.analysis.integer_functions import DOMAIN
 from qgraph.analysis.integer_units import computes_floats
 from qgraph.codegen.c_source import emit_c
 from qgraph.codegen.tvm_disassembly import can_disassemble, float_instructions
@@ -30,7 +31,7 @@ from qgraph.errors import UserError
 from qgraph.passes.integer_requantize import BOUNDARY_KEY
 from qgraph.pipeline import Context, Pipeline, Skipped
 from qgraph.runtime.session import open_session
-from qgraph.targets.base import Kernels, Session, Target
+from qgraph.targets.base import Kernels, Session, Step, Target
 
 __all__ = ["Integer"]
 
@@ -42,6 +43,18 @@ _PREPARE = (
     "deduplicate-initializers,merge-duplicates,remove-unused,infer-shapes,unroll-recurrent,conv-transpose-to-conv,"
     "resize-to-matmul,decompose-norms,infer-shapes,remove-unused"
 )
+_LADDER = (
+    Step("activation ranges", ("full-qdq.method=percentile", "full-qdq.method=mse"), "activations"),
+    Step("equalization", ("equalize < full-qdq",)),
+    Step("more of 16 bits", ("full-qdq.sqnr=40", "full-qdq.sqnr=60"), "activations"),
+    Step("bias correction", ("bias-correction{method=fast} > full-qdq",)),
+    Step(
+        "learned rounding",
+        ("gptq{bits=8,group=0,symmetric=true,min_elements=0,ops=[Conv,Gemm,MatMul]} < full-qdq",),
+        "weights",
+    ),
+)
+"""What a search tries, the cheapest first."""
 _MOVES = frozenset({
     "Cast", "Concat", "Constant", "ConstantOfShape", "DepthToSpace", "DequantizeLinear", "Expand", "Flatten", "Gather",
     "GatherElements", "GatherND", "Identity", "If", "Pad", "QuantizeLinear", "Reshape", "Resize", "Shape", "Size",
@@ -71,13 +84,18 @@ class Integer(Target):
         """Return the passes that end in integers."""
         return Pipeline.parse("integer-requantize,merge-duplicates,remove-unused")
 
+    def ladder(self, compress: Pipeline) -> Sequence[Step]:
+        """Return what brings integers nearer to float: other ranges, more 16-bit tensors, passes before and behind."""
+        return _LADDER if any(one.name == "full-qdq" for one in compress) else ()
+
     def check(self, model: ir.Model) -> list[Skipped]:
-        """Return the nodes that compute in float and are no marked boundary."""
-        return [
-            Skipped(qgraph.ir.node_label(node), "it computes in float, and is no boundary that was told")
-            for node in qgraph.ir.walk(model)
-            if computes_floats(node) and not _is_edge(node) and BOUNDARY_KEY not in node.metadata_props
-        ]
+        """Return the nodes that compute in float, or may do so for all that is known, and are no marked boundary."""
+        found = []
+        for node in qgraph.ir.walk(model):
+            reason = _floating(node, model)
+            if reason is not None and not _is_edge(node) and BOUNDARY_KEY not in node.metadata_props:
+                found.append(Skipped(qgraph.ir.node_label(node), reason))
+        return found
 
     def emitting(self, forms: Sequence[str]) -> Integer:
         """Return the target that writes C sources (c), a library compiled by TVM (so), or both.
@@ -96,6 +114,8 @@ class Integer(Target):
         Raises:
             UserError: the model has no code: its shapes are dynamic, or something stays in float.
         """
+        if self.emit:
+            _refuse_boundaries(model, self.emit)
         files = super().lower(model, folder)
         if not self.emit:
             return files
@@ -147,6 +167,16 @@ class Integer(Target):
         )
 
 
+def _refuse_boundaries(model: ir.Model, forms: Sequence[str]) -> None:
+    told = [node for node in qgraph.ir.walk(model) if BOUNDARY_KEY in node.metadata_props]
+    if told:
+        more = f" (and {len(told) - 1} more)" if len(told) > 1 else ""
+        raise UserError(
+            f"--emit {forms[0]}: code computes in integers only, and '{qgraph.ir.node_label(told[0])}'{more} stays in "
+            f"float: {told[0].metadata_props[BOUNDARY_KEY]}. Without --emit it runs as an ONNX model"
+        )
+
+
 def _write_c(model: ir.Model, folder: Path) -> dict[str, Any]:
     needs = emit_c(model, folder)
     return {"flash": needs.flash, "ram": needs.ram, "kernels": needs.kernels}
@@ -164,6 +194,17 @@ def _write_library(model: ir.Model, folder: Path) -> dict[str, Any]:
 
 def _count(nodes: Iterable[ir.Node]) -> Counter[str]:
     return Counter(node.op_type for node in nodes)
+
+
+def _floating(node: ir.Node, model: ir.Model) -> str | None:
+    """Return why a node cannot be taken for integer, or None."""
+    if node.op_identifier() in model.functions and node.domain != DOMAIN:
+        return f"it calls {node.domain}.{node.op_type}, which may compute in float: put inline-functions before"
+    if computes_floats(node):
+        return "it computes in float, and is no boundary that was told"
+    values = (value for value in (*node.inputs, *node.outputs) if value is not None and value.name)
+    unknown = next((value for value in values if value.dtype is None), None)
+    return None if unknown is None else f"the type of '{unknown.name}' is not known"
 
 
 def _is_edge(node: ir.Node) -> bool:

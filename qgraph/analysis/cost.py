@@ -3,7 +3,7 @@
 Weights are never read: their shapes and types are enough. Shapes follow from the inputs, whose dynamic axes are given
 sizes; an initializer that a caller may override counts as constant. What cannot be known is not guessed: a node
 without a figure has the reason instead. A loop's body and both branches of an If are counted once. Model-local
-functions are inlined first.
+functions are inlined first, but for the integer functions of qgraph, which count as operators.
 
 Multiply-adds are those of matrix products, convolutions, recurrent cells and attention; element-wise operators count
 as none.
@@ -21,6 +21,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common
 
 import qgraph.ir
+from qgraph.analysis.integer_functions import DOMAIN
 from qgraph.analysis.integer_rules import is_constant
 from qgraph.analysis.multiply_adds import UnknownCostError, multiply_adds
 from qgraph.analysis.shapes import Shapes
@@ -139,7 +140,7 @@ def cost(model: ir.Model, axes: Mapping[str, int] | None = None) -> ModelCost:
     copy = model.clone()
     if copy.functions:
         try:
-            onnx_ir.passes.common.InlinePass()(copy)
+            onnx_ir.passes.common.InlinePass(lambda function: function.domain != DOMAIN)(copy)
         except (ir.passes.PassError, ir.passes.InvariantError, ValueError) as error:
             raise UserError(f"the model's functions cannot be inlined: {error}. Export without functions.") from error
     copy.graph.inputs[:] = [value for value in copy.graph.inputs if value.name not in copy.graph.initializers]

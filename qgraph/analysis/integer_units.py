@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import numpy as np
 import onnx_ir as ir
@@ -26,9 +25,10 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.elementwise import ELEMENTWISE
 from qgraph.analysis.integer_patterns import PATTERNS
-from qgraph.analysis.integer_rules import is_constant, is_stored, output_axis
+from qgraph.analysis.integer_rules import is_constant, is_stored
+from qgraph.analysis.integer_tails import Tail, clamp_behind, follow_layer
 
-__all__ = ["FLOATS", "Form", "Tail", "Unit", "Units", "computes_floats", "integer_units", "is_float", "layer_weight"]
+__all__ = ["FLOATS", "Form", "Unit", "Units", "computes_floats", "integer_units", "is_float", "layer_weight"]
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
@@ -50,23 +50,6 @@ class Form(enum.Enum):
     NORM = "normalization"
     HYPOT = "root of a sum of squares"
     CAST = "integers as numbers"
-
-
-@dataclasses.dataclass
-class Tail:
-    """What is done to an accumulator before it is rounded: y = clamp(x * factor + offset, low, high).
-
-    Attributes:
-        factor: float64, () or broadcasting over the last axis of a product, or over the channels of a convolution.
-        offset: the same.
-        low: the least result.
-        high: the largest.
-    """
-
-    factor: np.ndarray = dataclasses.field(default_factory=lambda: np.array(1.0))
-    offset: np.ndarray = dataclasses.field(default_factory=lambda: np.array(0.0))
-    low: float = -math.inf
-    high: float = math.inf
 
 
 @dataclasses.dataclass(eq=False)
@@ -147,14 +130,28 @@ def integer_units(graph: ir.Graph) -> Units:
     Args:
         graph: types must be known (`infer-shapes`); QuantizeLinear and DequantizeLinear bound units and are none.
     """
-    return _Cutter(graph).run()
+    ends: set[ir.Value] = set()
+    while True:
+        cutter = _Cutter(graph, ends)
+        found = cutter.run()
+        crossed = cutter.crossed()
+        if not crossed:
+            return found
+        ends |= crossed
 
 
 class _Cutter:
-    """Goes over the nodes once; a node may take those behind it along, and functions of one tensor grow backwards."""
+    """Goes over the nodes once; a node may take those behind it along, and functions of one tensor grow backwards.
 
-    def __init__(self, graph: ir.Graph) -> None:
+    Args:
+        graph: the main graph.
+        ends: tensors through which no function of one tensor grows.
+    """
+
+    def __init__(self, graph: ir.Graph, ends: Set[ir.Value]) -> None:
         self._graph = graph
+        self._ends = ends
+        self._made: dict[ir.Value, Unit] = {}
         self._units: list[Unit] = []
         self._refused: dict[ir.Node, str] = {}
         self._taken: set[ir.Node] = set()
@@ -174,6 +171,10 @@ class _Cutter:
             return
         if node.domain not in ("", "ai.onnx"):
             self._refused[node] = f"{node.domain}.{node.op_type} is not an operator of ONNX"
+            return
+        other = _other_floats(node)
+        if other is not None:
+            self._refused[node] = f"it computes in {other.name.lower()}: only float32 has an integer form"
             return
         for pattern in PATTERNS:
             found = pattern(node)
@@ -206,8 +207,9 @@ class _Cutter:
                 continue
             if is_constant(value):
                 return False
-            root = self._root.get(value, value)
-            if value not in self._root and not is_float(value):
+            inside = value in self._root and value not in self._ends
+            root = self._root[value] if inside else value
+            if not inside and not is_float(value):
                 return False
             roots.add(root)
         if len(roots) != 1:
@@ -226,7 +228,16 @@ class _Cutter:
             discrete = not is_float(value) and any(reader.outputs[0] not in self._root for reader in readers)
             if value in wanted or value.is_graph_output() or outside or bounded or discrete:
                 path = self._path(root, value)
-                self._units.append(Unit(Form.TABLE, path[-1], path, (root,), (value,)))
+                unit = Unit(Form.TABLE, path[-1], path, (root,), (value,))
+                self._units.append(unit)
+                if value in wanted or value.is_graph_output() or outside or discrete:
+                    self._made[value] = unit
+
+    def crossed(self) -> set[ir.Value]:
+        """Return the results of functions that others pass through: integers stand there, so those start from them."""
+        tables = [unit for unit in self._units if unit.form is Form.TABLE]
+        read = {value for unit in tables for node in unit.nodes for value in node.inputs if value not in unit.inputs}
+        return {value for value in self._made if value in read}
 
     def _path(self, root: ir.Value, value: ir.Value) -> tuple[ir.Node, ...]:
         found: dict[ir.Node, None] = {}
@@ -236,7 +247,8 @@ class _Cutter:
             if node is None or node in found:
                 continue
             found[node] = None
-            stack += [one for one in node.inputs if one is not None and one in self._root and one is not root]
+            inner = (one for one in node.inputs if one is not None and one in self._root)
+            stack += [one for one in inner if one is not root and one not in self._ends]
         return self._sorted(found)
 
     def _sorted(self, nodes: Iterable[ir.Node]) -> tuple[ir.Node, ...]:
@@ -278,7 +290,7 @@ class _Cutter:
             left, right = node.inputs
             assert left is not None
             assert right is not None
-            tail, nodes = self._tail(node, per_channel=False)
+            tail, nodes = follow_layer(node, per_channel=False)
             return Unit(Form.MATMUL, node, nodes, (left, right), tuple(nodes[-1].outputs), tail)
         index, _ = weight
         source = node.inputs[1 - index] if node.op_type == "MatMul" else node.inputs[0]
@@ -291,7 +303,7 @@ class _Cutter:
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if bias is not None and qgraph.ir.constant(bias) is None and not is_stored(bias):
             return "its bias is computed at run time"
-        tail, nodes = self._tail(node, per_channel=index == 1)
+        tail, nodes = follow_layer(node, per_channel=index == 1)
         return Unit(Form.LAYER, node, nodes, (source,), tuple(nodes[-1].outputs), tail)
 
     def _sum(self, node: ir.Node) -> Unit | str:
@@ -313,7 +325,7 @@ class _Cutter:
         if not dynamic:
             return "it reads only constants"
         values, signs = zip(*terms, strict=True)
-        tail, rest_nodes = self._clamp(nodes[-1])
+        tail, rest_nodes = clamp_behind(nodes[-1])
         inside = (*nodes, *rest_nodes)
         return Unit(Form.SUM, nodes[-1], inside, dynamic, tuple(inside[-1].outputs), tail, signs, values)
 
@@ -335,65 +347,20 @@ class _Cutter:
             if is_stored(right) and not np.all(_array(right)):
                 return "it divides by zero"
             form = Form.PRODUCT if is_stored(right) else Form.QUOTIENT
-        tail, rest = self._clamp(node)
+        tail, rest = clamp_behind(node)
         nodes = (node, *rest)
         return Unit(form, node, nodes, dynamic, tuple(nodes[-1].outputs), tail, terms=(left, right))
-
-    # --- what stands behind an accumulator ----------------------------------------------------------------------------
-
-    def _tail(self, node: ir.Node, *, per_channel: bool) -> tuple[Tail, tuple[ir.Node, ...]]:
-        """Follow a layer through what can be done to its accumulator."""
-        tail, nodes = Tail(), [node]
-        while True:
-            after = qgraph.ir.only_consumer(nodes[-1].outputs[0])
-            if after is None or after.graph is not self._graph or len(after.outputs) != 1:
-                break
-            if not self._follow(tail, after, nodes[-1].outputs[0], node, per_channel=per_channel):
-                break
-            nodes.append(after)
-        clamp, rest = self._clamp(nodes[-1])
-        tail.low, tail.high = clamp.low, clamp.high
-        return tail, (*nodes, *rest)
-
-    def _follow(self, tail: Tail, after: ir.Node, value: ir.Value, layer: ir.Node, *, per_channel: bool) -> bool:
-        if not qgraph.ir.is_op(after, "Add", "Sub", "Mul", "Div"):
-            return False
-        position = 0 if after.inputs[0] is value else 1
-        array = qgraph.ir.constant(after.inputs[1 - position])
-        if array is None or array.dtype != np.float32 or not np.isfinite(array).all():
-            return False
-        operand = _over_channels(np.asarray(array, np.float64), layer, per_channel=per_channel)
-        if operand is None or (after.op_type == "Div" and (position == 1 or not np.all(operand))):
-            return False
-        if after.op_type in ("Mul", "Div"):
-            factor = operand if after.op_type == "Mul" else 1.0 / operand
-            if not np.all(factor):
-                return False
-            tail.factor, tail.offset = tail.factor * factor, tail.offset * factor
-        elif after.op_type == "Add" or position == 0:
-            tail.offset = tail.offset + (operand if after.op_type == "Add" else -operand)
-        else:
-            tail.factor, tail.offset = -tail.factor, operand - tail.offset
-        return True
-
-    def _clamp(self, node: ir.Node) -> tuple[Tail, list[ir.Node]]:
-        """Return the bounds of the Relu or Clip that alone reads the result of `node`, and that node."""
-        after = qgraph.ir.only_consumer(node.outputs[0])
-        if after is None or after.graph is not self._graph or not qgraph.ir.is_op(after, "Relu", "Clip"):
-            return Tail(), []
-        if after.op_type == "Relu":
-            return Tail(low=0.0), [after]
-        bounds = [qgraph.ir.constant(after.inputs[i]) if i < len(after.inputs) else None for i in (1, 2)]
-        given = [value for value in after.inputs[1:] if value is not None]
-        if len(given) != sum(bound is not None for bound in bounds):
-            return Tail(), []
-        low, high = (None if bound is None else float(bound.item()) for bound in bounds)
-        return Tail(low=-math.inf if low is None else low, high=math.inf if high is None else high), [after]
 
 
 def _touches_floats(node: ir.Node) -> bool:
     values = (*node.inputs, *node.outputs)
     return any(value is not None and (value.dtype in FLOATS) for value in values)
+
+
+def _other_floats(node: ir.Node) -> ir.DataType | None:
+    """Return the type of floats other than float32 that a node reads or makes, if any."""
+    kinds = (value.dtype for value in (*node.inputs, *node.outputs) if value is not None)
+    return next((kind for kind in kinds if kind in FLOATS and kind is not ir.DataType.FLOAT), None)
 
 
 def _outputs(node: ir.Node) -> tuple[ir.Value, ...]:
@@ -449,22 +416,3 @@ def _joiner(node: ir.Node, first: int) -> Unit | str:
     if not dynamic and node.op_type != "Where":
         return "it reads only constants"
     return Unit(Form.JOIN, node, (node,), dynamic, _outputs(node), terms=tuple(values))
-
-
-def _over_channels(array: np.ndarray, layer: ir.Node, *, per_channel: bool) -> np.ndarray | None:
-    """Return a constant as () or (channels,) if it is the same everywhere else, else None."""
-    if array.size == 1:
-        return array.reshape(())
-    if not per_channel:
-        return None
-    weight = layer.inputs[1]
-    if weight is None or weight.shape is None:
-        return None
-    if layer.op_type == "Conv":
-        rank, channels = len(weight.shape), weight.shape[0]
-        fits = array.size == channels and array.ndim >= rank - 1 and array.shape[-(rank - 1)] == channels
-    else:
-        channels = weight.shape[output_axis(layer) - 2 if len(weight.shape) > 2 else output_axis(layer)]
-        channels = weight.shape[-1] if layer.op_type == "MatMul" else channels
-        fits = array.size == channels and array.ndim >= 1 and array.shape[-1] == channels
-    return array.reshape(-1) if fits else None

@@ -127,7 +127,8 @@ def effects(
         name: one if isinstance(one, Perturbation) else Perturbation(name, one) for name, one in perturbations.items()
     }
     known = Shapes(model).run()
-    outputs = [str(value.name) for value in model.graph.outputs if known.dtype(value) in _FLOATS]
+    named = dict.fromkeys(model.graph.outputs)  # one may be listed twice
+    outputs = [str(value.name) for value in named if known.dtype(value) in _FLOATS]
     if not outputs:
         raise UserError("the model gives out no real numbers whose error could be told")
     forward = Probe(model, raw_outputs(outputs), frozenset(first), threads=context.threads)

@@ -17,6 +17,7 @@ from qgraph.runtime.verification import OutputFigures, Verification
 
 __all__ = ["Comparison", "PassFacts", "ReportData", "comparisons", "deployable_bytes"]
 
+_FOOTPRINT = {"flash": ("flash", "constants of the C code"), "ram": ("RAM", "activations of the C code")}
 _NOT_DEPLOYED = frozenset({"recipe.toml"})
 
 
@@ -160,9 +161,15 @@ def deployable_bytes(manifest: Mapping[str, Any]) -> int:
 
 
 def comparisons(manifest: Mapping[str, Any], bench: Mapping[str, Any] | None) -> list[Comparison]:
-    """Return the before/after table: size, latency, output and, where there are labels, accuracy."""
+    """Return the before/after table: size, what code needs, latency, output and, where there are labels, accuracy."""
     sizes = int(manifest["source"]["bytes"]), deployable_bytes(manifest)
     lines = [_ratio("size", sizes, units.bytes_text, ("smaller", "larger"))]
+    needs = manifest.get("footprint", {})
+    lines += [
+        Comparison(label, "", units.bytes_text(needs[key]), "", remark)
+        for key, (label, remark) in _FOOTPRINT.items()
+        if key in needs
+    ]
     if bench is not None and "candidates" in bench:
         timed = Benchmark.from_json(bench)
         names = [one.name for one in timed.candidates]

@@ -99,7 +99,7 @@ def _conv_integer(attributes: Attributes, inputs: Inputs) -> np.ndarray:
     filters = weight.reshape(groups, outputs // groups, channels // groups, *weight.shape[2:]).astype(np.float64)
     total = np.zeros((batch, groups, outputs // groups, math.prod(windows.counts)))
     for position, met in windows.positions(padded):
-        columns = met.reshape(batch, groups, channels // groups, -1).astype(np.float64)
+        columns = met.reshape(batch, groups, channels // groups, math.prod(windows.counts)).astype(np.float64)
         total += filters[(..., *position)] @ columns
     return fitting(total.reshape(batch, outputs, *windows.counts), _INT32)
 
