@@ -121,7 +121,8 @@ def claims(rows: Sequence[Figures]) -> list[Figures]:
         elif name in SIGNALS:
             decibels = {form: row["sqnr dB"] for form, row in forms.items()}
             own, theirs = decibels[_integer("half-up")], decibels[QDQ]
-            text = f"{own:.1f} dB against {theirs:.1f} (cpu-int8 {decibels['cpu-int8']:.1f})"
+            others = ", ".join(f"{form} {decibels[form]:.1f}" for form in ("cpu-int8", FULL) if form in decibels)
+            text = f"{own:.1f} dB against {theirs:.1f} ({others})"
             reached = own >= theirs - 2
             found.append(pruning.claim(f"{name}, SQNR", "within 2 dB of the QDQ model", text, reached))
         else:
