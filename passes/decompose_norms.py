@@ -101,7 +101,7 @@ def _normalized(
     return [emit("Add", value, emit.constant("bias", bias.reshape(by_channel)))]
 
 
-def _layer(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
+def _layer(node: ir.Node, emit: Emitter) -> Sequence[ir.Value | None]:
     """Join the axes that a LayerNormalization runs over to one, if they are several."""
     value = node.inputs[0]
     rank = None if value is None or value.shape is None else len(value.shape)
@@ -124,15 +124,16 @@ def _layer(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
     kept = [0] * (axis % rank)
     rows = emit("Reshape", value, emit.integers("rows", [*kept, row]))
     done = emit("LayerNormalization", rows, *flat, axis=-1, epsilon=node.attributes.get_float("epsilon", 1e-5))
-    return [emit("Reshape", done, emit.integers("back", [*kept, *sizes])), *[None] * (len(node.outputs) - 1)]
+    back = emit("Reshape", done, emit.integers("back", [*kept, *sizes]))
+    return (back, *(None for _ in node.outputs[1:]))
 
 
-def _batch(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
+def _batch(node: ir.Node, emit: Emitter) -> Sequence[ir.Value | None]:
     """Write what is left of BatchNormalization where no layer before it could take it up."""
     value = node.inputs[0]
     arrays = [qgraph.ir.constant(one) for one in node.inputs[1:5]]
     known = [np.asarray(array, np.float64) for array in arrays if array is not None]
-    if value is None or value.shape is None or len(known) < len(arrays) or node.attributes.get_int("training_mode", 0):
+    if value is None or value.shape is None or len(known) < len(arrays) or len(node.outputs) > 1:
         raise UnfitError("its statistics are computed, or the rank of its input is not known")
     scale, bias, mean, variance = known
     factor = scale / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
@@ -140,7 +141,7 @@ def _batch(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
     dtype = np.float32 if value.dtype is None else value.dtype.numpy()
     product = emit("Mul", value, emit.constant("factor", factor.astype(dtype).reshape(along)))
     offset = emit.constant("offset", (bias - mean * factor).astype(dtype).reshape(along))
-    return [emit("Add", product, offset), *[None] * (len(node.outputs) - 1)]
+    return (emit("Add", product, offset), *(None for _ in node.outputs[1:]))
 
 
 def _channel_slopes(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
