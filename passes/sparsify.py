@@ -160,9 +160,17 @@ class Sparsify(Pass):
         return {layer: layer.stored(matrices[layer]) for layer in layers}, figures
 
     def _moments(self, stage: Stage, context: Context) -> Mapping[LinearLayer, LayerMoments]:
-        found = {layer: LayerMoments(layer.inputs) for group in stage.layers.values() for layer in group}
+        found: dict[LinearLayer, LayerMoments] = {}
+        taken: dict[ir.Value, list[LinearLayer]] = {}
+        for x, group in stage.layers.items():
+            # Products that read the same tensor have the same moments; convolutions have windows of their own.
+            apart = [layer for layer in group if isinstance(layer, Convolution)]
+            alike = [layer for layer in group if not isinstance(layer, Convolution)]
+            taken[x] = [*apart, *alike[:1]]
+            found.update((layer, LayerMoments(layer.inputs)) for layer in taken[x])
+            found.update((layer, found[alike[0]]) for layer in alike)
         for number, rows in enumerate(stage.rows()):
-            for x, group in stage.layers.items():
+            for x, group in taken.items():
                 for layer in group:
                     seed = context.seed + number
                     original = rows[x].original

@@ -116,25 +116,33 @@ class Probe:
     """A session of a copy of `model` whose outputs are what `add` says; the rest of the graph is cut off.
 
     Args:
-        model: is not changed.
+        model: is not changed, unless it is `owned`.
         add: chooses the outputs.
         fed: names of the arrays in the feeds. An initializer that is also an input stays one only if it is fed:
             as a constant it runs faster.
         threads: 0 lets the runtime choose.
         optimise: let the runtime rewrite the graph.
+        owned: `model` was made for this and may be changed, which saves the copy.
 
     Raises:
         UserError: ONNX Runtime is not installed or refuses the model.
     """
 
     def __init__(
-        self, model: ir.Model, add: AddOutputs, fed: frozenset[str], *, threads: int = 0, optimise: bool = True
+        self,
+        model: ir.Model,
+        add: AddOutputs,
+        fed: frozenset[str],
+        *,
+        threads: int = 0,
+        optimise: bool = True,
+        owned: bool = False,
     ) -> None:
         try:
             import onnxruntime
         except ImportError:
             raise UserError("running a model needs ONNX Runtime: pip install 'qgraph-compiler[cpu]'") from None
-        copy = model.clone()
+        copy = model if owned else model.clone()
         copy.ir_version = max(copy.ir_version, 8)  # older ones want every initializer to be an input
         graph = copy.graph
         outputs = add(copy, main_values(copy))

@@ -53,7 +53,7 @@ class SegmentRun:
             part = _extracted(model, segment, outputs, store, changes or {})
             names = [str(value.name) for value in outputs]
             fed = frozenset(str(value.name) for value in segment.reads)
-            self._probe = Probe(part, raw_outputs(names), fed, threads=threads)
+            self._probe = Probe(part, raw_outputs(names), fed, threads=threads, owned=True)
 
     def __call__(self, number: int) -> dict[ir.Value, np.ndarray]:
         """Run one sample.
