@@ -368,8 +368,8 @@ class _Writer:
         self.constants.append(numpy_helper.from_array(array, f"c{len(self.constants)}"))
         return str(self.constants[-1].name)
 
-    def weight(self, *shape: int) -> str:
-        scale = 1 / math.sqrt(shape[0] if len(shape) == 2 else math.prod(shape[1:]))
+    def weight(self, *shape: int, gain: float = 1.0) -> str:
+        scale = gain / math.sqrt(shape[0] if len(shape) == 2 else math.prod(shape[1:]))
         return self.constant((self.random.normal(size=shape) * scale).astype(np.float32))
 
     def finish(self, output: str, shape: list[Any]) -> ir.Model:
@@ -409,7 +409,8 @@ def _convolutional(nodes: int) -> ir.Model:
     x = "x"
     while len(to.nodes) < nodes:
         h = to.node("Relu", to.node("Conv", x, to.weight(12, 8, 3, 3), to.weight(12), pads=[1, 1, 1, 1]))
-        h = to.node("Conv", h, to.weight(8, 12, 1, 1), to.weight(8))
+        # Thousands of blocks that each add to the stream: with little, so that it stays in range.
+        h = to.node("Conv", h, to.weight(8, 12, 1, 1, gain=0.02), to.weight(8, gain=0.02))
         x = to.node("Relu", to.node("Add", x, h))
     return to.finish(x, ["n", 8, 6, 6])
 
