@@ -183,7 +183,8 @@ class Program:
     def _run(self) -> str:
         lines = [self.signature(), "{"]
         if self.arena:
-            lines.append("    uint8_t *const memory = (uint8_t *)arena;")
+            # Compilers must not see through to the array: GCC 12 then reckons with twice its address and drops stores.
+            lines += ["    uint8_t *volatile start = (uint8_t *)arena;", "    uint8_t *const memory = start;"]
         used = {value for kernel in self.kernels for value in kernel.reads}
         used |= {view_source(self.graph, port.value) for port in self.graph.outputs}
         pairs = zip(self.graph.inputs, self.inputs, strict=True)

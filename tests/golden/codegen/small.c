@@ -95,7 +95,8 @@ static int64_t arena[6];
 
 void small_run(const uint8_t *input0, int8_t *output0)
 {
-    uint8_t *const memory = (uint8_t *)arena;
+    uint8_t *volatile start = (uint8_t *)arena;
+    uint8_t *const memory = start;
     conv_integer_0(input0, (uint8_t *)(memory + 0));
     reduce_sum_0((uint8_t *)(memory + 0), output0);
 }
