@@ -25,6 +25,7 @@ import qgraph.ir
 from qgraph.analysis.integer_functions import DOMAIN
 from qgraph.analysis.integer_units import computes_floats
 from qgraph.codegen.c_source import emit_c
+from qgraph.codegen.flat_gathers import flatten_gathers
 from qgraph.codegen.tvm_disassembly import can_disassemble, float_instructions
 from qgraph.codegen.tvm_library import LIBRARY, emit_so
 from qgraph.codegen.tvm_lowering import require_tvm
@@ -131,7 +132,9 @@ class Integer(Target):
         if not self.emit:
             return files
         static = model.clone()
-        Pipeline.parse("infer-shapes,fold-constants,infer-shapes,remove-unused").run(static)
+        Pipeline.parse("infer-shapes,fold-constants,infer-shapes").run(static)
+        flatten_gathers(static)
+        Pipeline.parse("infer-shapes,remove-unused").run(static)
         for form in self.emit:
             inner = folder / _FORMS[form]
             inner.mkdir()
