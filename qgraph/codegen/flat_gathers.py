@@ -35,7 +35,7 @@ def _flatten(graph: ir.Graph, node: ir.Node) -> None:
     name = qgraph.ir.node_label(node)
     target = qgraph.ir.initializer(graph, f"{name}/rows", np.asarray([math.prod(looked_up), *row], np.int64))
     rows = ir.node("Reshape", [source, target], name=qgraph.ir.fresh_name(graph, f"{name}/Reshape"))
-    rows.outputs[0].name, rows.outputs[0].dtype = qgraph.ir.fresh_name(graph, f"{name}/Reshape_out"), source.dtype
+    rows.outputs[0].name, rows.outputs[0].type = qgraph.ir.fresh_name(graph, f"{name}/Reshape_out"), source.type
     indices = qgraph.ir.initializer(graph, f"{name}/indices", np.asarray(flat, np.int64))
     gathered = ir.node("Gather", [rows.outputs[0], indices], {"axis": 0}, name=node.name)
     qgraph.ir.replace_node(node, [rows, gathered])

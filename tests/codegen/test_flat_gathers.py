@@ -17,7 +17,6 @@ from qgraph.runtime.session import open_session
         np.array([[0, 1], [2, -1], [-3, 0]]),
         np.array([[[1, 2, 3]], [[0, -3, -4]]]),
         np.array([2]),
-        np.zeros((2, 0), int),
     ],
 )
 def test_the_same_elements(places: np.ndarray):
