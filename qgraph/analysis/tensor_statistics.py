@@ -1,4 +1,4 @@
-"""Range and energy of tensors on the calibration samples, in one run over them."""
+"""Range and least element of tensors on the calibration samples, in one run over them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from qgraph.pipeline import Context
 
 __all__ = ["Statistics", "statistics"]
 
-_SAMPLE = 1024
-
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
@@ -27,15 +25,11 @@ class Statistics:
         low: the range to quantize it with, as the method has chosen it.
         high: see `low`.
         least: the least element of all.
-        largest: the largest one.
-        mean_square: of a sample of its elements.
     """
 
     low: float
     high: float
     least: float
-    largest: float
-    mean_square: float
 
 
 def statistics(
@@ -50,20 +44,15 @@ def statistics(
         UserError: as `calibrate`.
     """
     observers = {name: METHODS[method]() for name in tensors}
-    extremes: dict[str, tuple[float, float]] = {}
-    energy = {name: [0.0, 0.0] for name in tensors}
-    watch = Watch(model, context, [Request(name, None, max(one.sample, _SAMPLE)) for name, one in observers.items()])
+    least: dict[str, float] = {}
+    watch = Watch(model, context, [Request(name, None, one.sample) for name, one in observers.items()])
     for name, seen in watch:
-        low, high = extremes.get(name, (np.inf, -np.inf))
-        extremes[name] = (min(low, float(seen.low)), max(high, float(seen.high)))
+        least[name] = min(least.get(name, np.inf), float(seen.low))
         observers[name].add(seen.low, seen.high, seen.sample)
-        energy[name][0] += float(np.square(seen.sample, dtype=np.float64).sum())
-        energy[name][1] += seen.sample.size
     found = {}
-    for name in extremes:
+    for name in least:
         if name not in watch.unavailable:
             bounds = observers[name].range(scheme)
-            square, count = energy[name]
-            found[name] = Statistics(float(bounds[0]), float(bounds[1]), *extremes[name], square / max(count, 1.0))
-    empty = {name: "it was empty in every sample" for name in tensors if name not in extremes}
+            found[name] = Statistics(float(bounds[0]), float(bounds[1]), least[name])
+    empty = {name: "it was empty in every sample" for name in tensors if name not in least}
     return found, empty | watch.unavailable
