@@ -2,6 +2,7 @@
 
     integer = saturate(round_half_even(real / scale) + zero_point)        in float32
     real    = (integer - zero_point) * scale
+    float8  = saturate(nearest float8, half to even, of real / scale)
 
 Source: the ONNX operator specification, QuantizeLinear-23 and DequantizeLinear-23. Scales are positive normal float32
 numbers; zero is always represented exactly; a block of zeros gets scale 1. NaN and infinite elements are refused.
@@ -147,7 +148,7 @@ def quantize(array: np.ndarray, scheme: Scheme, parameters: Parameters | None = 
         )
     with np.errstate(over="ignore"):
         work = np.asarray(checked / _spread(np.asarray(scale, np.float32), scheme, checked.shape))
-    np.rint(work, out=work)
+    work = scheme.rounded(work)
     work += _spread(zero_point, scheme, checked.shape).astype(np.float32)
     np.clip(work, scheme.qmin, scheme.qmax, out=work)
     return Quantized(work.astype(scheme.dtype), np.asarray(scale, np.float32), np.asarray(zero_point), scheme)
@@ -314,7 +315,7 @@ def _squared_error(rows: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, 
     zero = zero_point.astype(np.float32)[:, None]
     with np.errstate(over="ignore"):
         work = rows / scale[:, None]
-    np.rint(work, out=work)
+    work = scheme.rounded(work)
     np.clip(work, scheme.qmin - zero, scheme.qmax - zero, out=work)
     work *= scale[:, None]
     work -= rows
