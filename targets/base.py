@@ -170,6 +170,14 @@ class Target(abc.ABC):
         del folder
         return None
 
+    def runtime(self, folder: Path) -> Mapping[str, Any] | None:
+        """Return how the runtime is to be opened for the files in `folder`, as JSON values that do not vary.
+
+        Providers and their options, and what is known of where nodes run; None for a runtime without such options.
+        """
+        del folder
+        return None
+
     def stand_in(self) -> str:
         """Return what sessions run on where the target's own device or runtime is not here; '' where it is."""
         return ""

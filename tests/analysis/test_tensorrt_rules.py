@@ -13,7 +13,8 @@ from qgraph.analysis.tensorrt_rules import RULES, broken_rules
 INPUTS = "float[1,8,8,8] x, float[8,8,1,1] w"
 CONSTANTS = """<float s = {0.5}, float s2 = {0.25}, float negative = {-0.5}, float zero = {0},
  int8 z = {0}, int8 z3 = {3}, uint8 zu = {0}, int32 z32 = {0},
- float[8] many = {1,2,3,4,5,6,7,8}, int8[8] zs = {0,0,0,0,0,0,0,0}, int32[8] b = {1,2,3,4,5,6,7,8}, int8[8,8,1,1] wq = {0}>"""
+ float[8] many = {1,2,3,4,5,6,7,8}, int8[8] zs = {0,0,0,0,0,0,0,0}, int32[8] b = {1,2,3,4,5,6,7,8},
+ int8[8,8,1,1] wq = {WEIGHT}>""".replace("WEIGHT", ",".join("1" * 64))
 GOOD = """
     xq = QuantizeLinear(x, s, z)  xd = DequantizeLinear(xq, s, z)
     wd = DequantizeLinear<axis = 0>(wq, many, zs)
@@ -48,14 +49,16 @@ BROKEN = {
         "c =", "bd = DequantizeLinear<axis = 0>(b, many)  c ="
     ),
     "all inputs of a layer": GOOD.replace("Conv(xd, wd)", "Conv(x, wd)"),
-    "Q behind the activation": GOOD.replace("r = Relu(c)", "cq = QuantizeLinear(c, s, z)  cd = DequantizeLinear(cq, s, z)  r = Relu(cd)"),
+    "Q behind the activation": GOOD.replace("r = Relu(c)", "cq = QuantizeLinear(c, s, z)  r = Relu(cd)").replace(
+        "r = Relu", "cd = DequantizeLinear(cq, s, z)  r = Relu"
+    ),
     "residual": GOOD.replace("Add(d, xd)", "Add(d, x)"),
     "one scale": GOOD.replace("Conv(xd, wd)", "Conv(md, wd)").replace(
         "c =",
         "m = MaxPool<kernel_shape = [1,1]>(xd)  mq = QuantizeLinear(m, s2, z)  md = DequantizeLinear(mq, s2, z)  c =",
     ),
     "operators": GOOD.replace("y = Add(d, xd)", "e = Add(d, xd)  y = com.microsoft.QLinearSigmoid(e)"),
-}  # fmt: skip
+}
 
 
 def test_a_model_that_keeps_them_all():

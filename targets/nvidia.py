@@ -1,0 +1,186 @@
+"""What ONNX Runtime's targets for NVIDIA GPUs share: sessions, what the manifest tells of them, and where nodes run.
+
+The providers that a target wants are asked in order, and the CPU at last. Where the first is not installed, or its
+libraries do not load, sessions run on what there is, and the artifact says so, with the remedy.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+
+import qgraph.ir
+from qgraph.analysis.provider_split import Split, split_by_provider
+from qgraph.capabilities import table
+from qgraph.pipeline import Pipeline, Skipped
+from qgraph.runtime.session import CPU_PROVIDER, installed_providers, open_session, provider_fault
+from qgraph.targets.base import Kernels, Session
+from qgraph.targets.cpu import CpuFp32
+from qgraph.targets.cpu_int4 import weight_kernels
+
+__all__ = ["CUDA", "TENSORRT", "NvidiaTarget", "cleaned_up", "work_of"]
+
+CUDA = "CUDAExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
+_TABLES = {CUDA: "onnxruntime-cuda", TENSORRT: "tensorrt"}
+_CONTROL = ("If", "Loop", "Scan")
+_COMPUTE = ("Attention", "Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "GroupQueryAttention", "LSTM", "MatMul",
+            "MatMulBnb4", "MatMulNBits", "MultiHeadAttention", "RNN")  # fmt: skip
+"""Operators without whose kernels a GPU is of no use."""
+_MOST_TOLD = 3
+_ENGINES = "trt_engine_cache_path"
+
+
+def cleaned_up(opset: int, last: str = "fuse-attention,remove-unused") -> Pipeline:
+    """Return the clean-up passes, for an opset of which the providers have all kernels, and `last` behind them."""
+    return Pipeline.parse(
+        f"inline-functions,lift-constants,convert-opset{{version={opset}}},fold-constants,remove-identity,"
+        f"fold-batch-norm,deduplicate-initializers,merge-duplicates,remove-unused{',' if last else ''}{last}"
+    )
+
+
+def work_of(model: ir.Model, *operators: str) -> list[ir.Node]:
+    """Return the nodes of some operators, those of subgraphs among them."""
+    return [node for node in qgraph.ir.walk(model) if qgraph.ir.is_op(node, *operators)]
+
+
+@dataclasses.dataclass(frozen=True)
+class NvidiaTarget(CpuFp32, abc.ABC):
+    """A precision on an NVIDIA GPU, through ONNX Runtime."""
+
+    extra: ClassVar[str] = "cuda"
+    providers: ClassVar[Sequence[str]] = (CUDA,)
+    """The providers that it wants, the most wanted first; the CPU comes last by itself."""
+    opset: ClassVar[int] = 18
+    """The highest opset at which the CUDA provider has every kernel that it has at all; see its table."""
+
+    def prepare_passes(self) -> Pipeline:
+        """Return the clean-up passes, and attention as one operator."""
+        return cleaned_up(self.opset)
+
+    def options(self) -> Mapping[str, Mapping[str, str]]:
+        """Return provider -> its options."""
+        return {}
+
+    def config(self) -> Mapping[str, str]:
+        """Return further entries of the session's configuration."""
+        return {}
+
+    def stand_in(self) -> str:
+        """Return a note where the first provider is not installed, or does not start."""
+        installed, first = installed_providers(), self.providers[0]
+        fault = provider_fault(first) if first in installed else ""
+        if not installed or (first in installed and not fault):
+            return ""
+        instead = next(
+            (one for one in self.providers[1:] if one in installed and not provider_fault(one)), CPU_PROVIDER
+        )
+        why = f"; {fault}" if fault else ""
+        return f"the {_short(instead)} provider (same operators; not run on {_short(first)} here{why})"
+
+    def session(self, folder: Path, *, threads: int = 0) -> Session:
+        """Open model.onnx with the providers that are wanted and start here, the CPU last.
+
+        Raises:
+            UserError: ONNX Runtime is not installed.
+        """
+        installed = installed_providers()
+        wanted: list[str | tuple[str, Mapping[str, str]]] = []
+        for name in self.providers:
+            if name in installed and not provider_fault(name):
+                options = {**self.options().get(name, {}), **_local_options(name)}
+                wanted.append((name, options) if options else name)
+        session: Session = open_session(
+            folder / "model.onnx", threads=threads, providers=[*wanted, CPU_PROVIDER], config=self.config()
+        )
+        return session
+
+    def kernels(self, folder: Path) -> Kernels:
+        """Count the operators as they are written: what the provider fuses is known on the device only."""
+        return weight_kernels(qgraph.ir.load(folder / "model.onnx"), integers=False)
+
+    def split(self, model: ir.Model) -> Split:
+        """Return which provider would run what."""
+        return split_by_provider(model, [table(_TABLES[name]) for name in self.providers])
+
+    def without_kernels(self, model: ir.Model) -> list[Skipped]:
+        """Return the nodes that do the work of a model and would do it on the CPU, each with the reason."""
+        split = self.split(model)
+        on_cpu = {qgraph.ir.node_label(node) for node, one in split.providers.items() if one == CPU_PROVIDER}
+        working = {qgraph.ir.node_label(node) for node in qgraph.ir.walk(model) if node.op_type in _COMPUTE}
+        return [
+            Skipped(node, f"it would run on the CPU: {reason}")
+            for node, reason in split.left
+            if node in on_cpu and node in working
+        ]
+
+    def runtime(self, folder: Path) -> Mapping[str, Any]:
+        """Return providers, options, whether inputs and the whole graph can stay on the GPU, and where nodes run."""
+        model = qgraph.ir.load(folder / "model.onnx")
+        split = self.split(model)
+        against = _against_cuda_graph(model, split)
+        return {
+            "provider": self.providers[0],
+            "options": dict(sorted(self.options().get(self.providers[0], {}).items())),
+            "fallback": [*self.providers[1:], CPU_PROVIDER],
+            "session": dict(sorted(self.config().items())),
+            "io_binding": True,
+            "cuda_graph": {"possible": not against, "against": against},
+            "nodes": split.counts(),
+            "parts": split.parts,
+            "copies": split.copies,
+            "elsewhere": [{"node": node, "reason": reason} for node, reason in split.left],
+            "told": _told(split, self.providers[0]),
+        }
+
+
+def _short(provider: str) -> str:
+    return "TensorRT" if provider == TENSORRT else provider.removesuffix("ExecutionProvider")
+
+
+def _local_options(provider: str) -> dict[str, str]:
+    """Return options of this machine, which no manifest holds: where TensorRT keeps the engines that it has built."""
+    if provider != TENSORRT:
+        return {}
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qgraph" / "tensorrt"
+    return {_ENGINES: str(cache)}
+
+
+def _against_cuda_graph(model: ir.Model, split: Split) -> list[str]:
+    """Return what keeps a model from being captured as a CUDA graph, one line each.
+
+    Source: ONNX Runtime, CUDA execution provider, Performance Tuning, CUDA graphs: no control flow, all nodes on the
+    provider, inputs of one shape.
+    """
+    against = [
+        f"input '{value.name}' has a dynamic axis: fix it with --shape {value.name}=..."
+        for value in model.graph.inputs
+        if value.shape is None or not value.shape.is_static()
+    ]
+    control = sorted({node.op_type for node in qgraph.ir.walk(model) if node.op_type in _CONTROL})
+    if control:
+        against.append(f"it has control flow: {', '.join(control)}")
+    counts = Counter(node.op_type for node, provider in split.providers.items() if provider == CPU_PROVIDER)
+    if counts:
+        told = ", ".join(f"{count} {op}" for op, count in sorted(counts.items()))
+        against.append(f"nodes run on the CPU: {told}")
+    return against
+
+
+def _told(split: Split, first: str) -> str:
+    """Return one line: how many nodes run where, why, and what is copied."""
+    counts = Counter(split.providers.values())
+    parts = [
+        f"{count} nodes on {_short(name)}" for name, count in sorted(counts.items(), key=lambda one: one[0] != first)
+    ]
+    others = Counter(reason for _, reason in split.left)
+    why = "; ".join(f"{count}: {reason}" for reason, count in others.most_common(_MOST_TOLD))
+    copies = f"   {split.copies} copies between GPU and CPU" if split.copies else ""
+    return f"{', '.join(parts)}{copies}{f'   ({why})' if why else ''}, as predicted from the tables"
