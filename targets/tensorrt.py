@@ -149,7 +149,7 @@ class TensorrtFp8(TensorrtTarget):
 
     def lower_passes(self) -> Pipeline:
         """Return the passes that end in float16 where it is not 8 bits."""
-        return Pipeline.parse("to-fp16,remove-unused")
+        return Pipeline.parse("to-fp16{quantizers=true},remove-unused")
 
     def config(self) -> Mapping[str, str]:
         """Return what keeps ONNX Runtime's other providers from making integer kernels of 8-bit floats."""

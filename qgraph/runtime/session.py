@@ -40,6 +40,7 @@ _LARGEST_INTEGER = 8
 _NUMPY_NAMES = {"float": "float32", "double": "float64"}
 _PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _MAPPED_ABOVE = 1024
+_FLOAT8 = "float8"
 _ONE_RELU = bytes.fromhex(
     "08083a330a0c0a0178120179220452656c751201675a0f0a0178120a0a080"
     "80112040a020801620f0a0179120a0a08080112040a02080142040a00100d"
@@ -104,10 +105,16 @@ def open_session(
     if optimised_path is not None:
         _write_optimised(options, optimised_path)
     name = "the model" if isinstance(model, bytes) else str(model)
+    source = model if isinstance(model, bytes) else str(model)
     try:
-        return ort.InferenceSession(
-            model if isinstance(model, bytes) else str(model), options, providers=list(providers)
-        )
+        try:
+            return ort.InferenceSession(source, options, providers=list(providers))
+        except Exception as error:
+            if _FLOAT8 not in str(error):
+                raise
+            # It makes integer kernels of what stands between quantizers, and refuses its own work on 8-bit floats.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+            return ort.InferenceSession(source, options, providers=list(providers))
     except MemoryError:
         raise
     except Exception as error:

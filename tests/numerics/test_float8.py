@@ -53,6 +53,7 @@ def test_the_largest_magnitude_of_each_channel_is_held(parameters):
     assert not zero_point.astype(np.float32).any()
     share = 16 if parameters is minmax_parameters else 1  # the search may let the largest saturate
     assert (np.abs(back - array) <= np.abs(array) / share + scale[:, None] * 2.0**-10).all()
+    assert np.array_equal(scale.astype(np.float16).astype(np.float32), scale)
     assert scale[3] == 1.0
 
 
