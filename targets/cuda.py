@@ -30,7 +30,7 @@ from qgraph.analysis.linear_layers import linear_layers
 from qgraph.errors import UserError
 from qgraph.pipeline import Context, Pipeline, Skipped
 from qgraph.targets.cpu_int4 import refused_blocks, weight_passes
-from qgraph.targets.nvidia import NvidiaTarget, cleaned_up, work_of
+from qgraph.targets.nvidia import NvidiaTarget, cleaned_up, once_each, work_of
 
 __all__ = ["CudaFp8", "CudaFp16", "CudaInt4", "CudaInt8"]
 
@@ -65,7 +65,7 @@ class CudaFp16(NvidiaTarget):
 
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return what the CUDA provider would hand to the CPU, or compute in float although it is quantized."""
-        return [*_refused(model), *self.without_kernels(model)]
+        return once_each([*_refused(model), *self.without_kernels(model)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ class CudaInt4(NvidiaTarget):
 
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return what the CUDA provider would hand to the CPU, or compute in float although it is quantized."""
-        return [*refused_blocks(model), *_refused(model), *self.without_kernels(model)]
+        return once_each([*refused_blocks(model), *_refused(model), *self.without_kernels(model)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,7 @@ class CudaFp8(NvidiaTarget):
         """Return what the CUDA provider would hand to the CPU: layers, and the weights that they read."""
         dequantizers = {qgraph.ir.node_label(node) for node in work_of(model, "DequantizeLinear")}
         left = [one for one in self.split(model).left if one.node in dequantizers]
-        return [*_refused(model), *self.without_kernels(model), *left]
+        return once_each([*_refused(model), *self.without_kernels(model), *left])
 
 
 def _require_linear(model: ir.Model, target: str, kind: str, instead: str) -> None:

@@ -25,7 +25,7 @@ from qgraph.targets.base import Kernels, Session
 from qgraph.targets.cpu import CpuFp32
 from qgraph.targets.cpu_int4 import weight_kernels
 
-__all__ = ["CUDA", "TENSORRT", "NvidiaTarget", "cleaned_up", "work_of"]
+__all__ = ["CUDA", "TENSORRT", "NvidiaTarget", "cleaned_up", "once_each", "work_of"]
 
 CUDA = "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
@@ -49,6 +49,14 @@ def cleaned_up(opset: int, last: str = "fuse-attention,remove-unused") -> Pipeli
 def work_of(model: ir.Model, *operators: str) -> list[ir.Node]:
     """Return the nodes of some operators, those of subgraphs among them."""
     return [node for node in qgraph.ir.walk(model) if qgraph.ir.is_op(node, *operators)]
+
+
+def once_each(refused: Sequence[Skipped]) -> list[Skipped]:
+    """Return the first reason of every node."""
+    first: dict[str, Skipped] = {}
+    for one in refused:
+        first.setdefault(one.node, one)
+    return list(first.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +102,8 @@ class NvidiaTarget(CpuFp32, abc.ABC):
         installed = installed_providers()
         wanted: list[str | tuple[str, Mapping[str, str]]] = []
         for name in self.providers:
-            if name in installed and not provider_fault(name):
+            # Without the runtime, opening a session is what says how to install it.
+            if not installed or (name in installed and not provider_fault(name)):
                 options = {**self.options().get(name, {}), **_local_options(name)}
                 wanted.append((name, options) if options else name)
         session: Session = open_session(
