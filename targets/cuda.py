@@ -19,7 +19,6 @@ CPU to verify the result, and the artifact says so.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -133,10 +132,6 @@ class CudaFp8(NvidiaTarget):
     def lower_passes(self) -> Pipeline:
         """Return the passes that end in float16."""
         return Pipeline.parse("to-fp16,remove-unused")
-
-    def config(self) -> Mapping[str, str]:
-        """Return what keeps ONNX Runtime from making integer kernels of products with 8-bit floats, which fails."""
-        return {"session.disable_quant_qdq": "1"}
 
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return what the CUDA provider would hand to the CPU: layers, and the weights that they read."""

@@ -77,10 +77,6 @@ class NvidiaTarget(CpuFp32, abc.ABC):
         """Return provider -> its options."""
         return {}
 
-    def config(self) -> Mapping[str, str]:
-        """Return further entries of the session's configuration."""
-        return {}
-
     def stand_in(self) -> str:
         """Return a note where the first provider is not installed, or does not start."""
         installed, first = installed_providers(), self.providers[0]
@@ -106,9 +102,7 @@ class NvidiaTarget(CpuFp32, abc.ABC):
             if not installed or (name in installed and not provider_fault(name)):
                 options = {**self.options().get(name, {}), **_local_options(name)}
                 wanted.append((name, options) if options else name)
-        session: Session = open_session(
-            folder / "model.onnx", threads=threads, providers=[*wanted, CPU_PROVIDER], config=self.config()
-        )
+        session: Session = open_session(folder / "model.onnx", threads=threads, providers=[*wanted, CPU_PROVIDER])
         return session
 
     def kernels(self, folder: Path) -> Kernels:
@@ -139,7 +133,6 @@ class NvidiaTarget(CpuFp32, abc.ABC):
             "provider": self.providers[0],
             "options": dict(sorted(self.options().get(self.providers[0], {}).items())),
             "fallback": [*self.providers[1:], CPU_PROVIDER],
-            "session": dict(sorted(self.config().items())),
             "io_binding": True,
             "cuda_graph": {"possible": not against, "against": against},
             "nodes": split.counts(),

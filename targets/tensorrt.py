@@ -151,10 +151,6 @@ class TensorrtFp8(TensorrtTarget):
         """Return the passes that end in float16 where it is not 8 bits."""
         return Pipeline.parse("to-fp16{quantizers=true},remove-unused")
 
-    def config(self) -> Mapping[str, str]:
-        """Return what keeps ONNX Runtime's other providers from making integer kernels of 8-bit floats."""
-        return {"session.disable_quant_qdq": "1"}
-
 
 def _require_layers(model: ir.Model, target: str, *, float8: bool) -> None:
     """Raise a UserError that names the commonest reason where nothing would be quantized."""

@@ -6,8 +6,9 @@ is split into CUDA, CPU, CUDA, with a copy to the host and a copy back.
 
 ONNX Runtime asks its providers in order, the most wanted first; each takes what it has kernels for, and the CPU takes
 the rest. Memory is of two kinds, the GPU's and the host's, so that nothing is copied between TensorRT and CUDA, but
-what leaves the CPU is. The computation of shapes stays on the CPU whatever the tables say: ONNX Runtime keeps it there
-(GetCpuPreferredNodes), and operators read shapes from the host's memory. Constants lie where they are read.
+what leaves the CPU is. The computation of shapes stays on the CPU though CUDA has kernels: ONNX Runtime keeps it there
+(GetCpuPreferredNodes), and operators read shapes from the host's memory; TensorRT has shapes of its own. Constants lie
+where they are read.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from qgraph.pipeline import Context, Skipped
 __all__ = ["CPU", "Split", "split_by_provider"]
 
 CPU = "CPUExecutionProvider"
+_CUDA = "CUDAExecutionProvider"
 _SHAPES = ("Shape", "Size")
 _HOST_INPUTS = {
     "ConstantOfShape": (0,), "CumSum": (1,), "Expand": (1,), "If": (0,), "Loop": (0, 1), "OneHot": (1,), "Pad": (1, 3),
@@ -77,7 +79,7 @@ def split_by_provider(model: ir.Model, tables: Sequence[Table]) -> Split:
         if node.op_type == "Constant":
             continue
         provider, reason = _first(node, tables, model.graph.opset_imports, shapes)
-        providers[node] = CPU if node in hosted and tables else provider
+        providers[node] = CPU if node in hosted and provider == _CUDA else provider
         if reason is not None and node not in hosted:
             left.append(Skipped(qgraph.ir.node_label(node), reason))
     return Split(providers, _copies(providers), _parts(providers, hosted), left)

@@ -72,7 +72,6 @@ def open_session(
     optimise: bool = True,
     optimised_path: Path | None = None,
     providers: Sequence[str | tuple[str, Mapping[str, str]]] = (CPU_PROVIDER,),
-    config: Mapping[str, str] | None = None,
 ) -> onnxruntime.InferenceSession:
     """Open a model in ONNX Runtime, on the CPU unless said otherwise; the runtime's own log is silenced.
 
@@ -84,7 +83,6 @@ def open_session(
         optimised_path: where the runtime writes the graph that it really runs; larger weights go to
             `optimised_path` + '.data'.
         providers: of ONNX Runtime, the most wanted first; with options, a name and these.
-        config: further entries of the session's configuration, by their keys.
 
     Raises:
         UserError: ONNX Runtime is not installed, or refuses the model.
@@ -98,8 +96,6 @@ def open_session(
     options.log_severity_level = _FATAL_ONLY
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
-    for key, value in (config or {}).items():
-        options.add_session_config_entry(key, value)
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimised_path is not None:
@@ -112,7 +108,8 @@ def open_session(
         except Exception as error:
             if _FLOAT8 not in str(error):
                 raise
-            # It makes integer kernels of what stands between quantizers, and refuses its own work on 8-bit floats.
+            # On the CPU it makes integer kernels of what stands between quantizers, and refuses its own work on 8-bit
+            # floats. Told not to, it dequantizes weights when it opens a model, so that it is the second thing to try.
             options.add_session_config_entry("session.disable_quant_qdq", "1")
             return ort.InferenceSession(source, options, providers=list(providers))
     except MemoryError:

@@ -82,3 +82,12 @@ def test_an_axes_input_must_be_constant_for_tensorrt():
 
     assert split_by_provider(computed, [TENSORRT]).counts() == {CPU: {"ReduceMean": 1}}
     assert split_by_provider(constant, [TENSORRT]).counts() == {"TensorrtExecutionProvider": {"ReduceMean": 1}}
+
+
+def test_shapes_are_tensorrts_own_where_it_comes_first():
+    body = "s = Shape(x)  t = Cast<to = 1>(s)  y = Relu(t)"
+
+    split = split_by_provider(model(18, body, "float[n,8] x) => (float[2] y"), [TENSORRT, CUDA])
+
+    assert split.counts() == {"TensorrtExecutionProvider": {"Cast": 1, "Relu": 1, "Shape": 1}}
+    assert split.copies == 0
