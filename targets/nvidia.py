@@ -158,8 +158,8 @@ def _local_options(provider: str) -> dict[str, str]:
 def _against_cuda_graph(model: ir.Model, split: Split) -> list[str]:
     """Return what keeps a model from being captured as a CUDA graph, one line each.
 
-    Source: ONNX Runtime, CUDA execution provider, Performance Tuning, CUDA graphs: no control flow, all nodes on the
-    provider, inputs of one shape.
+    Source: ONNX Runtime, CUDA execution provider, performance tuning, CUDA graphs: no control flow, inputs of one
+    shape, and all nodes on the provider; those that compute shapes may be on the CPU where nothing is copied.
     """
     against = [
         f"input '{value.name}' has a dynamic axis: fix it with --shape {value.name}=..."
@@ -169,7 +169,10 @@ def _against_cuda_graph(model: ir.Model, split: Split) -> list[str]:
     control = sorted({node.op_type for node in qgraph.ir.walk(model) if node.op_type in _CONTROL})
     if control:
         against.append(f"it has control flow: {', '.join(control)}")
-    counts = Counter(node.op_type for node, provider in split.providers.items() if provider == CPU_PROVIDER)
+    on_cpu = [node for node, provider in split.providers.items() if provider == CPU_PROVIDER]
+    counts = Counter(node.op_type for node in on_cpu if node not in split.shapes)
+    if split.copies and not counts:
+        against.append(f"{split.copies} tensors are copied between GPU and CPU")
     if counts:
         told = ", ".join(f"{count} {op}" for op, count in sorted(counts.items()))
         against.append(f"nodes run on the CPU: {told}")
@@ -184,5 +187,6 @@ def _told(split: Split, first: str) -> str:
     ]
     others = Counter(reason for _, reason in split.left)
     why = "; ".join(f"{count}: {reason}" for reason, count in others.most_common(_MOST_TOLD))
+    shapes = f" ({len(split.shapes)} of them compute shapes)" if split.shapes else ""
     copies = f"   {split.copies} copies between GPU and CPU" if split.copies else ""
-    return f"{', '.join(parts)}{copies}{f'   ({why})' if why else ''}, as predicted from the tables"
+    return f"{', '.join(parts)}{shapes}{copies}{f'   ({why})' if why else ''}, as predicted from the tables"

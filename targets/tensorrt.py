@@ -47,7 +47,7 @@ _LADDER = (
 
 def _shapes_field(which: str) -> tuple[str, ...]:
     told = f"{which} shapes of inputs with dynamic axes, NAME:1x3x224x224"
-    return dataclasses.field(default=(), metadata={"help": told})  # type: ignore[no-any-return]
+    return dataclasses.field(default=(), metadata={"help": told})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,7 @@ _HOST_INPUTS = {
     "Tile": (1,), "TopK": (1,), "Trilu": (1,), "Unsqueeze": (1,), "ReduceSum": (1,), "ReduceMax": (1,),
     "ReduceMean": (1,), "ReduceMin": (1,), "ReduceProd": (1,),
 }  # fmt: skip
-"""Inputs that the kernels of a GPU read from the host's memory."""
+"""Inputs that CUDA's kernels read from the host's memory."""
 _DISCRETE = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
 
 
@@ -49,12 +49,14 @@ class Split:
         copies: tensors that are copied between the GPU and the host at every run, the model's inputs and outputs aside.
         parts: runs of neighbouring nodes, in topological order, of one provider; nodes that compute shapes aside.
         left: nodes that do not run on the first provider, each with the reason; those that compute shapes aside.
+        shapes: nodes that compute shapes, on the CPU.
     """
 
     providers: Mapping[ir.Node, str]
     copies: int
     parts: int
     left: Sequence[Skipped]
+    shapes: frozenset[ir.Node] = frozenset()
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Return provider -> operator -> number of nodes."""
@@ -82,7 +84,8 @@ def split_by_provider(model: ir.Model, tables: Sequence[Table]) -> Split:
         providers[node] = CPU if node in hosted and provider == _CUDA else provider
         if reason is not None and node not in hosted:
             left.append(Skipped(qgraph.ir.node_label(node), reason))
-    return Split(providers, _copies(providers), _parts(providers, hosted), left)
+    on_host = frozenset(node for node in hosted if providers.get(node) == CPU)
+    return Split(providers, _copies(providers), _parts(providers, hosted), left, on_host)
 
 
 def _first(node: ir.Node, tables: Sequence[Table], opsets: Mapping[str, int], shapes: Shapes) -> tuple[str, str | None]:
@@ -122,7 +125,7 @@ def _copies(providers: Mapping[ir.Node, str]) -> int:
     for node, provider in providers.items():
         if qgraph.ir.is_op(node, *_SHAPES):
             continue  # it looks at no element
-        host_inputs = () if provider == CPU else _HOST_INPUTS.get(node.op_type, ())
+        host_inputs = _HOST_INPUTS.get(node.op_type, ()) if provider == _CUDA else ()
         for index, value in enumerate(node.inputs):
             maker = None if value is None else value.producer()
             if value is None or maker is None or maker not in providers or _is_stored(value):

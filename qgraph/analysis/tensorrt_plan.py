@@ -134,11 +134,13 @@ def _pools(
 
 def _comes_from(value: ir.Value, candidates: Mapping[ir.Node, Candidate], layers: Mapping[ir.Node, Kind]) -> bool:
     node = value.producer()
-    while node in candidates and (candidates[node].kind in (Kind.MOVER, Kind.CLAMP) or node.op_type == "Concat"):
+    while node is not None and node in candidates:
+        if candidates[node].kind not in (Kind.MOVER, Kind.CLAMP) and node.op_type != "Concat":
+            break
         node = candidates[node].operands[0].producer()
-    return node in layers or (
-        qgraph.ir.is_op(node, "Add") and any(one is not None and one.producer() in layers for one in node.inputs)  # type: ignore[union-attr]
-    )
+    if node is not None and qgraph.ir.is_op(node, "Add"):
+        return any(one is not None and one.producer() in layers for one in node.inputs)
+    return node in layers
 
 
 def _goes_to(value: ir.Value, candidates: Mapping[ir.Node, Candidate], layers: Mapping[ir.Node, Kind]) -> bool:

@@ -112,7 +112,7 @@ def _from_integers(node: ir.Node) -> Iterator[str]:
 
 def _channel_axis(node: ir.Node) -> Iterator[str]:
     weight = _dequantizer(node, 1) if qgraph.ir.is_op(node, *_LAYERS) else None
-    if weight is None or _size(weight.inputs[1]) == 1 or weight.attributes.get_int("block_size", 0):
+    if weight is None or _size(weight.inputs[1]) == 1 or weight.attributes.get_int("block_size", 0) != 0:
         return
     stored = weight.inputs[0]
     rank = len(stored.shape) if stored is not None and stored.shape is not None else 0

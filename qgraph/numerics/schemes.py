@@ -16,13 +16,14 @@ whole dimension. The empty tuple stands for per tensor at any rank.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 
 __all__ = ["FLOAT8", "INT8", "INT8_ACTIVATION", "INT8_WEIGHT", "UINT8", "UINT8_WEIGHT", "Scheme"]
 
+_FLOAT8: np.dtype[Any] = np.dtype(ml_dtypes.float8_e4m3fn)
 _FLOAT8_BITS = 8
 _FLOAT8_LARGEST = 448
 """Of float8_e4m3fn (Micikevicius et al. 2022, FP8 Formats for Deep Learning, table 1)."""
@@ -83,10 +84,10 @@ class Scheme:
         return 0 if self.signed else 1 << (self.bits - 1)
 
     @property
-    def dtype(self) -> np.dtype:
+    def dtype(self) -> np.dtype[Any]:
         """The array type that holds the integers or floats, one to an element, before any packing."""
         if self.is_float:
-            return np.dtype(ml_dtypes.float8_e4m3fn)
+            return _FLOAT8
         return np.dtype(np.int8) if self.signed else np.dtype(np.uint8)
 
     @property
