@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import qgraph
+from qgraph import registry
 from qgraph.catalog import Entry, catalog
 from qgraph.runtime.benchmark import machine
-from qgraph.runtime.session import provider_fault
 
 __all__ = ["Readiness", "Runtime", "Survey", "survey"]
 
 DISTRIBUTION = "qgraph-compiler"
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "sve")
 """Instructions that integer and low-precision kernels look for, as Linux names them (x86, then Arm)."""
-_CUDA = "CUDAExecutionProvider"
 _NVIDIA_SMI_SECONDS = 10
 
 
@@ -177,6 +176,8 @@ def _nvidia_devices() -> tuple[str, ...]:
 
 def _readiness(target: Entry, runtimes: Sequence[Runtime]) -> Readiness:
     missing = target.fault or _missing(target.facts["extra"], runtimes)
+    if not missing and target.facts["extra"] == "cuda":
+        missing = registry.find("target", target.name)().stand_in()  # a provider may be there and not start
     return Readiness(target.name, usable=not missing, missing=missing)
 
 
@@ -186,9 +187,9 @@ def _missing(extra: str, runtimes: Sequence[Runtime]) -> str:
     if extra in ("cpu", "cuda"):
         if not ort.version or ort.fault:
             return f"ONNX Runtime {ort.fault or 'is not installed'}: pip install '{DISTRIBUTION}[{extra}]'"
-        if extra == "cuda" and _CUDA not in ort.offers:
+        if extra == "cuda" and "CUDAExecutionProvider" not in ort.offers:
             return f"ONNX Runtime has no CUDA provider: pip install '{DISTRIBUTION}[cuda]'"
-        return provider_fault(_CUDA) if extra == "cuda" else ""
+        return ""
     absent = [name for name in _required(extra) if not _version((name,))]
     return f"{', '.join(absent)} is not installed: pip install '{DISTRIBUTION}[{extra}]'" if absent else ""
 

@@ -30,6 +30,10 @@ __all__ = ["CUDA", "TENSORRT", "NvidiaTarget", "cleaned_up", "once_each", "work_
 CUDA = "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
 _TABLES = {CUDA: "onnxruntime-cuda", TENSORRT: "tensorrt"}
+_NEEDED = {
+    CUDA: "it takes an NVIDIA GPU and pip install 'qgraph-compiler[cuda]'",
+    TENSORRT: "it takes an NVIDIA GPU and pip install 'qgraph-compiler[cuda]' tensorrt",
+}
 _CONTROL = ("If", "Loop", "Scan")
 _COMPUTE = ("Attention", "Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "GroupQueryAttention", "LSTM", "MatMul",
             "MatMulBnb4", "MatMulNBits", "MultiHeadAttention", "RNN")  # fmt: skip
@@ -86,8 +90,7 @@ class NvidiaTarget(CpuFp32, abc.ABC):
         instead = next(
             (one for one in self.providers[1:] if one in installed and not provider_fault(one)), CPU_PROVIDER
         )
-        why = f"; {fault}" if fault else ""
-        return f"the {_short(instead)} provider (same operators; not run on {_short(first)} here{why})"
+        return f"the {_short(instead)} provider (same operators; not run on {_short(first)} here: {fault or _NEEDED[first]})"
 
     def session(self, folder: Path, *, threads: int = 0) -> Session:
         """Open model.onnx with the providers that are wanted and start here, the CPU last.

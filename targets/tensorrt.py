@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -27,10 +29,11 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.integer_rules import Kind
 from qgraph.analysis.tensorrt_plan import tensorrt_plan
-from qgraph.analysis.tensorrt_rules import broken_rules
+from qgraph.analysis.tensorrt_rules import LAYERS, broken_rules
 from qgraph.errors import UserError
+from qgraph.passes.qdq import FLOAT_KEY
 from qgraph.pipeline import Context, Pipeline, Skipped
-from qgraph.targets.base import Step
+from qgraph.targets.base import Kernels, Step
 from qgraph.targets.nvidia import CUDA, TENSORRT, NvidiaTarget, cleaned_up
 
 __all__ = ["TensorrtFp8", "TensorrtInt8", "TensorrtTarget"]
@@ -79,6 +82,18 @@ class TensorrtTarget(NvidiaTarget):
         """Return the options of the TensorRT provider."""
         profile = {f"trt_profile_{name}": ",".join(getattr(self, name)) for name in _PROFILE if getattr(self, name)}
         return {TENSORRT: {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1", **self.flags, **profile}}
+
+    def kernels(self, folder: Path) -> Kernels:
+        """Count layers by what they multiply, as the model says it; TensorRT picks its kernels on the device itself."""
+        counts = {name: Counter[str]() for name in ("integer", "low_bit", "floating", "other")}
+        left = []
+        for node in qgraph.ir.walk(qgraph.ir.load(folder / "model.onnx")):
+            kind = _kind(node)
+            counts[kind][node.op_type] += 1
+            if kind == "floating":
+                why = node.metadata_props.get(FLOAT_KEY, "what it multiplies is not quantized")
+                left.append(Skipped(qgraph.ir.node_label(node), why))
+        return Kernels(counts["integer"], counts["floating"], counts["other"], left, counts["low_bit"])
 
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return what breaks TensorRT's rules, profiles that fit no input, and layers that would run on the CPU."""
@@ -150,6 +165,16 @@ class TensorrtFp8(TensorrtTarget):
     def lower_passes(self) -> Pipeline:
         """Return the passes that end in float16 where it is not 8 bits."""
         return Pipeline.parse("to-fp16{quantizers=true},remove-unused")
+
+
+def _kind(node: ir.Node) -> str:
+    if not qgraph.ir.is_op(node, *LAYERS):
+        return "other"
+    sources = [None if value is None else value.producer() for value in node.inputs[:2]]
+    if len(sources) < 2 or not all(qgraph.ir.is_op(one, "DequantizeLinear") for one in sources):
+        return "floating"
+    stored = sources[1].inputs[0] if sources[1] is not None else None
+    return "integer" if stored is not None and stored.dtype == ir.DataType.INT8 else "low_bit"
 
 
 def _require_layers(model: ir.Model, target: str, *, float8: bool) -> None:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.pipeline import Skipped
 
-__all__ = ["RULES", "Rule", "broken_rules"]
+__all__ = ["LAYERS", "RULES", "Rule", "broken_rules"]
 
 _GUIDE = "NVIDIA TensorRT, Working with Quantized Types, explicit quantization"
 _PLACEMENT = f"{_GUIDE}, Q/DQ layer-placement recommendations"
@@ -25,7 +25,8 @@ _IMPORTER = "onnx-tensorrt, onnxOpImporters.cpp, QuantDequantLinearHelper"
 _OPERATORS = "onnx-tensorrt, docs/operators.md"
 
 _OUTPUT_AXES = {"Conv": 0, "ConvTranspose": 1, "MatMul": -1}
-_LAYERS = (*_OUTPUT_AXES, "Gemm")
+LAYERS = (*_OUTPUT_AXES, "Gemm")
+"""What TensorRT calls weighted operations."""
 _FUSED_BEHIND = ("BatchNormalization", "Clip", "LeakyRelu", "Relu", "Sigmoid", "Tanh")
 _INTEGERS = ("ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul")
 _LOW_BIT = ("DynamicQuantize", "GatherBlockQuantized", "MatMul", "QAttention", "QGemm", "QLinear", "QMoE", "QOrdered")
@@ -111,7 +112,7 @@ def _from_integers(node: ir.Node) -> Iterator[str]:
 
 
 def _channel_axis(node: ir.Node) -> Iterator[str]:
-    weight = _dequantizer(node, 1) if qgraph.ir.is_op(node, *_LAYERS) else None
+    weight = _dequantizer(node, 1) if qgraph.ir.is_op(node, *LAYERS) else None
     if weight is None or _size(weight.inputs[1]) == 1 or weight.attributes.get_int("block_size", 0) != 0:
         return
     stored = weight.inputs[0]
@@ -126,7 +127,7 @@ def _no_bias(node: ir.Node) -> Iterator[str]:
 
 
 def _all_inputs(node: ir.Node) -> Iterator[str]:
-    if not qgraph.ir.is_op(node, *_LAYERS):
+    if not qgraph.ir.is_op(node, *LAYERS):
         return
     data, weight = _dequantizer(node, 0), _dequantizer(node, 1)
     low_bit = weight is not None and weight.inputs[0] is not None and weight.inputs[0].dtype == ir.DataType.INT4
@@ -141,7 +142,7 @@ def _behind_the_activation(node: ir.Node) -> Iterator[str]:
     layer = _producer(quantize, 0)
     if quantize is None or layer is None or not qgraph.ir.is_op(quantize, "QuantizeLinear"):
         return
-    if qgraph.ir.is_op(layer, *_LAYERS) and len(quantize.outputs[0].uses()) == 1:
+    if qgraph.ir.is_op(layer, *LAYERS) and len(quantize.outputs[0].uses()) == 1:
         yield f"a quantizer stands between it and '{qgraph.ir.node_label(layer)}', which it would be fused with"
 
 

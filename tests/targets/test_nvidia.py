@@ -202,6 +202,8 @@ def test_int8_by_the_rules_of_tensorrt(tmp_path: Path):
     assert runtime["fallback"] == ["CUDAExecutionProvider", "CPUExecutionProvider"]
     assert set(runtime["nodes"]) == {"TensorrtExecutionProvider"}
     assert "not run on TensorRT here" in artifact.manifest["stand_in"]
+    assert artifact.manifest["kernels"]["integer"] == {"Conv": 3, "Gemm": 1}
+    assert artifact.manifest["kernels"]["left_in_float"] == []
 
 
 def test_float8_by_the_rules_of_tensorrt(tmp_path: Path):
@@ -218,7 +220,10 @@ def test_float8_by_the_rules_of_tensorrt(tmp_path: Path):
     assert qgraph.ir.is_op(layers["c0"], "Cast")  # three channels have no kernel in 8-bit floats
     assert "trt_int8_enable" not in artifact.manifest["runtime"]["options"]
     assert artifact.manifest["verification"]["outputs"][0]["sqnr_db"] > 18
+    kernels = artifact.manifest["kernels"]
+    assert (kernels["low_bit"], kernels["float"]) == ({"Conv": 2, "Gemm": 1}, {"Conv": 1})
     reasons = {one["node"]: one["reason"] for one in artifact.manifest["skipped"]}
+    assert kernels["left_in_float"] == [{"node": "c0", "reason": reasons["c0"]}]
     assert reasons["c0"] == "its 3 to 16 channels are no multiples of 16, which 8-bit floats want"
 
 
@@ -304,7 +309,7 @@ def test_libraries_that_do_not_load_are_told_with_the_remedy(tmp_path: Path, mon
     artifact = build("cuda-fp16", tmp_path)  # the CPU's package has no such library
 
     note = artifact.manifest["stand_in"]
-    assert note.startswith("the CPU provider (same operators; not run on CUDA here; CUDAExecutionProvider is installed")
+    assert note.startswith("the CPU provider (same operators; not run on CUDA here: CUDAExecutionProvider is installed")
     assert "libonnxruntime_providers_cuda.so" in note
     assert "pip install 'onnxruntime-gpu[cuda,cudnn]'" in note
     assert "\n" not in note
@@ -329,7 +334,8 @@ def test_the_doctor_tells_of_it(monkeypatch):
     ready = {one.target: one for one in doctor.survey().targets}
 
     assert not ready["cuda-fp16"].usable
-    assert "is installed but does not start" in ready["cuda-fp16"].missing
+    assert "not run on CUDA here: it takes an NVIDIA GPU" in ready["cuda-fp16"].missing
+    assert "pip install 'qgraph-compiler[cuda]' tensorrt" in ready["tensorrt-int8"].missing
 
 
 @pytest.mark.parametrize("target", ["cuda-fp16", "tensorrt-int8", "tensorrt-fp8"])
