@@ -22,6 +22,7 @@ from qgraph.numerics.quantize import (
 )
 from qgraph.numerics.schemes import Scheme
 from qgraph.numerics.weights import WeightScheme
+from qgraph.passes._bias_values import FLOAT_BIAS_KEY
 from qgraph.passes._qdq_values import QuantizedValues, Schemes
 from qgraph.passes._weight_options import chosen_bits
 
@@ -59,6 +60,8 @@ class _Rewriter:
         if self._schemes.inputs_only:
             for node, kind in self._plan.nodes.items():
                 (self._read if kind is Kind.ARITHMETIC else self.multiply)(node)
+                if kind is not Kind.ARITHMETIC:
+                    node.metadata_props[FLOAT_BIAS_KEY] = "TensorRT imports no int32"
             self._values.drop_replaced()
             return
         made = [value for value in self._plan.quantized if self._plan.comes_in_integers(value)]

@@ -87,10 +87,10 @@ class NvidiaTarget(CpuFp32, abc.ABC):
         fault = provider_fault(first) if first in installed else ""
         if not installed or (first in installed and not fault):
             return ""
-        instead = next(
-            (one for one in self.providers[1:] if one in installed and not provider_fault(one)), CPU_PROVIDER
-        )
-        return f"the {_short(instead)} provider (same operators; not run on {_short(first)} here: {fault or _NEEDED[first]})"
+        usable = [one for one in self.providers[1:] if one in installed and not provider_fault(one)]
+        instead = _short(next(iter(usable), CPU_PROVIDER))
+        why = fault or _NEEDED[first]
+        return f"the {instead} provider (same operators; not run on {_short(first)} here: {why})"
 
     def session(self, folder: Path, *, threads: int = 0) -> Session:
         """Open model.onnx with the providers that are wanted and start here, the CPU last.

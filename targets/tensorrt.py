@@ -45,6 +45,7 @@ _PROFILE = ("min_shapes", "opt_shapes", "max_shapes")
 _LADDER = (
     Step("activation ranges", ("qdq.method=percentile", "qdq.method=mse"), "activations"),
     Step("equalization", ("equalize < qdq",)),
+    Step("bias correction", ("bias-correction{method=fast} > qdq", "bias-correction{method=full} > qdq")),
 )
 
 
@@ -139,7 +140,7 @@ class TensorrtInt8(TensorrtTarget):
         return Pipeline.parse("remove-unused")
 
     def ladder(self, compress: Pipeline) -> Sequence[Step]:
-        """Return other ranges of activations, and equalization."""
+        """Return other ranges of activations, equalization, and corrected biases."""
         return _LADDER if any(one.name == "qdq" for one in compress) else ()
 
 

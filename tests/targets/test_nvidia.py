@@ -240,6 +240,21 @@ def test_other_passes_are_checked_by_the_same_rules(passes: str, rule: str, tmp_
     assert rule in str(error.value)
 
 
+@pytest.mark.parametrize("method", ["fast", "full"])
+def test_a_corrected_bias_stays_in_float(method: str, tmp_path: Path):
+    passes = f"qdq{{activations=int8,symmetric=true,placement=tensorrt}},bias-correction{{method={method}}}"
+
+    artifact = build("tensorrt-int8", tmp_path, passes=passes)
+
+    model = qgraph.ir.load(artifact.path / "model.onnx")
+    biases = [
+        node.inputs[2] for node in qgraph.ir.walk(model) if node.op_type in ("Conv", "Gemm") and len(node.inputs) > 2
+    ]
+    assert len(biases) > 2
+    assert {value.dtype for value in biases if value is not None} == {ir.DataType.FLOAT}
+    assert all(value is not None and value.is_initializer() for value in biases)
+
+
 def test_a_model_without_layers_is_refused(tmp_path: Path):
     text = '<ir_version: 8, opset_import: ["" : 13]> g (float[N,3,8,8] x) => (float[N,3,8,8] y) { y = Sigmoid(x) }'
     with pytest.raises(UserError, match=r"no convolution and no linear layer. Use --target cuda-fp16."):
