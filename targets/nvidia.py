@@ -70,6 +70,8 @@ class NvidiaTarget(CpuFp32, abc.ABC):
     extra: ClassVar[str] = "cuda"
     providers: ClassVar[Sequence[str]] = (CUDA,)
     """The providers that it wants, the most wanted first; the CPU comes last by itself."""
+    disabled: ClassVar[Sequence[str]] = ()
+    """Optimizers of ONNX Runtime that would undo what the target promises."""
     opset: ClassVar[int] = 18
     """The highest opset at which the CUDA provider has every kernel that it has at all; see its table."""
 
@@ -105,7 +107,9 @@ class NvidiaTarget(CpuFp32, abc.ABC):
             if not installed or (name in installed and not provider_fault(name)):
                 options = {**self.options().get(name, {}), **_local_options(name)}
                 wanted.append((name, options) if options else name)
-        session: Session = open_session(folder / "model.onnx", threads=threads, providers=[*wanted, CPU_PROVIDER])
+        session: Session = open_session(
+            folder / "model.onnx", threads=threads, providers=[*wanted, CPU_PROVIDER], disabled=self.disabled
+        )
         return session
 
     def kernels(self, folder: Path) -> Kernels:
@@ -136,6 +140,7 @@ class NvidiaTarget(CpuFp32, abc.ABC):
             "provider": self.providers[0],
             "options": dict(sorted(self.options().get(self.providers[0], {}).items())),
             "fallback": [*self.providers[1:], CPU_PROVIDER],
+            "disabled_optimizers": list(self.disabled),
             "io_binding": True,
             "cuda_graph": {"possible": not against, "against": against},
             "nodes": split.counts(),

@@ -40,6 +40,10 @@ __all__ = ["TensorrtFp8", "TensorrtInt8", "TensorrtTarget"]
 
 _INT8 = "qdq{activations=int8,symmetric=true,placement=tensorrt}"
 _FLOAT8 = "qdq{weights=float8e4m3fn,activations=float8e4m3fn,symmetric=true,placement=tensorrt}"
+_BIASES = "WeightBiasQuantization"
+"""Makes int32 of float biases before TensorRT is asked, which imports none (ONNX Runtime, pull request 22969)."""
+_RULES = ("Level2_RuleBasedTransformer", "QDQSelectorActionTransformer")
+"""Take 8-bit floats for integers where what TensorRT leaves runs on the CPU: drop a Relu, fuse what has no kernel."""
 _SHAPE = re.compile(r"(.+):(\d+(?:x\d+)*)")
 _PROFILE = ("min_shapes", "opt_shapes", "max_shapes")
 _LADDER = (
@@ -59,6 +63,7 @@ class TensorrtTarget(NvidiaTarget):
     """A precision in TensorRT."""
 
     providers: ClassVar[Sequence[str]] = (TENSORRT, CUDA)
+    disabled: ClassVar[Sequence[str]] = (_BIASES,)
     flags: ClassVar[Mapping[str, str]] = {}
     """Options that say which types and kernels TensorRT may choose."""
     min_shapes: tuple[str, ...] = _shapes_field("least")
@@ -152,6 +157,7 @@ class TensorrtFp8(TensorrtTarget):
     summary: ClassVar[str] = "float8e4m3fn by TensorRT's rules of explicit quantization, the rest in float16"
     needs_calibration: ClassVar[bool] = True
     opset: ClassVar[int] = 19
+    disabled: ClassVar[Sequence[str]] = (_BIASES, *_RULES)
 
     def compress_passes(self, model: ir.Model, context: Context) -> Pipeline:
         """Return static quantization to 8-bit floats by TensorRT's rules.

@@ -157,10 +157,10 @@ class Probe:
         options.log_severity_level = _FATAL_ONLY
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if any(value.dtype in _FLOAT8 for value in graph.initializers.values()):
-            options.add_session_config_entry("session.disable_quant_qdq", "1")  # it fuses what it has no kernels for
         options.enable_mem_pattern = False  # it plans one block for all shapes seen, and doubles the peak
-        if not optimise:
+        # The runtime's rules for quantizers take 8-bit floats for integers: they drop a Relu that is needed, and fuse
+        # what has no kernel.
+        if not optimise or any(value.dtype in _FLOAT8 for value in graph.initializers.values()):
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self._weights, folder = _detach_weights(copy)
         if folder:

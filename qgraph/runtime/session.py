@@ -40,7 +40,6 @@ _LARGEST_INTEGER = 8
 _NUMPY_NAMES = {"float": "float32", "double": "float64"}
 _PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _MAPPED_ABOVE = 1024
-_FLOAT8 = "float8"
 _ONE_RELU = bytes.fromhex(
     "08083a330a0c0a0178120179220452656c751201675a0f0a0178120a0a080"
     "80112040a020801620f0a0179120a0a08080112040a02080142040a00100d"
@@ -72,6 +71,7 @@ def open_session(
     optimise: bool = True,
     optimised_path: Path | None = None,
     providers: Sequence[str | tuple[str, Mapping[str, str]]] = (CPU_PROVIDER,),
+    disabled: Sequence[str] = (),
 ) -> onnxruntime.InferenceSession:
     """Open a model in ONNX Runtime, on the CPU unless said otherwise; the runtime's own log is silenced.
 
@@ -83,6 +83,7 @@ def open_session(
         optimised_path: where the runtime writes the graph that it really runs; larger weights go to
             `optimised_path` + '.data'.
         providers: of ONNX Runtime, the most wanted first; with options, a name and these.
+        disabled: names of the runtime's optimizers that are not to run.
 
     Raises:
         UserError: ONNX Runtime is not installed, or refuses the model.
@@ -103,15 +104,7 @@ def open_session(
     name = "the model" if isinstance(model, bytes) else str(model)
     source = model if isinstance(model, bytes) else str(model)
     try:
-        try:
-            return ort.InferenceSession(source, options, providers=list(providers))
-        except Exception as error:
-            if _FLOAT8 not in str(error):
-                raise
-            # On the CPU it makes integer kernels of what stands between quantizers, and refuses its own work on 8-bit
-            # floats. Told not to, it dequantizes weights when it opens a model, so that it is the second thing to try.
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
-            return ort.InferenceSession(source, options, providers=list(providers))
+        return ort.InferenceSession(source, options, providers=list(providers), disabled_optimizers=list(disabled))
     except MemoryError:
         raise
     except Exception as error:

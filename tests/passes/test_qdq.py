@@ -136,7 +136,7 @@ def open_session(model: ir.Model, optimised: Path | None = None):
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
     if any(value.dtype == ir.DataType.FLOAT8E4M3FN for value in model.graph.initializers.values()):
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # its rules are for integers
     if optimised is not None:
         options.optimized_model_filepath = str(optimised)
     return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])

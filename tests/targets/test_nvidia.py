@@ -20,6 +20,7 @@ from qgraph.runtime.session import open_session
 from qgraph.target_options import read_target
 from qgraph.targets.cuda import CudaFp8, CudaFp16, CudaInt8
 from qgraph.targets.cuda_sparse24 import CudaSparse24
+from qgraph.targets.nvidia import NvidiaTarget
 from qgraph.targets.tensorrt import TensorrtFp8, TensorrtInt8
 
 CNN = """<ir_version: 8, opset_import: ["" : 13]>
@@ -199,6 +200,7 @@ def test_int8_by_the_rules_of_tensorrt(tmp_path: Path):
         "trt_int8_enable": "1",
         "trt_timing_cache_enable": "1",
     }
+    assert runtime["disabled_optimizers"] == ["WeightBiasQuantization"]
     assert runtime["fallback"] == ["CUDAExecutionProvider", "CPUExecutionProvider"]
     assert set(runtime["nodes"]) == {"TensorrtExecutionProvider"}
     assert "not run on TensorRT here" in artifact.manifest["stand_in"]
@@ -225,6 +227,25 @@ def test_float8_by_the_rules_of_tensorrt(tmp_path: Path):
     reasons = {one["node"]: one["reason"] for one in artifact.manifest["skipped"]}
     assert kernels["left_in_float"] == [{"node": "c0", "reason": reasons["c0"]}]
     assert reasons["c0"] == "its 3 to 16 channels are no multiples of 16, which 8-bit floats want"
+
+
+@pytest.mark.parametrize("target", ["tensorrt-int8", "tensorrt-fp8"])
+def test_the_runtime_leaves_biases_in_float(target: str, tmp_path: Path):
+    """Its own optimizer would make int32 of them, by way of float16, which overflows."""
+    model = small_cnn()
+    layer = next(node for node in model.graph if node.name == "c1")
+    layer.resize_inputs(3)
+    layer.replace_input_with(2, qgraph.ir.initializer(model.graph, "b1", np.full(16, 3.0, np.float32)))
+
+    artifact = build(target, tmp_path, model)
+
+    opened = read_target(target)
+    assert isinstance(opened, NvidiaTarget)
+    open_session(artifact.path / "model.onnx", optimised_path=tmp_path / "seen.onnx", disabled=opened.disabled)
+    seen = qgraph.ir.load(tmp_path / "seen.onnx")
+    stored = [node.inputs[0].dtype for node in seen.graph if node.op_type == "DequantizeLinear" and node.inputs[0]]
+    assert ir.DataType.INT32 not in stored
+    assert artifact.manifest["verification"]["outputs"][0]["sqnr_db"] > 18
 
 
 @pytest.mark.parametrize(
@@ -309,6 +330,7 @@ def test_with_a_gpu_the_options_reach_the_session(target, count: int, monkeypatc
     target.session(tmp_path)
 
     assert target.stand_in() == ""
+    assert tuple(opened[0]["disabled"]) == tuple(target.disabled)
     providers = opened[0]["providers"]
     assert len(providers) == count
     if count == 3:
