@@ -22,6 +22,7 @@ import qgraph.ir
 from qgraph import building
 from qgraph.analysis.index_limits import index_limits
 from qgraph.artifact import Artifact, open_artifact, refuse_existing, staging
+from qgraph.cache import Cache
 from qgraph.errors import SearchInterrupted, ToleranceError, UserError
 from qgraph.pipeline import Context, Feeds, Pipeline
 from qgraph.plan import Override, Plan, override, parse_settings, refuse_unused
@@ -33,6 +34,7 @@ from qgraph.runtime.verification import verify as verify_sessions
 from qgraph.samples import signature
 from qgraph.search import Search, Searched, can_climb
 from qgraph.search_executors import parse_executor
+from qgraph.sharing import Sharing
 from qgraph.stages import RANDOM_SAMPLES, Bounds, Data, Event, Run, source_facts, told
 from qgraph.target_options import read_target, with_option
 from qgraph.targets.base import Session, Target
@@ -67,6 +69,8 @@ def compile(  # noqa: A001 - the name that users look for
     trials: int = 0,
     resume: bool = False,
     emit: Sequence[str] = (),
+    cache: str | Path | None = None,
+    sharing: Sharing | None = None,
     observer: Callable[[Event], None] | None = None,
     on_rung: Callable[[Rung], None] | None = None,
 ) -> Artifact:
@@ -96,6 +100,8 @@ def compile(  # noqa: A001 - the name that users look for
         trials: how many kernels a target that searches for its kernels may time; 0 for its own choice.
         resume: go on from the layers that a run which was stopped has finished, in `output` + '.work'.
         emit: code to write beside the model, for targets that write any: "c", "so".
+        cache: a folder where the model is kept behind passes that take long, for the next compilation of it.
+        sharing: what several compilations of a model share (see `qgraph.sharing`), instead of `cache`.
         observer: called when each stage ends.
         on_rung: called with each candidate of a search when it is decided on.
 
@@ -116,7 +122,9 @@ def compile(  # noqa: A001 - the name that users look for
     overrides = parse_settings(settings)
     bounds = Bounds(dict(tolerance or {}), dict(budget or {}))
     address = parse_executor(executor)
-    run = Run(chosen, context or Context(), observer or _ignore, source_path)
+    if sharing is None and cache is not None:
+        sharing = Sharing(Cache(cache), memory=False)
+    run = Run(chosen, context or Context(), observer or _ignore, source_path, sharing)
     run.metric = _metric(evaluation, bounds.tolerance)
     with (
         staging(folder, force=force) as stage,
@@ -124,17 +132,17 @@ def compile(  # noqa: A001 - the name that users look for
         work_folder(folder, resume=resume) as work,
     ):
         run.context = dataclasses.replace(run.context, work_folder=run.context.work_folder or work, _analyses={})
-        prepared = run.load(source, shapes or {}, calibration, verify_data)
+        run.load(source, shapes or {}, calibration, verify_data)
         if bounds:
             run.open_source(source)
             run.refuse_unmeasurable(bounds.tolerance)
-        plan = _filled(plan, run, prepared, overrides, tune=tune)
+        plan = _filled(plan, run, overrides, tune=tune)
         if bounds and recipe is None and not run.sliced and can_climb(chosen, plan):
             run.record_source()
-            search = Search(run, prepared, plan, bounds, overrides, executor=address, observer=on_rung or _ignore)
+            search = Search(run, run.line.model, plan, bounds, overrides, executor=address, observer=on_rung or _ignore)
             result = search.into(stage, work)
         else:
-            result = _straight(run, prepared, plan, stage)
+            result = _straight(run, plan, stage)
             if run.before is None:
                 run.open_source(source)
         manifest = run.finish(stage, result.plan, result.built, bounds, result.tested)
@@ -153,13 +161,14 @@ def compile(  # noqa: A001 - the name that users look for
     return artifact
 
 
-def _filled(plan: Plan, run: Run, model: ir.Model, overrides: Sequence[Override], *, tune: bool) -> Plan:
+def _filled(plan: Plan, run: Run, overrides: Sequence[Override], *, tune: bool) -> Plan:
     """Prepare the model, and return the plan with all three parts."""
     target = run.target
     prepare = override(plan.prepare if plan.prepare is not None else target.prepare_passes(), overrides)
-    run.prepare(model, prepare)
+    run.prepare(prepare)
     compress = plan.compress
     if compress is None:
+        model = run.line.model
         compress = target.compress_passes(model, run.context)
         compress = target.tune(model, run.context, compress) if tune else compress
     compress = override(compress, overrides)
@@ -168,11 +177,12 @@ def _filled(plan: Plan, run: Run, model: ir.Model, overrides: Sequence[Override]
     return Plan(prepare, compress, lower)
 
 
-def _straight(run: Run, model: ir.Model, plan: Plan, stage: Path) -> Searched:
+def _straight(run: Run, plan: Plan, stage: Path) -> Searched:
     """Build what the plan says, and nothing else."""
     compress, lower = plan.compress or Pipeline(), plan.lower or Pipeline()
-    report = compress.run(model, context=run.context, after_pass=lambda one: run.event(one.name, told(one)))
-    built = building.write(model, run.target, run.context, report, lower, stage)
+    report = run.line.run(compress, after_pass=lambda one: run.event(one.name, told(one)))
+    lowered = run.line.run(lower)
+    built = building.write(run.line.model, run.target, report, lowered, stage)
     run.event("lower", built.told())
     return Searched(plan, built)
 

@@ -142,6 +142,14 @@ class Target(abc.ABC):
         qgraph.ir.save(model, folder / "model.onnx")
         return sorted(path.name for path in folder.iterdir())
 
+    def providers(self) -> Sequence[tuple[str, Mapping[str, str]]] | None:
+        """Return the providers of ONNX Runtime that run model.onnx, with their options, the most wanted first.
+
+        The manifest keeps them, so that a server opens the artifact without this module, with those that it has. None
+        where nothing but `session` can open it. Options may hold no paths.
+        """
+        return None
+
     @abc.abstractmethod
     def session(self, folder: Path, *, threads: int = 0) -> Session:
         """Open the files that `lower` wrote.

@@ -8,6 +8,7 @@ operators are run on the CPU to verify the result, and the artifact says so.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -63,6 +64,10 @@ class CudaInt4(CpuFp32):
         if not installed or _PROVIDER in installed:
             return ""
         return "the CPU provider (same operators; not run on CUDA here)"
+
+    def providers(self) -> Sequence[tuple[str, Mapping[str, str]]]:
+        """Return the CUDA provider, then the CPU's."""
+        return [(_PROVIDER, {}), (CPU_PROVIDER, {})]
 
     def session(self, folder: Path, *, threads: int = 0) -> Session:
         """Open model.onnx with the CUDA provider, or with the CPU provider where there is none.

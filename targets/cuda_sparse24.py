@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -71,6 +72,10 @@ class CudaSparse24(CpuFp32):
             return ""
         instead = "CUDA" if _CUDA in installed else "CPU"
         return f"the {instead} provider (same operators, zeros multiplied; not run on TensorRT here)"
+
+    def providers(self) -> Sequence[tuple[str, Mapping[str, str]]]:
+        """Return the TensorRT provider told to look for zeros, then what runs the same operators without it."""
+        return [(_TENSORRT, _OPTIONS), (_CUDA, {}), (CPU_PROVIDER, {})]
 
     def session(self, folder: Path, *, threads: int = 0) -> Session:
         """Open model.onnx with the TensorRT provider told to look for zeros, or with what is installed.

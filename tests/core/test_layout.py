@@ -14,7 +14,8 @@ FOLDERS = {"qgraph": "qgraph", "passes": "qgraph.passes", "targets": "qgraph.tar
 
 LAYERS = (
     ("errors", "wire", "lazy_tensors"),
-    ("user_code",),
+    ("user_code", "manifest"),
+    ("cache",),
     ("spec", "registry", "numerics", "onnx_file", "signatures"),
     ("ir", "safetensors", "work_folder"),
     ("pipeline",),
@@ -33,7 +34,8 @@ LAYERS = (
     ("targets",),
     ("report",),
     ("artifact",),
-    ("plan", "building"),
+    ("plan", "building", "stored_states"),
+    ("sharing",),
     ("stages",),
     ("search_edits", "search_precision", "search_ranking", "search_workshop"),
     ("search_candidates", "search_executors"),
