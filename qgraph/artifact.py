@@ -30,6 +30,8 @@ from qgraph.targets.base import Session, Target
 
 __all__ = ["Artifact", "ArtifactReport", "open_artifact", "refuse_existing", "staging", "write_manifest"]
 
+INDEX, INDEX_PAGE = "index.json", "index.html"
+"""What lists the artifacts of a build, in the folder that holds theirs."""
 UNHASHED = frozenset({MANIFEST, "report.html", "bench.json"})
 
 
@@ -199,7 +201,9 @@ def refuse_existing(output: Path, *, force: bool, source: Path | None = None) ->
 
 
 def _written_files(folder: Path) -> frozenset[str] | None:
-    """Return the names of the files that the artifact in `folder` was written with, or None if there is none."""
+    """Return the names of the files that the artifact or the build in `folder` was written with, or None."""
+    if (folder / INDEX).is_file():
+        return _written_by_build(folder)
     try:
         manifest = read_json(folder / MANIFEST)
     except UserError:
@@ -208,6 +212,19 @@ def _written_files(folder: Path) -> frozenset[str] | None:
     if not isinstance(manifest.get("format"), int) or not isinstance(files, dict):
         return None
     return UNHASHED.union(files)
+
+
+def _written_by_build(folder: Path) -> frozenset[str] | None:
+    try:
+        entries = read_json(folder / INDEX).get("targets")
+        inner = [entry["folder"] for entry in entries or () if entry["folder"] is not None]
+    except (UserError, TypeError, KeyError):
+        return None
+    names = {INDEX, INDEX_PAGE}
+    for one in inner:
+        files = _written_files(folder / str(one)) if (folder / str(one)).parent == folder else None
+        names.update(f"{one}/{name}" for name in files or ())
+    return frozenset(names)
 
 
 def _replace(folder: Path, output: Path) -> None:

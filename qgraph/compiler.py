@@ -56,7 +56,7 @@ def compile(  # noqa: A001 - the name that users look for
     calibration: Data | str | Path | Iterable[Feeds] | None = None,
     verify_data: Data | str | Path | Iterable[Feeds] | None = None,
     passes: str | Pipeline | None = None,
-    recipe: str | Path | None = None,
+    recipe: str | Path | Plan | None = None,
     settings: Sequence[str] = (),
     tolerance: Mapping[str, float] | None = None,
     evaluation: str | Callable[[Session], float] | None = None,
@@ -69,7 +69,7 @@ def compile(  # noqa: A001 - the name that users look for
     trials: int = 0,
     resume: bool = False,
     emit: Sequence[str] = (),
-    cache: str | Path | None = None,
+    cache: str | Path | Cache | None = None,
     sharing: Sharing | None = None,
     observer: Callable[[Event], None] | None = None,
     on_rung: Callable[[Rung], None] | None = None,
@@ -83,7 +83,7 @@ def compile(  # noqa: A001 - the name that users look for
         calibration: samples for the passes that need activations; a fifth of them is held back for verification.
         verify_data: samples to verify on instead of held-back ones; with labels, accuracy is measured.
         passes: replaces the target's compress part.
-        recipe: a recipe file that replaces the parts it names.
+        recipe: a recipe file, or what one holds, that replaces the parts it names.
         settings: "pass.option=value" texts that override single options, in any part.
         tolerance: metric -> bound, such as {"sqnr": 30.0, "top1": 0.005}. Where the target's first pipeline does not
             meet them, better ones are searched for (see `qgraph.search`); a recipe is taken as it is.
@@ -123,7 +123,7 @@ def compile(  # noqa: A001 - the name that users look for
     bounds = Bounds(dict(tolerance or {}), dict(budget or {}))
     address = parse_executor(executor)
     if sharing is None and cache is not None:
-        sharing = Sharing(Cache(cache), memory=False)
+        sharing = Sharing(cache if isinstance(cache, Cache) else Cache(cache), memory=False)
     run = Run(chosen, context or Context(), observer or _ignore, source_path, sharing)
     run.metric = _metric(evaluation, bounds.tolerance)
     with (

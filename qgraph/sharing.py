@@ -5,10 +5,10 @@
                       +-- full-qdq -- integer-requantize                  integer
 
 A `Line` takes a model through the passes of one compilation. Behind every pass the model has a key: of the source with
-its external data, the samples, the seed, the versions of everything, and of all passes so far with their options. A line
-that comes to a key at which another has been takes a copy of the model from there, and so is the artifact the same, to
-the byte. With a `Cache`, what took long is found again by other processes. Ranges of activations are shared by the same
-keys, and so is the source with its outputs.
+its external data, the samples, the seed, the versions of everything, and of all passes so far with their options. A
+line that comes to a key at which another has been goes on from a copy of the model there, so that the artifact is the
+same, to the byte. With a `Cache`, what took long is found again by other processes. Ranges of activations are shared
+between equal models, and so is the source with its outputs.
 """
 
 from __future__ import annotations

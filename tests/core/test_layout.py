@@ -43,7 +43,9 @@ LAYERS = (
     ("compiler",),
     ("catalog", "evaluation", "float_form"),
     ("verbs", "doctor", "comparison"),
-    ("cli", "cli_commands", "cli_compare", "cli_display", "cli_options", "cli_pages", "__main__"),
+    ("build_recipe",),
+    ("builder",),
+    ("cli", "cli_build", "cli_commands", "cli_compare", "cli_display", "cli_options", "cli_pages", "__main__"),
 )
 """From the bottom up: a module imports from layers below its own, and from its own component."""
 HEAVY = {"onnxruntime", "torch", "tvm", "coremltools", "tokenizers", "PIL", "sklearn", "ray"}
