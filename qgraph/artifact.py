@@ -28,7 +28,16 @@ from qgraph.report.terminal import before_after
 from qgraph.target_options import target_of
 from qgraph.targets.base import Session, Target
 
-__all__ = ["Artifact", "ArtifactReport", "open_artifact", "refuse_existing", "staging", "write_manifest"]
+__all__ = [
+    "INDEX",
+    "INDEX_PAGE",
+    "Artifact",
+    "ArtifactReport",
+    "open_artifact",
+    "refuse_existing",
+    "staging",
+    "write_manifest",
+]
 
 INDEX, INDEX_PAGE = "index.json", "index.html"
 """What lists the artifacts of a build, in the folder that holds theirs."""

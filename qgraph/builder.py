@@ -17,13 +17,13 @@ from typing import Any
 
 import qgraph
 import qgraph.ir
-from qgraph.artifact import INDEX, INDEX_PAGE, MANIFEST, Artifact, refuse_existing, staging
+from qgraph.artifact import INDEX, INDEX_PAGE, Artifact, refuse_existing, staging
 from qgraph.build_recipe import BuildRecipe, TargetRecipe, read_recipe
 from qgraph.cache import Cache
 from qgraph.comparison import contender
 from qgraph.compiler import compile as compile_model
 from qgraph.errors import ToleranceError, UserError
-from qgraph.manifest import sha256
+from qgraph.manifest import MANIFEST, sha256
 from qgraph.pipeline import Context
 from qgraph.report.build_page import Row, render
 from qgraph.report.data import deployable_bytes

@@ -85,7 +85,7 @@ def _report(facts: Mapping[str, Any]) -> Report:
 
 def _name_of(promise: Promise) -> str | None:
     """Return module:Class of a promise of ours that is made without arguments; None for any other."""
-    cls = type(promise)
+    cls: Any = type(promise)
     fits = cls.__module__.startswith(_OURS) and cls.__qualname__.isidentifier()
     try:
         return f"{cls.__module__}:{cls.__qualname__}" if fits and cls() is not None else None
