@@ -81,7 +81,7 @@ def _targets(rows: Sequence[Row], found: SideBySide) -> Markup:
 
 def _remarks(rows: Sequence[Row], found: SideBySide) -> list[Markup]:
     timed = any(one.seconds is not None for one in found.contenders)
-    told = "Latency is that on this build's machine, each beside the source." if timed else ""
+    told = "In brackets, how many times smaller and faster than the source; each was timed beside it." if timed else ""
     if any(one.stand_in for one in rows):
         told = f"{told} What was verified on a stand-in was not run on its device, and not timed.".strip()
     return [element("p", told, class_="note")] if told else []
