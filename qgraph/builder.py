@@ -9,8 +9,10 @@ A target that refuses the model, or breaks, does not stop the others. The folder
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import qgraph
 import qgraph.ir
 from qgraph.artifact import INDEX, INDEX_PAGE, Artifact, refuse_existing, staging
 from qgraph.build_recipe import BuildRecipe, TargetRecipe, read_recipe
+from qgraph.build_workers import run_ahead
 from qgraph.cache import Cache
 from qgraph.comparison import contender
 from qgraph.compiler import compile as compile_model
@@ -139,6 +142,7 @@ def build(
     calibration: Any = None,
     verify_data: Any = None,
     cache: str | Path | Cache | None = None,
+    workers: int = 1,
     context: Context | None = None,
     force: bool = False,
     observer: Callable[[Event], None] | None = None,
@@ -153,6 +157,8 @@ def build(
         calibration: samples in any form that `compile` takes, instead of the recipe's.
         verify_data: like it.
         cache: a folder where models behind long passes are kept, for other builds and compilations.
+        workers: processes that run passes of several targets at once; what is verified and timed is so afterwards, one
+            after the other. Each needs as much memory as a compilation, and the room on disk is that of a few models.
         context: seed, threads, memory bound and progress; the recipe's seed counts where it gives one.
         force: replace a build that stands at `output`.
         observer: called when a stage of a target ends.
@@ -177,8 +183,15 @@ def build(
         calibration=wanted.calibration if calibration is None else Data.of(calibration),
         verify_data=wanted.verify_data if verify_data is None else Data.of(verify_data),
     )
-    with staging(folder, force=force) as stage, work_folder(folder, resume=False) as work:
+    with (
+        contextlib.ExitStack() as scratch,
+        staging(folder, force=force) as stage,
+        work_folder(folder, resume=False) as work,
+    ):
         context = dataclasses.replace(context, work_folder=context.work_folder or work, _analyses={})
+        if workers > 1 and len(asked.targets) > 1:
+            opened = opened or Cache(scratch.enter_context(tempfile.TemporaryDirectory(prefix="qgraph-")))
+            run_ahead(source, asked, context, opened, workers=workers, observer=observer)
         shop = _Shop(source, asked, context, Sharing(opened), observer)
         entries = []
         for number, target in enumerate(wanted.targets, start=1):

@@ -32,6 +32,8 @@ FORMAT = 1
 _MARK = "CACHE"
 _TEXT = f"qgraph cache, format {FORMAT}\n"
 _ENTRY = "entry.json"
+_CLAIMS = ".claims.tmp"
+"""A file of which a byte is locked for every key that a process works at."""
 _ABANDONED = 24 * 3600.0
 """Seconds after which a folder that is being written belongs to nobody any more."""
 _IN_USE = 3600.0
@@ -118,6 +120,10 @@ class Cache:
             os.utime(folder)
         return folder, facts
 
+    def holds(self, key: str) -> bool:
+        """Tell whether there is an entry, sound or not."""
+        return (self.folder / key).is_dir()
+
     def keep(self, key: str, write: Callable[[Path], dict[str, Any] | None]) -> bool:
         """Make an entry; tell whether there is one now. A full or vanished disk costs the entry, not the work.
 
@@ -126,7 +132,7 @@ class Cache:
             write: writes files into an empty folder and returns facts as JSON values, or None where there is nothing
                 that could be kept.
         """
-        if (self.folder / key).is_dir():
+        if self.holds(key):
             return True
         try:
             with self._unfinished(key) as folder:
@@ -141,6 +147,22 @@ class Cache:
             return False
         self._shrink()
         return True
+
+    @contextlib.contextmanager
+    def claim(self, key: str) -> Iterator[bool]:
+        """Hold a key against other processes; tell whether it could be had. The claim ends with the process."""
+        try:
+            import fcntl
+        except ImportError:  # no such locks here: two processes may make the same
+            yield True
+            return
+        with (self.folder / _CLAIMS).open("ab") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(key[:12], 16))
+            except OSError:
+                yield False
+            else:
+                yield True
 
     def drop(self, key: str) -> None:
         """Remove an entry: renamed first, so that nobody finds half of it."""

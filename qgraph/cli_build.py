@@ -24,6 +24,14 @@ _FAILED, _REFUSED, _OUTSIDE = 1, 2, 3
     "--calib-memory", metavar="SIZE", callback=memory, help="Bound on activations held at once [default: 1GiB]."
 )
 @data_options
+@click.option(
+    "--workers",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Run the passes of N targets at once, in processes; timing comes after.",
+)
 @click.option("--cache", metavar="DIR", type=PATH, help="Keep models behind long passes here, for other builds.")
 @click.option("--cache-size", metavar="SIZE", callback=memory, help="Remove what was not used for longest beyond this.")
 @run_options
@@ -38,6 +46,7 @@ def build(
     model: Path | None,
     calib: str | None,
     calib_memory: int | None,
+    workers: int,
     cache: Path | None,
     cache_size: int | None,
 ) -> int:
@@ -66,6 +75,7 @@ def build(
             model=model,
             calibration=common.optional_data(calib),
             cache=None if cache is None else Cache(cache, limit=cache_size, tell=display.warn),
+            workers=workers,
             context=common.context(display, calib_memory),
             force=force,
             observer=display.event,

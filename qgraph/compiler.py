@@ -40,7 +40,7 @@ from qgraph.target_options import read_target, with_option
 from qgraph.targets.base import Session, Target
 from qgraph.work_folder import work_folder
 
-__all__ = ["Data", "Event", "Plan", "compile", "default_output", "verify"]
+__all__ = ["Data", "Event", "Plan", "compile", "default_output", "run_passes", "verify"]
 
 
 def default_output(model: Path, target: str) -> Path:
@@ -159,6 +159,32 @@ def compile(  # noqa: A001 - the name that users look for
             artifact,
         )
     return artifact
+
+
+def run_passes(
+    model: Path,
+    target: Target,
+    *,
+    sharing: Sharing,
+    context: Context,
+    calibration: Data | None = None,
+    verify_data: Data | None = None,
+    passes: Pipeline | None = None,
+    recipe: Plan | None = None,
+    settings: Sequence[str] = (),
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> None:
+    """Run all that `compile` does up to the lowered model, for what that leaves in `sharing`; see there.
+
+    Raises:
+        UserError, PassError: as `compile` does.
+        BusyError: another process runs the next pass over the same model.
+    """
+    run = Run(target, context, _ignore, model, sharing)
+    run.load(model, shapes or {}, calibration, verify_data)
+    plan = _filled(Plan.of(passes, recipe), run, parse_settings(settings), tune=False)
+    run.line.run(plan.compress or Pipeline())
+    run.line.run(plan.lower or Pipeline())
 
 
 def _filled(plan: Plan, run: Run, overrides: Sequence[Override], *, tune: bool) -> Plan:

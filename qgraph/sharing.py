@@ -13,6 +13,7 @@ between equal models, and so is the source with its outputs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -21,7 +22,7 @@ import importlib.util
 import platform
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from qgraph.runtime.benchmark import machine
 from qgraph.runtime.recorded import Recorded
 from qgraph.stored_states import State, read_outputs, read_state, write_outputs, write_state
 
-__all__ = ["Line", "Sharing", "joined"]
+__all__ = ["BusyError", "Line", "Sharing", "joined"]
 
 _STATES = 16
 """States of the model that are kept in memory; they share most of their weights."""
@@ -52,16 +53,22 @@ _BY_NAME = (calibrate, statistics)
 """Analyses whose results name tensors, so that they hold for a copy of the model."""
 
 
+class BusyError(Exception):
+    """Another process runs the next pass over the same model."""
+
+
 class Sharing:
     """What several compilations share.
 
     Args:
         cache: where to find what other processes have made, and to keep it for them; None for memory only.
         memory: keep states in memory, for compilations to come.
+        claims: run no pass that another process with this option runs over the same model.
     """
 
-    def __init__(self, cache: Cache | None = None, *, memory: bool = True) -> None:
+    def __init__(self, cache: Cache | None = None, *, memory: bool = True, claims: bool = False) -> None:
         self.cache = cache
+        self.claims = claims
         self._memory = memory
         self._states: OrderedDict[str, State] = OrderedDict()
         self._facts: dict[tuple[Any, ...], Any] = {}
@@ -201,9 +208,13 @@ class Line:
         Raises:
             UserError: the model or an option is at fault.
             PassError: a pass is at fault.
+            BusyError: see `Sharing`.
         """
         if self._sharing is None:
             return pipeline.run(self.model, context=self.context, after_pass=after_pass)
+        if self._sharing.claims and len(pipeline) > 1:
+            parts = [self.run(Pipeline([one]), after_pass=after_pass) for one in pipeline]
+            return joined(parts[-1], self._reports[-len(parts) :])
         before, tell = len(self._reports), after_pass or _ignore
         keys = _keys(self._key, pipeline.passes)
         known = self._take_up(keys)
@@ -215,8 +226,21 @@ class Line:
             self._passed(keys[len(self._reports) - before], report)
             tell(report)
 
-        summed = Pipeline(pipeline.passes[known:]).run(self.model, context=self.context, after_pass=after)
+        with self._claimed(keys[known:]):
+            summed = Pipeline(pipeline.passes[known:]).run(self.model, context=self.context, after_pass=after)
         return joined(summed, self._reports[before:])
+
+    @contextlib.contextmanager
+    def _claimed(self, keys: Sequence[str | None]) -> Iterator[None]:
+        assert self._sharing is not None
+        cache = self._sharing.cache if self._sharing.claims else None
+        if cache is None or not keys or keys[0] is None:
+            yield
+            return
+        with cache.claim(keys[0]) as had:
+            if not had or cache.holds(keys[0]):  # or somebody has ended just now
+                raise BusyError
+            yield
 
     def _take_up(self, keys: Sequence[str | None]) -> int:
         """Go on from the furthest place on the way where somebody has been; return how many passes that saves."""

@@ -44,6 +44,7 @@ LAYERS = (
     ("catalog", "evaluation", "float_form"),
     ("verbs", "doctor", "comparison"),
     ("build_recipe",),
+    ("build_workers",),
     ("builder",),
     ("cli", "cli_build", "cli_commands", "cli_compare", "cli_display", "cli_options", "cli_pages", "__main__"),
 )
