@@ -32,7 +32,7 @@ from qgraph.codegen.tvm_lowering import require_tvm
 from qgraph.errors import UserError
 from qgraph.passes.integer_requantize import BOUNDARY_KEY
 from qgraph.pipeline import Context, Pipeline, Skipped
-from qgraph.runtime.session import open_session
+from qgraph.runtime.session import CPU_PROVIDER, open_session
 from qgraph.targets.base import Kernels, Session, Step, Target
 
 __all__ = ["Integer", "code_form"]
@@ -148,6 +148,10 @@ class Integer(Target):
             if path.is_file():
                 found.update(json.loads(path.read_text(encoding="utf-8")))
         return found or None
+
+    def providers(self) -> Sequence[tuple[str, Mapping[str, str]]]:
+        """Return the CPU provider, which computes the same integers as what the graph is meant for."""
+        return [(CPU_PROVIDER, {})]
 
     def session(self, folder: Path, *, threads: int = 0) -> Session:
         """Open model.onnx in ONNX Runtime, which executes the functions by their bodies.
