@@ -151,12 +151,13 @@ def ratio(figures: Mapping[str, Any], way: str, against: str, unit: str) -> floa
 def markdown(found: Mapping[str, Any]) -> str:
     """Return the results as a page."""
     machine = found["machine"]
+    here = f"{machine['processor']}, {machine['cores']} cores, {found['threads']} threads"
     lines = [
         "# One build for six targets",
         "",
-        f"`python benchmarks/build.py` on {machine['processor']}, {machine['cores']} cores,",
-        f"{found['threads']} threads; targets {', '.join(found['targets'])}. Seconds on the clock, and of the processor",
-        "(user and system) in brackets, which other work on the machine disturbs less. Imports are included.",
+        f"`python benchmarks/build.py` on {here}; targets {', '.join(found['targets'])}.",
+        "Seconds on the clock, and of the processor (user and system) in brackets, which other work on the machine",
+        "disturbs less. Imports are included.",
         "",
         f"| model | {' | '.join(_WAYS.values())} | same bytes |",
         f"|---|{'---|' * (len(_WAYS) + 1)}",

@@ -46,7 +46,7 @@ __all__ = ["BusyError", "Line", "Sharing", "joined"]
 
 _STATES = 16
 """States of the model that are kept in memory; they share most of their weights."""
-_WORTH_COPYING = 0.02
+_WORTH_COPYING = 0.1
 _WORTH_WRITING = 0.5
 """Seconds of work behind which a state is kept, in memory and on disk. What is kept decides on nothing but time."""
 _BY_NAME = (calibrate, statistics)

@@ -19,6 +19,7 @@ import qgraph
 from qgraph import registry
 from qgraph.build_recipe import read_recipe
 from qgraph.builder import Build, build, default_output
+from qgraph.cache import Cache
 from qgraph.errors import UserError
 from qgraph.pipeline import Context, Pipeline
 from qgraph.verbs import run as run_artifact
@@ -295,3 +296,37 @@ def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
         build({"targets": ["cpu-fp32"], "model": "m.onnx"})
     with pytest.raises(UserError, match="is for `qgraph build`"):
         qgraph.compile("m.onnx", "cpu-fp32", recipe=written(tmp_path, 'targets = ["cpu-fp32"]'))
+
+
+# --- workers ----------------------------------------------------------------------------------------------------------
+
+
+def test_workers_change_nothing_but_the_time(built: Build, network: Path, tmp_path: Path) -> None:
+    recipe = {
+        "model": str(network / "net.onnx"),
+        "calib": str(network / "samples.npz"),
+        "targets": ["cpu-int4", "cuda-int4", "integer"],
+    }
+    told: list[str] = []
+    cache = Cache(tmp_path / "cache", tell=told.append)
+    ahead: list[str] = []
+    made = build(
+        recipe, output=tmp_path / "out", cache=cache, workers=2, context=Context(threads=1),
+        observer=lambda event: ahead.append(event.text) if event.stage == "ahead" else None,
+    )  # fmt: skip
+    assert sorted(ahead) == ["cpu-int4: done", "cuda-int4: done", "integer: done"]
+    assert told == []
+    for one in made.entries:
+        assert one.artifact is not None
+        assert hashes(one.artifact.path) == hashes(built[one.name].path)
+
+
+def test_what_fails_in_a_worker_is_told_by_the_build(work: Path) -> None:
+    text = 'model = "net.onnx"\ntargets = ["integer", "cpu-fp32"]\n'
+    ahead: list[str] = []
+    made = build(
+        written(work, text), workers=2, context=Context(threads=1),
+        observer=lambda event: ahead.append(event.text) if event.stage == "ahead" else None,
+    )  # fmt: skip
+    assert sorted(ahead) == ["cpu-fp32: done", "integer: left to the build (UserError)"]
+    assert [one.status for one in made.entries] == ["refused", "built"]

@@ -28,7 +28,7 @@ from qgraph.errors import UserError
 from qgraph.passes.qdq import Qdq
 from qgraph.passes.sparsify import Sparsify
 from qgraph.pipeline import Context, Pipeline, Report
-from qgraph.sharing import Line, Sharing
+from qgraph.sharing import BusyError, Line, Sharing
 from qgraph.stored_states import State, read_outputs, read_state, write_outputs, write_state
 
 KEY = key_of("a key")
@@ -293,6 +293,46 @@ def test_processes_that_make_the_same_at_once_all_succeed(tmp_path: Path) -> Non
     assert [(one.returncode, one.stderr) for one in done] == [(0, "")] * 3
     assert len(list((tmp_path / "cache").glob("[0-9a-f]*"))) == 30
     assert not list((tmp_path / "cache").glob(".*.tmp"))
+
+
+def test_a_claim_holds_against_other_processes_and_ends_with_them(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    script = (
+        "import sys\nfrom qgraph.cache import Cache\ncache = Cache(sys.argv[1])\n"
+        "with cache.claim('00' * 32) as one, cache.claim('01' * 32) as other: print(one, other)\n"
+    )
+
+    def ask() -> str:
+        command = [sys.executable, "-c", script, str(tmp_path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    with cache.claim("00" * 32) as had:
+        assert had
+        assert ask() == "False True"
+    assert ask() == "True True"
+
+
+@pytest.mark.usefixtures("all_is_worth_it")
+def test_who_is_busy_with_a_pass_keeps_others_from_it(network: Path, tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    context = Context(calibration=feeds(network))
+
+    def line() -> Line:
+        return Line(qgraph.load(network / "net.onnx"), context, Sharing(cache, claims=True, memory=False), "root")
+
+    first = line()
+    first.run(Pipeline.parse("fold-constants"))
+    assert first._key is not None
+    (key,) = sharing_module._keys(first._key, Pipeline.parse("qdq").passes)
+    assert key is not None
+    cache.keep(key, lambda folder: {})  # by another process, just now: what is there is not looked into yet
+    with pytest.raises(BusyError), first._claimed([key]):
+        pass
+    cache.drop(key)
+    report = line().run(Pipeline.parse("fold-constants,qdq"))
+    assert [one.name for one in report.parts] == ["fold-constants", "qdq"]
+    again = line().run(Pipeline.parse("fold-constants,qdq"))
+    assert again.seconds == report.seconds, "it was taken from the cache"
 
 
 # --- states as files --------------------------------------------------------------------------------------------------
