@@ -89,7 +89,7 @@ class _Axis(NamedTuple):
     def counts(self, include_pads: bool) -> np.ndarray:
         """Return how many elements count in each window, one at least; what only `ceil_mode` reaches never does."""
         low, high = (-self.before, self.size + self.after) if include_pads else (0, self.size)
-        return np.maximum(((self.taps >= low) & (self.taps < high)).sum(axis=1), 1)
+        return np.asarray(np.maximum(((self.taps >= low) & (self.taps < high)).sum(axis=1), 1))
 
 
 def _axes(node: ir.Node, shape: ir.Shape | None, kernel: list[int]) -> list[_Axis]:

@@ -71,6 +71,7 @@ def _sampled(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
         raise UnfitError("its input is not known to be images in float32")
     channels, height, width = static_sizes(image, slice(1, None), "a size of its images is")
     sampled = static_sizes(grid, slice(1, 3), "a size of its grid is")
+    assert grid is not None
     parts = emit.split(grid, [1, 1], 3)
     flat = emit.integers("places", [0, 1, sampled[0] * sampled[1]])
     corners = node.attributes.get_int("align_corners", 0) != 0
