@@ -110,6 +110,8 @@ class _Planner:
             elif unit.form is Form.JOIN:
                 alone = [value for value in unit.terms if self._only_reader(value, unit)]
                 self._keep_together([*unit.outputs, *alone])
+            elif unit.form is Form.COMPARE:
+                self._keep_together(unit.inputs)  # what is equal must have equal integers
         for unit in self._units:
             if unit.form is Form.JOIN:
                 self._own_constants(unit)
@@ -210,7 +212,9 @@ class _Planner:
             return
         # Not what their group reaches: a join's addends may share that with the mask itself.
         lows, highs = zip(*[self._reach(value, seen) for value in others], strict=True)
-        low, high = (sum(lows), sum(highs)) if unit.form is Form.SUM else (min(lows), max(highs))
+        low, high = (min(lows), max(highs))
+        if unit.form is Form.SUM:
+            low, high = (sum(ends) * float(unit.tail.factor) for ends in (lows, highs))
         stand.low, stand.high, stand.fixed = low - _UNSEEN, high, True
         for value in hidden:
             mask = self._stand.get(value)

@@ -216,7 +216,8 @@ class Widths:
 
 def _wanting(unit: Unit) -> tuple[ir.Value, ...]:
     """Return the tensors around a unit that it needs in 16 bits."""
-    if unit.form in (Form.NORM, Form.SOFTMAX):
+    whole = unit.form is Form.TABLE and unit.outputs[0].dtype not in (ir.DataType.FLOAT, ir.DataType.BOOL, None)
+    if whole or unit.form in (Form.COMPARE, Form.NORM, Form.SOFTMAX):
         return unit.inputs
     if unit.form in (Form.QUOTIENT, Form.HYPOT):
         return (*unit.inputs, *unit.outputs)

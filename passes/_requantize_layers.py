@@ -1,8 +1,7 @@
-"""Linear layers, products of activations and sums over windows in integers.
+"""Linear layers and products of activations in integers.
 
     D(x) -> Conv(D(w), b) -> Relu -> Q    =>    ConvInteger(x, w) -> Add(b) -> Requantize
     D(a), D(b) -> MatMul -> Q             =>    MatMulInteger(a, b) -> Requantize
-    D(x) -> AveragePool -> Q              =>    ConvInteger(x, 1) -> Requantize, by each window's count
 
 A 16-bit input is multiplied as two of 8 bits: x = 256 * high + low. No accumulator can leave int32: for each output
 the sum of |w| times the reach of the inputs, and the bias, are added up, and where they could, the weights of that
@@ -12,7 +11,6 @@ output are halved until they cannot; the pass names the layer.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -23,7 +21,7 @@ from qgraph.analysis.integer_rules import output_axis
 from qgraph.analysis.integer_units import Unit, layer_weight
 from qgraph.passes._requantize_writer import LIMIT, Codes, Target, UnfitError, Writer, along
 
-__all__ = ["Layer", "int8_weight", "layer", "matmul", "pool", "read_layer"]
+__all__ = ["Layer", "in_halves", "int8_weight", "layer", "matmul", "read_layer"]
 
 _INT32, _INT8, _UINT8 = ir.DataType.INT32, ir.DataType.INT8, ir.DataType.UINT8
 _SPLIT = 256
@@ -182,10 +180,10 @@ def _multiply(writer: Writer, node: ir.Node, source: Codes, weight: np.ndarray, 
             return writer.op("MatMulInteger", [codes, stored, zero], _INT32)
         return writer.op("MatMulInteger", [stored, codes, None, zero], _INT32)
 
-    return _in_halves(writer, source, product)
+    return in_halves(writer, source, product)
 
 
-def _in_halves(writer: Writer, source: Codes, product: Callable[[ir.Value, int], ir.Value]) -> ir.Value:
+def in_halves(writer: Writer, source: Codes, product: Callable[[ir.Value, int], ir.Value]) -> ir.Value:
     """Apply a linear function of 8-bit integers to these, or to the two halves of 16-bit ones."""
     if source.form.dtype is not ir.DataType.INT16:
         return product(source.value, source.form.zero_point)
@@ -247,50 +245,3 @@ def matmul(writer: Writer, unit: Unit, target: Target) -> ir.Value:
 def _last(value: ir.Value) -> int | None:
     size = value.shape[-1] if value.shape is not None and len(value.shape) else None
     return size if isinstance(size, int) else None
-
-
-def pool(writer: Writer, unit: Unit, target: Target) -> ir.Value:
-    """Write an AveragePool as sums over windows, divided by the counts of their elements."""
-    node = unit.main
-    source = writer.codes(unit.inputs[0])
-    shape = unit.inputs[0].shape
-    channels = None if shape is None or len(shape) < 3 else shape[1]
-    if not isinstance(channels, int):
-        raise UnfitError("the number of its channels is not known: fix the shape of the input (--shape)")
-    if node.attributes.get_int("ceil_mode", 0):
-        raise UnfitError("it may reach beyond the border (ceil_mode)")
-    kernel = list(node.attributes.get_ints("kernel_shape"))
-    if math.prod(kernel) * source.form.reach > LIMIT // 2:
-        raise UnfitError("its windows are so large that their sums could leave int32")
-    ones = writer.constant(np.ones((channels, 1, *kernel)), _INT8)
-    kept = {name: node.attributes[name] for name in _CONV_ATTRIBUTES if name in node.attributes}
-    kept["group"] = ir.AttrInt64("group", channels)
-
-    def sums(codes: ir.Value, zero_point: int) -> ir.Value:
-        zero = writer.constant(zero_point, codes.dtype or _UINT8)
-        return writer.op("ConvInteger", [codes, ones, zero], _INT32, kept)
-
-    total = _in_halves(writer, source, sums)
-    return writer.requantize(total, source.form.scale / _counts(node, shape, kernel), target)
-
-
-def _counts(node: ir.Node, shape: ir.Shape | None, kernel: list[int]) -> np.ndarray:
-    """Return the elements that count in each window, () or over the output's places."""
-    pads = list(node.attributes.get_ints("pads", [0] * 2 * len(kernel)))
-    auto = node.attributes.get_string("auto_pad", "NOTSET")
-    padded = any(pads) or auto not in ("NOTSET", "VALID")
-    if node.attributes.get_int("count_include_pad", 0) or not padded:
-        return np.asarray(float(math.prod(kernel)))
-    sizes = [] if shape is None else list(shape)[2:]
-    if auto not in ("NOTSET", "VALID") or not all(isinstance(size, int) for size in sizes):
-        raise UnfitError("its border counts less than the inside, and its size is not known: fix the shape (--shape)")
-    strides = list(node.attributes.get_ints("strides", [1] * len(kernel)))
-    dilations = list(node.attributes.get_ints("dilations", [1] * len(kernel)))
-    counts = np.ones(())
-    for axis, (size, width, step, gap) in enumerate(zip(sizes, kernel, strides, dilations, strict=True)):
-        assert isinstance(size, int)
-        before, after = pads[axis], pads[axis + len(kernel)]
-        starts = np.arange(0, size + before + after - (width - 1) * gap, step) - before
-        taps = starts[:, None] + np.arange(width) * gap
-        counts = np.multiply.outer(counts, ((taps >= 0) & (taps < size)).sum(axis=1))
-    return np.maximum(counts, 1)

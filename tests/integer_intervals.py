@@ -12,9 +12,9 @@ import qgraph.ir
 
 Interval = tuple[int, int]
 MOVED = {
-    "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "MaxPool", "Pad",
-    "ReduceMax", "ReduceMin", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Trilu",
-    "Unsqueeze", "Where",
+    "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Max",
+    "MaxPool", "Min", "Pad", "ReduceMax", "ReduceMin", "Reshape", "ScatterElements", "ScatterND", "Slice",
+    "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Trilu", "Unsqueeze", "Where",
 }  # fmt: skip
 
 
@@ -142,6 +142,12 @@ def reduce_sum(known: Intervals, node: ir.Node) -> Interval:
     return low * count, high * count
 
 
+def running_sum(known: Intervals, node: ir.Node) -> Interval:
+    axis = qgraph.ir.constant(node.inputs[1])
+    count = node.inputs[0].shape[int(axis.item())]
+    return hull([(0, 0), times((1, count), known.of(node.inputs[0]))])
+
+
 def softmax(known: Intervals, node: ir.Node) -> Interval:
     return 0, known.of(node.inputs[3])[1]
 
@@ -171,7 +177,7 @@ def interpolate(known: Intervals, node: ir.Node) -> Interval:
 
 RULES: dict[str, Callable[[Intervals, ir.Node], Interval]] = {
     "Add": add, "Sub": add, "Mul": multiply, "Div": divide, "Neg": negate, "Clip": clip, "Cast": same,
-    "ConvInteger": layer, "MatMulInteger": layer, "ReduceSum": reduce_sum, "Softmax": softmax,
+    "ConvInteger": layer, "MatMulInteger": layer, "CumSum": running_sum, "ReduceSum": reduce_sum, "Softmax": softmax,
     "LayerNormalize": normalize, "RMSNormalize": normalize, "RoundedDivide": rounded_divide,
     "IntegerSqrt": integer_sqrt, "TableInterpolate": interpolate,
 }  # fmt: skip

@@ -23,6 +23,9 @@ PASSES = (
     "average-pool-to-conv",
     "conv-transpose-to-conv",
     "decompose-norms",
+    "decompose-operators",
+    "einsum-to-matmul",
+    "grid-sample-to-gather",
     "resize-to-matmul",
     "unroll-recurrent",
 )
