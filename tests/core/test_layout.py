@@ -26,7 +26,7 @@ LAYERS = (
     ("samples",),
     ("runtime.session", "runtime.metrics"),
     ("analysis",),
-    ("codegen",),
+    ("codegen", "coreml"),
     ("passes",),
     ("runtime",),
     ("targets",),
