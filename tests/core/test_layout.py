@@ -19,6 +19,7 @@ LAYERS = (
     ("ir", "safetensors", "work_folder"),
     ("pipeline",),
     ("targets.base",),
+    ("target_options",),
     ("feeds", "tokens"),
     ("token_feeds",),
     ("sample_images", "sample_texts"),
