@@ -45,10 +45,11 @@ _TYPES: Mapping[int, MilType] = {
 
 @dataclasses.dataclass(frozen=True)
 class Blob:
-    """A blob of a weight file: its type, and its bytes as they are stored."""
+    """A blob of a weight file: its type, its bytes as they are stored, and where these start."""
 
     type: MilType
     data: memoryview
+    start: int = 0
 
     def array(self, count: int) -> np.ndarray:
         """Return `count` numbers, in the smallest numpy type that holds them.
@@ -90,4 +91,4 @@ def read_blob(file: memoryview, offset: int) -> Blob:
         raise UserError(f"the weight file is damaged: there is no weight at {offset}")
     if start % _ALIGNMENT or start + size > len(file) or unused > 7:
         raise UserError(f"the weight file is damaged: the weight at {offset} reaches beyond {len(file)} bytes")
-    return Blob(_TYPES[kind], file[start : start + size])
+    return Blob(_TYPES[kind], file[start : start + size], start)
