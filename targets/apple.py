@@ -16,19 +16,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.analysis.compressed_weights import compressed
 from qgraph.coreml.lowering import lower, unlowered
 from qgraph.coreml.package import write_package
 from qgraph.coreml.session import PackageSession, on_device
 from qgraph.coreml.structure import examine
 from qgraph.coreml.toolkit import toolkit
+from qgraph.coreml.weights import constant_weight
 from qgraph.errors import UserError
 from qgraph.pipeline import Context, Pipeline, Skipped
 from qgraph.targets.base import Kernels, Session, Target
+from qgraph.targets.cpu_int4 import weight_passes
 
 __all__ = ["AppleFp16", "AppleInt4", "AppleInt8"]
 
@@ -39,6 +39,7 @@ _PREPARE = (
 )
 _LOWER = "to-fp16,merge-duplicates,remove-unused,infer-shapes"
 _CONVOLUTIONS = "rtn{bits=8,group=0,symmetric=true,embeddings=false,ops=[Conv,ConvTranspose]}"
+_LARGEST_FILE = (1 << 31) - (1 << 20)
 _COMPUTE = ("conv", "conv_transpose", "gru", "linear", "lstm", "matmul", "rnn")
 
 
@@ -54,7 +55,7 @@ class _CoreMl(Target):
 
     def lower_passes(self) -> Pipeline:
         """Return the passes that end in float16."""
-        return Pipeline.parse(f"{_LOWER},coreml-partitions" if self.onnx else _LOWER)
+        return Pipeline.parse(f"coreml-operators,{_LOWER},coreml-partitions" if self.onnx else _LOWER)
 
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return the nodes that have no form in an ML Program.
@@ -76,8 +77,9 @@ class _CoreMl(Target):
         if faults:
             raise RuntimeError(f"the package is not well formed: {faults[0]}")
         if self.onnx:
-            qgraph.ir.save(_without_compression(model), folder / "model.onnx")
-        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+            # The provider refuses nodes whose weights stand in a file of their own.
+            qgraph.ir.save(_without_compression(model), folder / "model.onnx", external_above=_LARGEST_FILE)
+        return sorted(path.name for path in folder.iterdir())
 
     def session(self, folder: Path, *, threads: int = 0) -> Session:
         """Open the package: in Core ML on a Mac, elsewhere in the interpreter.
@@ -154,9 +156,7 @@ class AppleInt4(_CoreMl):
         """Return AWQ and GPTQ where there are calibration data, else rounding to nearest; convolutions in 8 bits."""
         toolkit()
         _refuse_dynamic(model, self.name)
-        four = "bits=4,group=32,symmetric=true"
-        passes = f"rtn{{{four}}}" if context.calibration is None else f"awq{{{four}}},gptq{{{four}}}"
-        return Pipeline.parse(f"{passes},{_CONVOLUTIONS}")
+        return Pipeline([*weight_passes(context), *Pipeline.parse(_CONVOLUTIONS)])
 
 
 def _refuse_dynamic(model: ir.Model, target: str) -> None:
@@ -181,14 +181,11 @@ def _refuse_dynamic(model: ir.Model, target: str) -> None:
 def _without_compression(model: ir.Model) -> ir.Model:
     """Return the model with float weights in the place of compressed ones: the provider reads no others."""
     plain = model.clone()
-    for weight in list(compressed(plain)):
-        node = weight.dequantize
-        if node is None:
-            continue
-        output = node.outputs[0]
-        array = _expanded(node)
-        value = qgraph.ir.initializer(plain.graph, f"{weight.name}_expanded", array)
-        output.replace_all_uses_with(value)
-        qgraph.ir.discard(node)
+    for node in list(qgraph.ir.walk(plain)):
+        weight = constant_weight(node) if qgraph.ir.is_op(node, "DequantizeLinear") else None
+        if weight is not None:
+            value = qgraph.ir.initializer(plain.graph, f"{node.outputs[0].name}_expanded", weight.expanded())
+            node.outputs[0].replace_all_uses_with(value)
+            qgraph.ir.discard(node)
     Pipeline.parse("remove-unused").run(plain)
     return plain

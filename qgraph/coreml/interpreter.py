@@ -119,7 +119,8 @@ def _declared(spec: TensorSpec, array: np.ndarray, operation: Operation) -> np.n
     """Round a result to the type that the program declares for it, and hold it to the declared sizes."""
     if array.shape != spec.shape:
         raise UserError(
-            f"the package declares '{spec.name}' ({operation.type}) as {list(spec.shape)}, and it is {list(array.shape)}"
+            f"the package declares '{spec.name}' ({operation.type}) as {list(spec.shape)}, "
+            f"and it is {list(array.shape)}"
         )
     if spec.type is MilType.STRING or (array.dtype.kind == "b") != (spec.type is MilType.BOOL):
         raise UserError(f"the package declares '{spec.name}' as {spec.type.value}, and it is {array.dtype}")

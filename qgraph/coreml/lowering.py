@@ -246,8 +246,12 @@ class _Writer:
         return self._tools.builder.const(val=array.astype(dtype), name=self._names.fresh(name))
 
     def emit(self, kind: str, name: str, **parameters: Any) -> Any:
-        """Add an operation."""
-        return getattr(self._tools.builder, kind)(**parameters, name=self._names.fresh(name))
+        """Add an operation; several outputs get names of their own, since the builder's may be taken."""
+        results = getattr(self._tools.builder, kind)(**parameters, name=self._names.fresh(name))
+        if isinstance(results, list | tuple):
+            for index, result in enumerate(results):
+                result.name = self._names.fresh(f"{name}_{index}")
+        return results
 
     def branch(self, graph: ir.Graph) -> list[Any]:
         """Add the operations of a subgraph; constants that are first read there are seen nowhere else."""

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from qgraph.coreml.blob import Blob, read_blob
-from qgraph.coreml.protobuf import decode
 from qgraph.coreml.data_types import ARRAY_TYPES, MilType
+from qgraph.coreml.protobuf import decode
 from qgraph.errors import UserError
 from qgraph.wire import WireError
 

@@ -1,8 +1,8 @@
 """Reading a Core ML model's protobuf messages, as far as an ML Program needs them.
 
-Field numbers are those of Model.proto, FeatureTypes.proto and MIL.proto in github.com/apple/coremltools (mlmodel/format),
-which are part of the format; nothing of coremltools is needed to read a package. A message becomes a dictionary, a map
-a dictionary too, and packed numbers an array. Fields that are not named here are passed over.
+Field numbers are those of Model.proto, FeatureTypes.proto and MIL.proto (coremltools, mlmodel/format), which are part
+of the format; nothing of coremltools is needed to read a package. A message becomes a dictionary, and so does a map;
+packed numbers become a list. Fields that are not named here are passed over.
 """
 
 from __future__ import annotations

@@ -48,9 +48,8 @@ def _refuse(site: Site) -> None:
     op = site.node.op_type
     activations = list(site.node.attributes.get_strings("activations", _ACTIVATIONS[op]))
     directions = 2 if site.text("direction", "forward") == "bidirectional" else 1
-    if [one.lower() for one in activations] != [one.lower() for one in _ACTIVATIONS[op] * directions]:
-        if activations != _ACTIVATIONS[op]:
-            raise UnfitError(f"of {op} there is the one with the activations {', '.join(_ACTIVATIONS[op])} only")
+    if activations not in (_ACTIVATIONS[op], _ACTIVATIONS[op] * directions):
+        raise UnfitError(f"of {op} there is the one with the activations {', '.join(_ACTIVATIONS[op])} only")
     if (
         site.has(_SEQUENCE_LENGTHS)
         or site.has(_PEEPHOLES)

@@ -45,7 +45,7 @@ def _pow(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _reduce(function: Any) -> Semantics:
-    def compute(x: np.ndarray, axes: np.ndarray | None = None, keep_dims: bool = False) -> np.ndarray:  # noqa: FBT001, FBT002
+    def compute(x: np.ndarray, axes: np.ndarray | None = None, keep_dims: bool = False) -> np.ndarray:
         return np.asarray(function(x, axis=axes_of(axes, x.ndim), keepdims=bool(keep_dims)))
 
     return compute
@@ -56,7 +56,7 @@ def _l2(x: np.ndarray, axis: tuple[int, ...], *, keepdims: bool) -> np.ndarray:
 
 
 def _arg(function: Any) -> Semantics:
-    def compute(x: np.ndarray, axis: int = -1, keep_dims: bool = True, output_dtype: str = "int32") -> np.ndarray:  # noqa: FBT001, FBT002
+    def compute(x: np.ndarray, axis: int = -1, keep_dims: bool = True, output_dtype: str = "int32") -> np.ndarray:
         return np.asarray(function(x, axis=int(axis), keepdims=bool(keep_dims))).astype(output_dtype)
 
     return compute
@@ -87,7 +87,7 @@ def _local_response_norm(x: np.ndarray, size: int, alpha: Any = 1e-4, beta: Any 
     return np.asarray(x / (k + alpha / size * squares) ** beta)
 
 
-def _cumsum(x: np.ndarray, axis: int = 0, exclusive: bool = False, reverse: bool = False) -> np.ndarray:  # noqa: FBT001, FBT002
+def _cumsum(x: np.ndarray, axis: int = 0, exclusive: bool = False, reverse: bool = False) -> np.ndarray:
     axis = int(axis)
     work = np.flip(x, axis) if reverse else x
     total = np.cumsum(work, axis=axis, dtype=x.dtype)
@@ -99,9 +99,9 @@ def _topk(
     x: np.ndarray,
     k: int = 1,
     axis: int = -1,
-    ascending: bool = False,  # noqa: FBT001, FBT002
-    sort: bool = True,  # noqa: FBT001, FBT002
-    return_indices: bool = True,  # noqa: FBT001, FBT002
+    ascending: bool = False,
+    sort: bool = True,
+    return_indices: bool = True,
     output_indices_dtype: str = "int32",
 ) -> tuple[np.ndarray, ...]:
     del sort, return_indices

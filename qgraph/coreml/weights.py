@@ -62,6 +62,19 @@ class StoredWeight:
         offset = None if self.offset is None else self.offset.transpose(layout)
         return StoredWeight(self.codes.transpose(layout), self.type, self.scale.transpose(layout), offset)
 
+    def expanded(self) -> np.ndarray:
+        """Return the numbers that the weight stands for, in the type of its scales."""
+        codes = self.codes.astype(np.float32)
+        if self.offset is not None:
+            codes -= _repeated(self.offset, self.codes.shape).astype(np.float32)
+        return np.asarray((codes * _repeated(self.scale, self.codes.shape)).astype(self.scale.dtype))
+
+
+def _repeated(grid: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    for axis, size in enumerate(shape):
+        grid = np.repeat(grid, size // grid.shape[axis], axis=axis)
+    return grid
+
 
 def constant_weight(node: ir.Node) -> StoredWeight | None:
     """Return what a DequantizeLinear of constants holds; None if it dequantizes an activation."""
@@ -137,8 +150,8 @@ def emit_array(graph: Graph, array: np.ndarray, name: str) -> Any:
     if array.dtype.kind == "f" and sparse_pays(array, 8 * array.itemsize):
         mask = array != 0
         mask_var = _typed(graph, mask.astype(np.uint8), MilType.UINT1, f"{name}_mask")
-        return graph.emit("constexpr_sparse_to_dense", name, nonzero_data=graph.constant(array[mask], f"{name}_nonzero"),
-                          mask=mask_var)  # fmt: skip
+        data = graph.constant(array[mask], f"{name}_nonzero")
+        return graph.emit("constexpr_sparse_to_dense", name, nonzero_data=data, mask=mask_var)
     if array.dtype.kind in "iu" and array.dtype.itemsize != 1:
         limits = np.iinfo(np.int32)
         array = np.clip(array, limits.min, limits.max).astype(np.int32)
