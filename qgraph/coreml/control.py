@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from qgraph.coreml.data_types import MilType
@@ -21,7 +20,7 @@ def _if(site: Site) -> Any:
     if site.type() is not MilType.BOOL:
         condition = site.emit("not_equal", x=condition, y=site.number(0))
     if site.shape(0):
-        condition = site.emit("reshape", x=condition, shape=np.zeros(0, np.int32))
+        condition = site.reshape(condition, ())
     taken, other = (_branch(site, graph) for graph in graphs)
     return site.emit("cond", pred=condition, _true_fn=taken, _false_fn=other)
 

@@ -179,10 +179,7 @@ def _where(site: Site) -> Any:
     first, second, target = site[1], site[2], site.result()
     if np.broadcast_shapes(site.shape(1), site.shape(2)) != target:
         whole = site.emit("fill", shape=np.array(target, np.int32), value=site.number(0, 2))
-        if site.type(2) is MilType.BOOL:
-            second = site.emit("logical_or", x=second, y=whole)
-        else:
-            second = site.emit("add", x=second, y=whole)
+        second = site.emit("add", x=second, y=whole)
     return site.emit("select", cond=site[0], a=first, b=second)
 
 

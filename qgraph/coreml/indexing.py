@@ -9,7 +9,7 @@ import numpy as np
 
 import qgraph.ir
 from qgraph.coreml.data_types import MilType
-from qgraph.coreml.site import Rule, Site
+from qgraph.coreml.site import Rule, Site, UnfitError
 
 __all__ = ["RULES"]
 
@@ -53,6 +53,9 @@ def _scatter_nd(site: Site) -> Any:
 
 def _scatter_elements(site: Site) -> Any:
     axis = site.axis(0)
+    sizes = [(whole, part) for place, (whole, part) in enumerate(zip(site.shape(0), site.shape(1))) if place != axis]
+    if any(whole != part for whole, part in sizes):
+        raise UnfitError("its indices are shorter than its data along another axis than their own")
     indices = _indices(site, 1, site.shape(0)[axis])
     mode = _UPDATES[site.text("reduction", "none")]
     return site.emit("scatter_along_axis", data=site[0], indices=indices, updates=site[2], axis=axis, mode=mode)
@@ -61,9 +64,10 @@ def _scatter_elements(site: Site) -> Any:
 def _one_hot(site: Site) -> Any:
     off, on = site.array(2)
     axis = site.integer("axis", -1)
-    given = site[0] if site.type() is MilType.INT32 else site.emit("cast", x=site[0], dtype="int32")
+    if site.type() is not MilType.INT32:
+        raise UnfitError("its indices are no whole numbers of 32 or 64 bits")
     kind = site.type(2).numpy.type
-    return site.emit("one_hot", indices=given, one_hot_vector_size=int(site.array(1).item()), axis=axis,
+    return site.emit("one_hot", indices=site[0], one_hot_vector_size=int(site.array(1).item()), axis=axis,
                      on_value=kind(on), off_value=kind(off))  # fmt: skip
 
 

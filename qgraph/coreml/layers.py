@@ -33,8 +33,7 @@ def _with_vector(site: Site) -> Any:
         left = site.emit("expand_dims", x=left, axes=[0])
     if len(site.shape(1)) == 1:
         right = site.emit("expand_dims", x=right, axes=[1])
-    product = site.emit("matmul", x=left, y=right)
-    return site.emit("reshape", x=product, shape=np.array(site.result(), np.int32))
+    return site.reshape(site.emit("matmul", x=left, y=right), site.result())
 
 
 def _gemm(site: Site) -> Any:

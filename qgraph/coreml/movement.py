@@ -17,7 +17,7 @@ __all__ = ["RULES"]
 
 def _to_result(site: Site) -> Any:
     """Reshape and its like: the sizes of the output are known."""
-    return site.emit("reshape", x=site[0], shape=np.array(site.result(), np.int32))
+    return site.reshape(site[0], site.result())
 
 
 def _transpose(site: Site) -> Any:
@@ -93,7 +93,7 @@ def _padded(site: Site, value: Any, padding: Sequence[int], mode: str, fill: flo
 def _expand(site: Site) -> Any:
     before, after = site.shape(0), site.result()
     filled = (*[1] * (len(after) - len(before)), *before)
-    value = site[0] if filled == before else site.emit("reshape", x=site[0], shape=np.array(filled, np.int32))
+    value = site[0] if filled == before else site.reshape(site[0], filled)
     repeats = [size if old == 1 else 1 for old, size in zip(filled, after, strict=True)]
     return site.emit("tile", x=value, reps=repeats)
 

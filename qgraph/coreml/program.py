@@ -206,7 +206,7 @@ def _spec(name: str, message: Mapping[str, Any]) -> TensorSpec:
     kind = MilType.of_proto(tensor["type"])
     if kind is None:
         raise WireError(f"'{name}' has a data type that ML Programs do not have ({tensor['type']})")
-    return TensorSpec(name, kind, tuple(one["constant"]["size"] if "constant" in one else None
+    return TensorSpec(name, kind, tuple(one["constant"].get("size", 0) if "constant" in one else None
                                         for one in tensor["dimensions"]))  # fmt: skip
 
 

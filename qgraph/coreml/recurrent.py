@@ -86,13 +86,13 @@ def _state(site: Site, index: int, batch: int, width: int) -> Any:
     if not site.has(index):
         return site.constant(np.zeros((batch, width), site.type().numpy))
     moved = site.emit("transpose", x=site[index], perm=[1, 0, 2])
-    return site.emit("reshape", x=moved, shape=np.array([batch, width], np.int32))
+    return site.reshape(moved, (batch, width))
 
 
 def _by_direction(site: Site, value: Any, directions: int, hidden: int) -> Any:
     """Return [..., batch, directions * H] as [..., directions, batch, H]."""
     shape: Sequence[int] = [int(size) for size in value.shape]
-    split = site.emit("reshape", x=value, shape=np.array([*shape[:-1], directions, hidden], np.int32))
+    split = site.reshape(value, (*shape[:-1], directions, hidden))
     order = [*range(len(shape) - 2), len(shape) - 1, len(shape) - 2, len(shape)]
     return site.emit("transpose", x=split, perm=order)
 

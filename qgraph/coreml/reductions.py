@@ -88,15 +88,14 @@ def _instance_norm(site: Site) -> Any:
 def _group_norm(site: Site) -> Any:
     """Of opset 21: one scale and one bias to a channel."""
     shape, groups = site.shape(0), site.integer("num_groups", 1)
-    split = site.emit("reshape", x=site[0], shape=np.array([shape[0], groups, -1], np.int32))
+    split = site.reshape(site[0], (shape[0], groups, -1))
     whole = site.emit("layer_norm", x=split, axes=[2], epsilon=site.number(site.floating("epsilon", 1e-5)))
-    joined = site.emit("reshape", x=whole, shape=np.array(shape, np.int32))
+    joined = site.reshape(whole, shape)
     return _by_channel(site, joined, len(shape))
 
 
 def _by_channel(site: Site, value: Any, rank: int) -> Any:
-    grid = np.array([-1, *[1] * (rank - 2)], np.int32)
-    gamma, beta = (site.emit("reshape", x=site[index], shape=grid) for index in (1, 2))
+    gamma, beta = (site.reshape(site[index], (-1, *[1] * (rank - 2))) for index in (1, 2))
     return site.emit("add", x=site.emit("mul", x=value, y=gamma), y=beta)
 
 

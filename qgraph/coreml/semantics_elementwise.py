@@ -130,7 +130,6 @@ SEMANTICS: Mapping[str, Semantics] = {
     "rsqrt": lambda x, epsilon=1e-12: 1 / np.sqrt(x + epsilon),
     "sigmoid": _sigmoid,
     "sign": lambda x: np.sign(x),
-    "silu": lambda x: x * _sigmoid(x),
     "sin": lambda x: np.sin(x),
     "sinh": lambda x: np.sinh(x),
     "softplus": lambda x: np.logaddexp(x, 0),

@@ -102,6 +102,13 @@ class Site:
         """Add an operation, and return its output or outputs."""
         return self.graph.emit(kind, f"{self.label}_{kind}", **parameters)
 
+    def reshape(self, value: Any, shape: Sequence[int]) -> Any:
+        """Return a value in other sizes; one without axes by way of an axis of one, which MIL takes away."""
+        if shape:
+            return self.emit("reshape", x=value, shape=np.array(shape, np.int32))
+        line = value if tuple(value.shape) == (1,) else self.emit("reshape", x=value, shape=np.array([1], np.int32))
+        return self.emit("squeeze", x=line, axes=[0])
+
     @property
     def label(self) -> str:
         """What the operations are named after."""

@@ -146,7 +146,7 @@ def _from_table(graph: Graph, weight: StoredWeight, levels: np.ndarray, bits: in
 
 def emit_array(graph: Graph, array: np.ndarray, name: str) -> Any:
     """Add a constant: whole numbers in 32 bits, and floats without their zeros where these are many."""
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array, order="C")
     if array.dtype.kind == "f" and sparse_pays(array, 8 * array.itemsize):
         mask = array != 0
         mask_var = _typed(graph, mask.astype(np.uint8), MilType.UINT1, f"{name}_mask")
