@@ -65,9 +65,9 @@ class Blob:
             return np.frombuffer(self.data, self.type.numpy.newbyteorder("<"))
         bits = np.unpackbits(np.frombuffer(self.data, np.uint8), bitorder="little")[: count * self.type.bits]
         digits = bits.reshape(count, self.type.bits) << np.arange(self.type.bits, dtype=np.uint8)
-        codes = digits.sum(axis=1, dtype=np.uint8)
+        codes = np.asarray(digits.sum(axis=1, dtype=np.uint8))
         if self.type is MilType.INT4:
-            return ((codes ^ 8).astype(np.int8) - 8).astype(np.int8)
+            return np.asarray((codes ^ 8).astype(np.int8) - np.int8(8))
         return codes
 
 

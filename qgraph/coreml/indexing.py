@@ -53,7 +53,8 @@ def _scatter_nd(site: Site) -> Any:
 
 def _scatter_elements(site: Site) -> Any:
     axis = site.axis(0)
-    sizes = [(whole, part) for place, (whole, part) in enumerate(zip(site.shape(0), site.shape(1))) if place != axis]
+    pairs = zip(site.shape(0), site.shape(1), strict=True)
+    sizes = [(whole, part) for place, (whole, part) in enumerate(pairs) if place != axis]
     if any(whole != part for whole, part in sizes):
         raise UnfitError("its indices are shorter than its data along another axis than their own")
     indices = _indices(site, 1, site.shape(0)[axis])

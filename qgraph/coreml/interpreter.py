@@ -81,6 +81,7 @@ class Interpreter:
         if operation.type == "const":
             values[operation.outputs[0].name] = self.package.array(operation.inputs["val"][0])
             return
+        results: Any
         if operation.type == "cond":
             results = self._branch(operation, values)
         else:

@@ -6,8 +6,6 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from qgraph.coreml.site import Rule, Site, UnfitError
 
 __all__ = ["RULES"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ RULES: Mapping[str, Rule] = {
 """Operator of ONNX's own domain -> how it is written in MIL."""
 
 _MOST_AXES = 5
+_NUMBER = re.compile(r"_\d+$")
 _ARRAYS = (MilType.FLOAT16, MilType.FLOAT32, MilType.INT32)
 
 
@@ -120,6 +122,7 @@ class _Writer:
         self._vars: dict[ir.Value, Any] = {}
         self._constants: dict[tuple[ir.Value, tuple[int, ...]], Any] = {}
         self._scopes: list[set[tuple[ir.Value, tuple[int, ...]]]] = []
+        self._own: set[Any] = set()
 
     def write(self) -> Lowered:
         """Write the main graph."""
@@ -144,8 +147,18 @@ class _Writer:
             function.set_outputs(
                 [self._sent(value, port.feature) for value, port in zip(graph.outputs, outputs, strict=True)]
             )
+        self._name_defaults(function.operations)
         program.add_function("main", function)
         return Lowered(program, inputs, outputs)
+
+    def _name_defaults(self, operations: Iterable[Any]) -> None:
+        """Name the constants that the builder added for parameters: it counts through all programs of a process."""
+        for operation in operations:
+            for block in operation.blocks:
+                self._name_defaults(block.operations)
+            if operation.op_type == "const" and operation not in self._own:
+                operation.name = self._names.fresh(_NUMBER.sub("", operation.name))
+                operation.outputs[0].name = operation.name
 
     def _port(self, value: ir.Value) -> Port:
         name = value.name or ""
@@ -237,13 +250,17 @@ class _Writer:
 
     def constant(self, array: np.ndarray, name: str) -> Any:
         """Add a constant."""
-        value = array if array.ndim else array[()]
-        return self._tools.builder.const(val=value, name=self._names.fresh(name))
+        return self._const(array if array.ndim else array[()], name)
 
     def small(self, array: np.ndarray, kind: MilType, name: str) -> Any:
         """Add a constant of numbers of less than 8 bits, which numpy has no types for."""
         dtype = self._tools.types.nptype_from_builtin(self._tools.types.string_to_builtin(kind.value))
-        return self._tools.builder.const(val=array.astype(dtype), name=self._names.fresh(name))
+        return self._const(array.astype(dtype), name)
+
+    def _const(self, value: Any, name: str) -> Any:
+        var = self._tools.builder.const(val=value, name=self._names.fresh(name))
+        self._own.add(var.op)
+        return var
 
     def emit(self, kind: str, name: str, **parameters: Any) -> Any:
         """Add an operation; several outputs get names of their own, since the builder's may be taken."""

@@ -20,7 +20,7 @@ __all__ = ["SEMANTICS"]
 
 def _linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
     product = x @ weight.T
-    return product if bias is None else product + bias
+    return np.asarray(product if bias is None else product + bias)
 
 
 def _matmul(x: np.ndarray, y: np.ndarray, transpose_x: bool = False, transpose_y: bool = False) -> np.ndarray:
@@ -67,14 +67,14 @@ def _conv(
     assert pad_type == "custom"
     rank, groups = x.ndim - 2, int(groups)
     kernel = weight.shape[2:]
-    split = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], *kernel)
+    split = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
     total: np.ndarray | None = None
     spatial: tuple[int, ...] = ()
     strides, dilations = _numbers(strides, rank, 1), _numbers(dilations, rank, 1)
     for place, seen in _windows(_padded(x, _pads(pad, rank), 0.0), kernel, strides, dilations):
         spatial = seen.shape[2:]
         columns = seen.reshape(x.shape[0], groups, weight.shape[1], -1)
-        part = np.matmul(split[(slice(None), slice(None), slice(None), *place)], columns)
+        part = np.matmul(split[..., np.ravel_multi_index(place, kernel)], columns)
         total = part if total is None else total + part
     assert total is not None
     return _biased(total.reshape(x.shape[0], weight.shape[0], *spatial), bias)
@@ -104,7 +104,7 @@ def _conv_transpose(
     rank, groups, kernel = x.ndim - 2, int(groups), weight.shape[2:]
     strides, dilations = _numbers(strides, rank, 1), _numbers(dilations, rank, 1)
     pads = _pads(pad, rank)
-    split = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], *kernel)
+    split = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
     columns = x.reshape(x.shape[0], groups, x.shape[1] // groups, -1)
     sizes = [(x.shape[2 + axis] - 1) * strides[axis] + (kernel[axis] - 1) * dilations[axis] + 1 for axis in range(rank)]
     wanted = [size - int(pads[2 * axis]) - int(pads[2 * axis + 1]) for axis, size in enumerate(sizes)]
@@ -112,7 +112,7 @@ def _conv_transpose(
     room = [max(size, int(pads[2 * axis]) + wanted[axis]) for axis, size in enumerate(sizes)]
     total = np.zeros((x.shape[0], weight.shape[1] * groups, *room), x.dtype)
     for place in itertools.product(*map(range, kernel)):
-        weights = split[(slice(None), slice(None), slice(None), *place)].swapaxes(1, 2)
+        weights = split[..., np.ravel_multi_index(place, kernel)].swapaxes(1, 2)
         part = np.matmul(weights, columns).reshape(x.shape[0], -1, *x.shape[2:])
         cut = [
             slice(index * dilations[axis], index * dilations[axis] + (x.shape[2 + axis] - 1) * strides[axis] + 1,

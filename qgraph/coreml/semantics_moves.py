@@ -101,7 +101,7 @@ def _scatter_along(
     validate_indices: Any = False,
 ) -> np.ndarray:
     del validate_indices
-    place = list(np.indices(indices.shape))
+    place: list[np.ndarray] = list(np.indices(indices.shape))
     place[int(axis)] = indices
     return _put(data.copy(), tuple(place), updates, mode)
 

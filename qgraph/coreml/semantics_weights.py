@@ -73,7 +73,7 @@ def _quantize(
     shift = 0 if zero_point is None else _by_axis(np.asarray(zero_point), input.ndim, axis).astype(np.float32)
     limits = np.iinfo(output_dtype)
     numbers = np.rint(input / _by_axis(scale, input.ndim, axis)) + shift
-    return np.clip(numbers, limits.min, limits.max).astype(output_dtype)
+    return np.asarray(np.clip(numbers, limits.min, limits.max).astype(output_dtype))
 
 
 SEMANTICS: Mapping[str, Semantics] = {

@@ -24,6 +24,8 @@ __all__ = ["Stored", "Structure", "examine"]
 
 _OPSET = "CoreML8"
 _OWN = frozenset({"const", "cond"})
+_HEADER = 64
+"""Bytes at the start of the weight file, and before each weight."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +115,7 @@ def _block_faults(block: Block, outside: set[str]) -> Iterator[str]:
 
 
 def _weight_faults(package: Package) -> Iterator[str]:
-    spans = set()
+    spans = {(0, _HEADER)}
     for one in package.block.walk():
         for argument in _arguments(one):
             if argument.offset is None or argument.spec is None:
@@ -126,7 +128,7 @@ def _weight_faults(package: Package) -> Iterator[str]:
             name = one.outputs[0].name
             if blob.type is not argument.spec.type or len(blob.data) != _bytes(argument):
                 yield f"the weight of '{name}' is not what the program says"
-            spans.add((blob.start, blob.start + len(blob.data)))
+            spans |= {(blob.start, blob.start + len(blob.data)), (argument.offset, argument.offset + _HEADER)}
     ends = 0
     for start, end in sorted(spans):
         if start < ends:

@@ -113,21 +113,24 @@ def _grid(node: ir.Node, shape: Sequence[int], array: np.ndarray) -> np.ndarray:
 def emit_weight(graph: Graph, weight: StoredWeight, name: str) -> Any:
     """Add a quantized weight to the program, in the form that takes the fewest bytes."""
     scale = graph.constant(np.ascontiguousarray(weight.scale), f"{name}_scale")
-    offset = {} if weight.offset is None else {"offset": _typed(graph, weight.offset, weight.type, f"{name}_offset")}
-    if weight.offset is None and sparse_pays(weight.codes, weight.type.bits):
+    levels = np.unique(weight.codes)
+    bits = next((bits for bits in _INDICES if len(levels) <= 1 << bits), 8)
+    size, kept = weight.codes.size, int(np.count_nonzero(weight.codes))
+    table = size * bits + (8 << bits)
+    sparse = size + kept * weight.type.bits if weight.offset is None and kept else math.inf
+    least = _PAYS * size * weight.type.bits if size >= _LEAST else 0.0
+    if sparse < min(least, table):
         mask = weight.codes != 0
         mask_var = _typed(graph, mask.astype(np.uint8), MilType.UINT1, f"{name}_mask")
         data = _typed(graph, weight.codes[mask], weight.type, f"{name}_nonzero")
-        kept, numbers = graph.emit(
+        places, numbers = graph.emit(
             "constexpr_sparse_blockwise_shift_scale", name, data_mask=mask_var, nonzero_data=data, scale=scale
         )
-        return graph.emit("constexpr_sparse_to_dense", name, nonzero_data=numbers, mask=kept)
-    levels = np.unique(weight.codes)
-    bits = next((bits for bits in _INDICES if len(levels) <= 1 << bits), 8)
-    saved = weight.codes.size * (weight.type.bits - bits) // 8
-    if weight.codes.size >= _LEAST and saved > 1 << bits:
+        return graph.emit("constexpr_sparse_to_dense", name, nonzero_data=numbers, mask=places)
+    if table < least:
         return _from_table(graph, weight, levels, bits, scale, name)
     data = _typed(graph, weight.codes, weight.type, f"{name}_codes")
+    offset = {} if weight.offset is None else {"offset": _typed(graph, weight.offset, weight.type, f"{name}_offset")}
     return graph.emit("constexpr_blockwise_shift_scale", name, data=data, scale=scale, **offset)
 
 
@@ -160,8 +163,8 @@ def emit_array(graph: Graph, array: np.ndarray, name: str) -> Any:
 
 def sparse_pays(array: np.ndarray, bits: int) -> bool:
     """Tell whether a mask and the elements that are not zero take clearly fewer bytes than all elements."""
-    kept = np.count_nonzero(array)
-    return array.size >= _LEAST and kept > 0 and array.size + kept * bits < _PAYS * array.size * bits
+    kept = int(np.count_nonzero(array))
+    return bool(array.size >= _LEAST and kept > 0 and array.size + kept * bits < _PAYS * array.size * bits)
 
 
 def _typed(graph: Graph, array: np.ndarray, kind: MilType, name: str) -> Any:
