@@ -2,9 +2,9 @@
 
     a [Conv] -> b [Erf] -> c [Expand] -> d [Add]    =>    2 partitions, 3 of 4 nodes; cut by 'c'
 
-The report's notes say into how many parts the provider cuts the graph, and `skipped` names the nodes that it leaves to
-the CPU, each with its reason. Which nodes it takes, written as an ML Program, is data:
-`qgraph/capabilities/coreml-mlprogram.toml`.
+Weights count as constants, compressed or not. The report's notes say into how many parts the provider cuts the graph,
+and `skipped` names the nodes that it leaves to the CPU, each with its reason. Which nodes it takes, written as an ML
+Program, is data: `qgraph/capabilities/coreml-mlprogram.toml`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from qgraph.analysis.kernel_support import refusal
 from qgraph.analysis.partitions import partitions
 from qgraph.analysis.shapes import shapes_of
 from qgraph.capabilities import table
+from qgraph.coreml.plain import without_compression
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
 __all__ = ["CoremlPartitions"]
@@ -36,15 +37,17 @@ class CoremlPartitions(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Report:
         """Change nothing; `skipped` has the nodes that run on the CPU."""
-        capabilities, shapes = table("coreml-mlprogram"), shapes_of(model, context)
+        del context
+        plain = without_compression(model)
+        capabilities, shapes = table("coreml-mlprogram"), shapes_of(plain, Context())
         reasons = {
             node: reason
-            for node in model.graph
-            if (reason := refusal(node, capabilities, opsets=model.opset_imports, shapes=shapes)) is not None
+            for node in plain.graph
+            if (reason := refusal(node, capabilities, opsets=plain.opset_imports, shapes=shapes)) is not None
         }
-        found = partitions(model.graph, reasons)
+        found = partitions(plain.graph, reasons)
         nodes = sum(len(part) for part in found.parts)
-        note = f"CoreML provider: {_counted(len(found.parts), 'partition')}, {nodes} of {len(model.graph)} nodes"
+        note = f"CoreML provider: {_counted(len(found.parts), 'partition')}, {nodes} of {len(plain.graph)} nodes"
         if found.cuts:
             kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(one.op_type for one in found.cuts).items())
             names = ", ".join(f"'{qgraph.ir.node_label(one)[:_LONGEST_NAME]}'" for one in found.cuts[:_NAMED])
@@ -53,7 +56,7 @@ class CoremlPartitions(Pass):
         return Report(
             notes=[note],
             skipped=[Skipped(qgraph.ir.node_label(node), reasons[node]) for node in found.left],
-            figures={"partitions": len(found.parts), "taken": nodes, "nodes": len(model.graph)},
+            figures={"partitions": len(found.parts), "taken": nodes, "nodes": len(plain.graph)},
         )
 
 

@@ -21,10 +21,10 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.coreml.lowering import lower, unlowered
 from qgraph.coreml.package import write_package
+from qgraph.coreml.plain import without_compression
 from qgraph.coreml.session import PackageSession, on_device
 from qgraph.coreml.structure import examine
 from qgraph.coreml.toolkit import toolkit
-from qgraph.coreml.weights import constant_weight
 from qgraph.errors import UserError
 from qgraph.pipeline import Context, Pipeline, Skipped
 from qgraph.targets.base import Kernels, Session, Target
@@ -78,7 +78,7 @@ class _CoreMl(Target):
             raise RuntimeError(f"the package is not well formed: {faults[0]}")
         if self.onnx:
             # The provider refuses nodes whose weights stand in a file of their own.
-            qgraph.ir.save(_without_compression(model), folder / "model.onnx", external_above=_LARGEST_FILE)
+            qgraph.ir.save(without_compression(model), folder / "model.onnx", external_above=_LARGEST_FILE)
         return sorted(path.name for path in folder.iterdir())
 
     def session(self, folder: Path, *, threads: int = 0) -> Session:
@@ -176,16 +176,3 @@ def _refuse_dynamic(model: ir.Model, target: str) -> None:
     raise UserError(
         f"{target} needs every size, and the shape of {names} is dynamic: fix it, for instance with {' '.join(texts)}"
     )
-
-
-def _without_compression(model: ir.Model) -> ir.Model:
-    """Return the model with float weights in the place of compressed ones: the provider reads no others."""
-    plain = model.clone()
-    for node in list(qgraph.ir.walk(plain)):
-        weight = constant_weight(node) if qgraph.ir.is_op(node, "DequantizeLinear") else None
-        if weight is not None:
-            value = qgraph.ir.initializer(plain.graph, f"{node.outputs[0].name}_expanded", weight.expanded())
-            node.outputs[0].replace_all_uses_with(value)
-            qgraph.ir.discard(node)
-    Pipeline.parse("remove-unused").run(plain)
-    return plain

@@ -223,11 +223,10 @@ def _immediate(spec: TensorSpec, tensor: Mapping[str, Any]) -> np.ndarray:
     """Return a value that stands in the program; what takes less than 32 bits stands there as bytes."""
     shape = _sizes(spec)
     kind: str
-    message: Mapping[str, Any]
+    message: Any
     kind, message = next(iter(tensor.items()), ("ints", {"values": []}))
     if kind == "bytes":
-        data: memoryview = message.get("values", memoryview(b""))
-        values = Blob(spec.type, data).array(math.prod(shape))
+        values = Blob(spec.type, message.get("values", memoryview(b""))).array(math.prod(shape))
     elif kind == "strings":
         values = np.array(message["values"], dtype=np.str_)
     else:

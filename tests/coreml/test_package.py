@@ -41,7 +41,9 @@ def matrix(shape: tuple[int, int], seed: int = 0) -> str:
 
 
 def product(width: int = 64, columns: int = 32) -> ir.Model:
-    return parsed(f"g (float[4,{width}] x) => (float[4,{columns}] y) <{matrix((width, columns))}> {{ y = MatMul (x, w) }}")
+    return parsed(
+        f"g (float[4,{width}] x) => (float[4,{columns}] y) <{matrix((width, columns))}> {{ y = MatMul (x, w) }}"
+    )
 
 
 def feed(model: ir.Model) -> dict[str, np.ndarray]:
@@ -54,7 +56,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = digits_cnn.build()
     for value in model.graph.inputs:
         value.shape = ir.Shape([1, *list(value.shape)[1:]])
-    passes = "convert-opset{version=21},fold-constants,fold-batch-norm,infer-shapes,rtn{bits=8,group=0,symmetric=true,ops=[Conv,Gemm]},to-fp16"
+    weights = "rtn{bits=8,group=0,symmetric=true,ops=[Conv,Gemm]}"
+    passes = f"convert-opset{{version=21}},fold-constants,fold-batch-norm,infer-shapes,{weights},to-fp16"
     return package(model, tmp_path_factory.mktemp("digits"), f"{passes},infer-shapes")
 
 
@@ -174,7 +177,13 @@ def test_groups_that_do_not_divide_the_inputs_get_finer_scales(tmp_path: Path):
     assert scale == (16, 25)
 
 
-@pytest.mark.parametrize("passes", ["sparsify{pattern=unstructured,ratio=0.7}", "sparsify{pattern=unstructured,ratio=0.7},rtn{bits=8,group=0,symmetric=true}"])
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "sparsify{pattern=unstructured,ratio=0.7}",
+        "sparsify{pattern=unstructured,ratio=0.7},rtn{bits=8,group=0,symmetric=true}",
+    ],
+)
 def test_zeros_are_left_out(passes: str, tmp_path: Path):
     model = product()
     Pipeline.parse(passes).run(model, context=Context(), calibration=[feed(model)] * 2)
@@ -224,7 +233,9 @@ def poked(offset: int, value: int) -> Callable[[bytearray], bytearray]:
         (poked(80, 0), "overlap"),
     ],
 )
-def test_damage_to_the_weights_is_found(change: Callable[[bytearray], bytes], message: str, digits: Path, tmp_path: Path):
+def test_damage_to_the_weights_is_found(
+    change: Callable[[bytearray], bytes], message: str, digits: Path, tmp_path: Path
+):
     faults = examine(broken(digits, tmp_path, WEIGHTS, change)).faults
     assert any(message in fault for fault in faults), faults
 
@@ -252,10 +263,12 @@ def test_an_operation_that_is_not_known_is_not_run(digits: Path, tmp_path: Path)
         Interpreter(other).run({image.name: np.zeros(image.shape, np.float32)})
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"rootModelIdentifier": "A", "itemInfoEntries": {"A": {"path": "../../x"}}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"rootModelIdentifier": "A", "itemInfoEntries": {"A": {"path": "../../x"}}}']
+)
 def test_a_folder_that_is_no_package_is_told(text: str, tmp_path: Path):
     (tmp_path / "Manifest.json").write_text(text)
-    with pytest.raises(UserError, match="no Core ML package|do not trust it"):
+    with pytest.raises(UserError, match=r"no Core ML package|do not trust it"):
         read_package(tmp_path)
 
 

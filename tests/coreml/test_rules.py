@@ -106,7 +106,8 @@ LAYERS = [
     Case("MatMul", [floats(4), floats(4, seed=1)], name="vectors"),
     Case("Gemm", [floats(3, 4), Constant(floats(5, 4)), Constant(floats(5))], {"transB": 1}),
     Case("Gemm", [floats(3, 4), Constant(floats(4, 5))], name="bare"),
-    Case("Gemm", [floats(4, 3), Constant(floats(4, 5)), Constant(floats(3, 1))], {"transA": 1, "beta": 0.5}, name="addend"),
+    Case("Gemm", [floats(4, 3), Constant(floats(4, 5)), Constant(floats(3, 1))], {"transA": 1, "beta": 0.5},
+         name="addend"),
     Case("Gemm", [floats(3, 4), floats(5, 4), floats(5)], {"transB": 1, "alpha": 0.5}, name="computed"),
     Case("Conv", [IMAGE, Constant(floats(6, 4, 3, 3)), Constant(floats(6))], {"pads": [1, 0, 2, 1], "strides": [2, 1]}),
     Case("Conv", [IMAGE, Constant(floats(4, 1, 3, 2))], {"group": 4, "dilations": [2, 1]}, name="depthwise"),
@@ -123,7 +124,8 @@ LAYERS = [
     Case("MaxPool", [IMAGE], {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1}, name="ceil"),
     Case("MaxPool", [floats(1, 3, 9)], {"kernel_shape": [3]}, name="line"),
     Case("AveragePool", [IMAGE], {"kernel_shape": [3, 2], "strides": [2, 2], "pads": [1, 1, 1, 0]}),
-    Case("AveragePool", [IMAGE], {"kernel_shape": [3, 2], "pads": [1, 1, 1, 0], "count_include_pad": 1}, name="counted"),
+    Case("AveragePool", [IMAGE], {"kernel_shape": [3, 2], "pads": [1, 1, 1, 0], "count_include_pad": 1},
+         name="counted"),
     Case("AveragePool", [IMAGE], {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1}, name="ceil"),
     Case("GlobalAveragePool", [IMAGE]),
     Case("GlobalMaxPool", [IMAGE]),
@@ -213,9 +215,9 @@ INDEXING = [
     Case("ScatterElements", [X, Constant(np.array([[[2, 0, -1, 1]]] * 2)), floats(2, 1, 4)], {"axis": 1}),
     Case("ScatterElements", [X, Constant(np.array([[[2, 0, 0, 1], [2, 1, 0, 0]]] * 2)), floats(2, 2, 4)],
          {"axis": 1, "reduction": "max"}, name="max"),
-    Case("OneHot", [integers(3, low=0, high=5), Constant(np.array(5, np.int64)), Constant(np.array([-1, 2], np.float32))]),
-    Case("OneHot", [integers(2, 3, low=0, high=5), Constant(np.array(5, np.int64)), Constant(np.array([0, 1], np.int64))],
-         {"axis": 0}, name="integers"),
+    Case("OneHot", [integers(3, low=0, high=5), Constant(np.array(5)), Constant(np.array([-1, 2], np.float32))]),
+    Case("OneHot", [integers(2, 3, low=0, high=5), Constant(np.array(5)), Constant(np.array([0, 1]))], {"axis": 0},
+         name="integers"),
 ]  # fmt: skip
 
 RECURRENT = [
