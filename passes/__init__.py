@@ -13,6 +13,8 @@ _HOMES = {
     "Awq": "awq",
     "BiasCorrection": "bias_correction",
     "ConvertOpset": "convert_opset",
+    "CoremlOperators": "coreml_operators",
+    "CoremlPartitions": "coreml_partitions",
     "ConvTransposeToConv": "conv_transpose_to_conv",
     "DecomposeNorms": "decompose_norms",
     "DecomposeOperators": "decompose_operators",
