@@ -1,0 +1,69 @@
+"""From a module of Relax operators to scheduled code: one order of TVM's passes for CPUs, one for GPUs.
+
+    main(inputs, weights)    =>    main_transform_params(weights) -> prepared,  main(inputs, prepared)
+
+What depends on the weights alone (dequantizing, packing, transposing) becomes a function of its own, run once when the
+library is loaded: files hold weights as small as they were, and running them costs nothing of that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qgraph.codegen.tvm_float_schedule import scheduled_float
+from qgraph.codegen.tvm_packing import Lanes, packed_layers
+
+__all__ = ["PREPARE", "compiled", "fused_for_cpu", "lanes_of"]
+
+PREPARE = "main_transform_params"
+"""The function that makes of the stored weights what `main` takes."""
+_NARROW_REGISTERS = 16
+
+
+def lanes_of(target: Any) -> Lanes:
+    """Return the vector registers of a CPU target."""
+    from tvm.target.codegen import llvm_get_vector_width
+
+    bits = int(llvm_get_vector_width(target))
+    wide = bits >= 512 or "aarch64" in str(target) or "arm64" in str(target)
+    return Lanes(max(bits, 128) // 32, 32 if wide else _NARROW_REGISTERS)
+
+
+def fused_for_cpu(module: Any, target: Any) -> Any:
+    """Return the module as functions of fused loops, not scheduled yet."""
+    import tvm
+    from tvm import relax
+
+    layouts = {"relax.nn.conv2d": ["NHWC", "HWIO"]}
+    passes = [
+        relax.transform.DecomposeOpsForInference(),
+        relax.transform.ConvertLayout(layouts),
+        relax.transform.Normalize(),
+        relax.transform.CanonicalizeBindings(),
+        relax.transform.LegalizeOps(packed_layers(lanes_of(target))),
+        *_common(),
+    ]
+    with target, tvm.transform.PassContext(opt_level=3):
+        return tvm.transform.Sequential(passes)(module)
+
+
+def _common() -> list[Any]:
+    from tvm import relax
+
+    return [
+        relax.transform.LiftTransformParams(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FoldConstant(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+        relax.transform.DeadCodeElimination(),
+    ]
+
+
+def compiled(fused: Any, target: Any) -> Any:
+    """Schedule what is not scheduled yet, and return the executable."""
+    import tvm
+
+    options = {"s_tir.LoopPartition": {"partition_const_loop": True}}
+    with tvm.transform.PassContext(opt_level=3, config=options):
+        return tvm.compile(scheduled_float(fused, lanes_of(target)), target=target)
