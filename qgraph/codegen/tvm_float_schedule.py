@@ -261,7 +261,7 @@ def _spread(s: Any, block: Any, lanes: Lanes) -> None:
     if not loops or len(kinds) != len(loops):
         return
     steps, free = _steps(s, loops), _leading(kinds)
-    outer = loops[: min(free, max(1, len(loops) - 1))]
+    outer = loops[:free] if _SUMMED in kinds else loops[: len(loops) - 1]
     if _SUMMED not in kinds:
         _vector(s, block, lanes)
     if outer and steps >= _PARALLEL_FROM:
