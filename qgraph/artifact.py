@@ -23,9 +23,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qgraph import registry
 from qgraph.errors import UserError
 from qgraph.report.terminal import before_after
+from qgraph.target_options import target_of
 from qgraph.targets.base import Session, Target
 
 __all__ = ["Artifact", "ArtifactReport", "open_artifact", "sha256", "staging", "write_manifest"]
@@ -62,8 +62,7 @@ class Artifact:
     @property
     def target(self) -> Target:
         """The target that the artifact was compiled for."""
-        target: Target = registry.find("target", self.manifest["target"])()
-        return target
+        return target_of(self.manifest)
 
     @property
     def report(self) -> ArtifactReport:

@@ -49,7 +49,9 @@ def commands() -> None:
 
 @commands.command("compile")
 @click.argument("model", metavar="MODEL.onnx", type=PATH)
-@click.option("--target", "-t", metavar="NAME", required=True, help="What to compile for; `qgraph targets` lists them.")
+@click.option(
+    "--target", "-t", metavar="NAME", required=True, help="What to compile for, as `qgraph targets` lists it."
+)
 @click.option("--output", "-o", metavar="DIR", type=PATH, help="The artifact's folder [default: MODEL.TARGET].")
 @click.option("--force", is_flag=True, help="Replace an artifact that stands at the output.")
 @click.option("--calib", metavar="DATA", help=".npz, folder of .npz or images, text file, or module:callable.")
@@ -79,7 +81,17 @@ def commands() -> None:
 @click.option(
     "--executor", metavar="NAME", default="", help="Where a search runs: processes [default] or ray://HOST:PORT."
 )
-@click.option("--tune", is_flag=True, help="Time candidates on this machine, and keep the choice as the recipe.")
+@click.option(
+    "--cpu", metavar="NAME", help="The processor to compile for: vnni, avx2 or neon; a TVM target's own names."
+)
+@click.option(
+    "--tune",
+    metavar="[N]",
+    is_flag=False,
+    flag_value="0",
+    type=click.IntRange(min=0),
+    help="Time candidates on this machine and keep the choice; N kernels with a TVM target.",
+)
 @click.option(
     "--emit", metavar="c|so", multiple=True, help="Write code too (target integer): C99 sources, or a library by TVM."
 )
@@ -106,7 +118,8 @@ def compile_command(
     evaluation: str | None,
     budget: tuple[str, ...],
     executor: str,
-    tune: bool,
+    cpu: str | None,
+    tune: int | None,
     emit: tuple[str, ...],
     strict: bool,
     resume: bool,
@@ -114,15 +127,19 @@ def compile_command(
     """Compile MODEL.onnx for a target into a verified artifact."""
     from qgraph.compiler import compile as compile_model
     from qgraph.runtime.tolerances import parse_budget, parse_tolerance
+    from qgraph.target_options import read_target, with_option
 
-    if strict and target != _STRICT_TARGET:
+    chosen = read_target(target)
+    if strict and chosen.name != _STRICT_TARGET:
         raise UserError(f"--strict is for the target {_STRICT_TARGET}, and this is {target}")
+    if cpu is not None:
+        chosen = with_option(chosen, "cpu", cpu, "--cpu")
     failure: ToleranceError | SearchInterrupted | None = None
     with common.display() as display:
         try:
             artifact = compile_model(
                 model,
-                target,
+                chosen,
                 output=output,
                 calibration=common.optional_data(calib, labelled=verify_data is None),
                 verify_data=common.optional_data(verify_data),
@@ -136,7 +153,8 @@ def compile_command(
                 shapes=shapes,
                 context=common.context(display, calib_memory),
                 force=force,
-                tune=tune,
+                tune=tune is not None,
+                trials=tune or 0,
                 resume=resume,
                 emit=emit,
                 observer=display.event,

@@ -13,7 +13,7 @@ from qgraph.artifact import Artifact, open_artifact
 from qgraph.errors import UserError
 from qgraph.feeds import signature
 from qgraph.pipeline import Context, Feeds
-from qgraph.report.data import deployable_bytes
+from qgraph.report.data import deployable_bytes, target_text
 from qgraph.report.side_by_side import Contender, SideBySide
 from qgraph.runtime.benchmark import Benchmark, compare
 from qgraph.runtime.session import TensorSpec, open_session, random_feeds
@@ -150,7 +150,7 @@ def _contender(artifact: Artifact, label: str, timed: Benchmark | None) -> Conte
     return Contender(
         label=label,
         path=str(artifact.path),
-        target=str(manifest["target"]),
+        target=target_text(manifest),
         pipeline=pipeline,
         verified=artifact.verified,
         bytes=size,

@@ -19,7 +19,7 @@ from typing import Any
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph import building, registry
+from qgraph import building
 from qgraph.analysis.index_limits import index_limits
 from qgraph.artifact import Artifact, open_artifact, refuse_existing, staging
 from qgraph.errors import SearchInterrupted, ToleranceError, UserError
@@ -34,6 +34,7 @@ from qgraph.samples import signature
 from qgraph.search import Search, Searched, can_climb
 from qgraph.search_executors import parse_executor
 from qgraph.stages import RANDOM_SAMPLES, Bounds, Data, Event, Run, source_facts, told
+from qgraph.target_options import read_target, with_option
 from qgraph.targets.base import Session, Target
 from qgraph.work_folder import work_folder
 
@@ -63,6 +64,7 @@ def compile(  # noqa: A001 - the name that users look for
     context: Context | None = None,
     force: bool = False,
     tune: bool = False,
+    trials: int = 0,
     resume: bool = False,
     emit: Sequence[str] = (),
     observer: Callable[[Event], None] | None = None,
@@ -72,7 +74,7 @@ def compile(  # noqa: A001 - the name that users look for
 
     Args:
         model: an ONNX file, or a model in memory (which is not changed).
-        target: a target's name or instance.
+        target: a target's name, with options as `name{option=value}`, or an instance.
         output: the artifact's folder; MODEL.TARGET beside the model by default (needed for a model in memory).
         calibration: samples for the passes that need activations; a fifth of them is held back for verification.
         verify_data: samples to verify on instead of held-back ones; with labels, accuracy is measured.
@@ -91,6 +93,7 @@ def compile(  # noqa: A001 - the name that users look for
         context: seed, threads, memory bound and progress; calibration is filled in here.
         force: replace an artifact that stands at `output`.
         tune: let the target time candidates on this machine; the choice is in the artifact's recipe.
+        trials: how many kernels a target that searches for its kernels may time; 0 for its own choice.
         resume: go on from the layers that a run which was stopped has finished, in `output` + '.work'.
         emit: code to write beside the model, for targets that write any: "c", "so".
         observer: called when each stage ends.
@@ -102,7 +105,11 @@ def compile(  # noqa: A001 - the name that users look for
         SearchInterrupted: Ctrl-C came after the first candidate was complete; the best one is kept.
     """
     source_path = None if isinstance(model, ir.Model) else Path(model)
-    chosen = (registry.find("target", target)() if isinstance(target, str) else target).emitting(emit)
+    chosen = read_target(target) if isinstance(target, str) else target
+    if emit:
+        chosen = chosen.emitting(emit)
+    if trials:
+        chosen = with_option(chosen, "trials", trials, "--tune N")
     folder = _output(output, source_path, chosen)
     refuse_existing(folder, force=force, source=source_path)
     plan = Plan.of(passes, recipe)

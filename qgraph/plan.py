@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +71,8 @@ class Plan:
 
 def recipe_text(target: Target, plan: Plan) -> str:
     """Write the plan as a recipe, or say in a comment why it cannot be repeated from text."""
-    lines = [f'target = "{target.name}"\n']
+    text = spec.format_specs([spec.to_spec(target)])
+    lines = [f"target = {json.dumps(text)}\n"]
     for table, pipeline in (("prepare", plan.prepare), ("pass", plan.compress), ("lower", plan.lower)):
         if pipeline is None:
             continue

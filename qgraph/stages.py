@@ -40,6 +40,7 @@ from qgraph.runtime.user_metric import UserMetric
 from qgraph.runtime.verification import Verification, refuse_unmeasurable
 from qgraph.runtime.verification import verify as verify_sessions
 from qgraph.samples import open_samples, signature, split
+from qgraph.target_options import options_of
 from qgraph.targets.base import Kernels, Session, Target
 
 __all__ = ["RANDOM_SAMPLES", "Bounds", "Data", "Event", "Run", "bytes_of", "source_facts", "told"]
@@ -338,10 +339,12 @@ class Run:
     ) -> dict[str, Any]:
         reports = {"prepare": self.prepared, "compress": built.compress, "lower": built.lower}
         left = [*built.compress.skipped, *built.lower.skipped]
+        options = options_of(self.target)
         return {
             "qgraph": qgraph.__version__,
             "source": self.source_facts,
             "target": self.target.name,
+            **({"target_options": options} if options else {}),
             "pipeline": {
                 "prepare": _text(plan.prepare),
                 "compress": _text(plan.compress),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qgraph import spec
 from qgraph.pipeline import Report
 from qgraph.report import units
 from qgraph.report.ladder import Rung
@@ -15,7 +16,7 @@ from qgraph.report.layers import LayerFacts
 from qgraph.runtime.benchmark import Benchmark
 from qgraph.runtime.verification import OutputFigures, Verification
 
-__all__ = ["Comparison", "PassFacts", "ReportData", "comparisons", "deployable_bytes"]
+__all__ = ["Comparison", "PassFacts", "ReportData", "comparisons", "deployable_bytes", "target_text"]
 
 _FOOTPRINT = {"flash": ("flash", "constants of the C code"), "ram": ("RAM", "activations of the C code")}
 _NOT_DEPLOYED = frozenset({"recipe.toml"})
@@ -141,8 +142,13 @@ class ReportData:
         return cls(**{**values, "passes": passes, "layers": layers, "search": search})
 
 
+def target_text(manifest: Mapping[str, Any]) -> str:
+    """Return the target of an artifact as the command line takes it, with the options that it was given."""
+    return spec.format_specs([spec.Spec(str(manifest["target"]), manifest.get("target_options", {}))])
+
+
 def _command(manifest: Mapping[str, Any]) -> str:
-    parts = ["qgraph", "compile", str(manifest["source"]["name"]), "--target", str(manifest["target"])]
+    parts = ["qgraph", "compile", str(manifest["source"]["name"]), "--target", target_text(manifest)]
     if "held-back" in str(manifest.get("verification", {}).get("data", "")):
         parts += ["--calib", "DATA"]
     parts += ["--recipe", "recipe.toml", "--seed", str(manifest.get("seed", 0))]

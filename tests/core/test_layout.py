@@ -15,10 +15,11 @@ FOLDERS = {"qgraph": "qgraph", "passes": "qgraph.passes", "targets": "qgraph.tar
 LAYERS = (
     ("errors", "wire", "lazy_tensors"),
     ("user_code",),
-    ("spec", "registry", "numerics", "onnx_file", "signatures"),
+    ("spec", "registry", "numerics", "capabilities", "onnx_file", "signatures"),
     ("ir", "safetensors", "work_folder"),
     ("pipeline",),
     ("targets.base",),
+    ("target_options",),
     ("feeds", "tokens"),
     ("token_feeds",),
     ("sample_images", "sample_texts"),
@@ -125,6 +126,13 @@ def test_numerics_know_arrays_only(module: str):
             f"{module} imports {other}"
         )
         assert not other.startswith("scipy") or other.startswith("scipy.linalg"), f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("module", [name for name in OURS if name.startswith("qgraph.capabilities")])
+def test_tables_know_nothing_of_graphs(module: str):
+    for other in imports(SOURCES[module]):
+        ours = other.startswith(("qgraph.capabilities", "qgraph.errors"))
+        assert ours or other.partition(".")[0] in sys.stdlib_module_names, f"{module} imports {other}"
 
 
 @pytest.mark.parametrize("module", SOURCES)

@@ -83,7 +83,7 @@ def reference(model: ir.Model, quantize) -> np.ndarray:
         (Rtn(format="fp8e4m3", group=0), lambda w: quantize_weight(w, WeightScheme("fp8e4m3", group=0))),
         (Hqq(bits=2, group=16), lambda w: hqq(w, WeightScheme(bits=2, group=16))),
     ],
-    ids=str,
+    ids=["int4", "int3-symmetric", "int8-column", "nvfp4", "fp8e4m3", "hqq2"],
 )
 def test_the_model_computes_with_the_rounded_weights(one: Pass, quantize):
     model = decoder()
