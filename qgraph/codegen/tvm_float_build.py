@@ -13,10 +13,12 @@ from typing import Any
 from qgraph.codegen.tvm_float_schedule import scheduled_float
 from qgraph.codegen.tvm_packing import Lanes, packed_layers
 
-__all__ = ["PREPARE", "compiled", "fused_for_cpu", "lanes_of"]
+__all__ = ["OPTIONS", "PREPARE", "compiled", "compiled_for_gpu", "fused_for_cpu", "fused_for_gpu", "lanes_of"]
 
 PREPARE = "main_transform_params"
 """The function that makes of the stored weights what `main` takes."""
+OPTIONS = {"s_tir.LoopPartition": {"partition_const_loop": True}}
+"""Of TVM's passes: what rows leave over is code of its own, so that the rest asks nothing."""
 _NARROW_REGISTERS = 16
 
 
@@ -64,6 +66,26 @@ def compiled(fused: Any, target: Any) -> Any:
     """Schedule what is not scheduled yet, and return the executable."""
     import tvm
 
-    options = {"s_tir.LoopPartition": {"partition_const_loop": True}}
-    with tvm.transform.PassContext(opt_level=3, config=options):
+    with tvm.transform.PassContext(opt_level=3, config=OPTIONS):
         return tvm.compile(scheduled_float(fused, lanes_of(target)), target=target)
+
+
+def fused_for_gpu(module: Any, target: Any) -> Any:
+    """Return the module as functions of fused loops, not scheduled yet."""
+    import tvm
+    from tvm import relax
+
+    passes = [relax.transform.DecomposeOpsForInference(), relax.transform.LegalizeOps(), *_common()]
+    with target, tvm.transform.PassContext(opt_level=3):
+        return tvm.transform.Sequential(passes)(module)
+
+
+def compiled_for_gpu(fused: Any, target: Any) -> Any:
+    """Give every function the default schedule of its kind, and return the executable."""
+    import tvm
+    from tvm.s_tir import dlight
+
+    gpu = dlight.gpu
+    rules = (gpu.Matmul(), gpu.GEMV(), gpu.Reduction(), gpu.GeneralReduction(), gpu.Fallback())
+    with target, tvm.transform.PassContext(opt_level=3):
+        return tvm.compile(dlight.ApplyDefaultSchedule(*rules)(fused), target=target)

@@ -18,7 +18,7 @@ from typing import Any
 
 from qgraph.codegen.tvm_packing import SUM, TILE_KEY, Lanes
 
-__all__ = ["is_tunable", "schedule", "scheduled_float"]
+__all__ = ["is_tunable", "sampled", "schedule", "scheduled_float"]
 
 _SPATIAL, _SUMMED = 0, 2
 """TVM's `IterVar` types of loops over outputs and over what is summed."""
@@ -26,6 +26,8 @@ _VECTORIZED = 2
 """TVM's `ForKind` of a vectorized loop."""
 _PARALLEL_FROM = 1 << 14
 """Steps of a loop nest from which on spreading it over threads gains more than it costs."""
+_MOST_INLINED = 16
+"""Blocks of a function beyond which each stores what it computes: inlining what has many readers multiplies work."""
 _LANES_FROM = 2
 """Vectors in a row from which on its sum is taken in lanes."""
 
@@ -42,7 +44,7 @@ def scheduled_float(module: Any, lanes: Lanes) -> Any:
     """Return a fused `tvm.IRModule` with every function scheduled that is not yet."""
     from tvm import tirx
 
-    done = module.clone() if hasattr(module, "clone") else module
+    done = module.clone()
     for name, function in list(module.functions.items()):
         if isinstance(function, tirx.PrimFunc) and not _is_scheduled(function):
             done[name] = schedule(function, lanes)
@@ -76,10 +78,20 @@ def schedule(function: Any, lanes: Lanes, choose: Choose = _default) -> Any:
         attempt = s_tir.Schedule(tvm.IRModule({"main": function}))
         try:
             if rule(attempt, lanes, choose):
-                return attempt.mod["main"].with_attr("tirx.is_scheduled", True)
+                return attempt.mod["main"].with_attr({"tirx.is_scheduled": True})
         except s_tir.schedule.ScheduleError:
             continue
     return function
+
+
+def sampled(schedule: Any, lanes: Lanes) -> None:
+    """Schedule a tunable function in place, its choices sampled and traced."""
+    _sums_of_products(schedule, lanes, _sample)
+
+
+def _sample(schedule: Any, candidates: Sequence[int], place: int) -> Any:
+    del place
+    return schedule.sample_categorical(list(candidates), [1 / len(candidates)] * len(candidates))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +176,9 @@ def _rows_together(s: Any, row: Any, most: int, choose: Choose) -> Any:
     if size is None:
         return most
     waste = {count: -(-size // count) * count / size for count in range(1, most + 1)}
-    best = max(waste, key=lambda count: (min(count, most * 2 // 3) / waste[count] / (1 if size % count == 0 else 1.2), -count))
+    best = max(
+        waste, key=lambda count: (min(count, most * 2 // 3) / waste[count] / (1 if size % count == 0 else 1.2), -count)
+    )
     candidates = [count for count in waste if waste[count] <= 1.3]
     return choose(s, candidates, candidates.index(best)) if best in candidates else best
 
@@ -241,7 +255,8 @@ def _loops(s: Any, lanes: Lanes, choose: Choose) -> bool:
     from tvm import s_tir
 
     del choose
-    for block in _blocks(s)[:-1]:
+    blocks = _blocks(s)
+    for block in blocks[:-1] if len(blocks) <= _MOST_INLINED else ():
         if not block.sums:
             try:
                 s.compute_inline(block.handle)

@@ -156,7 +156,7 @@ def _converted(model: ir.Model) -> Any:
         with contextlib.redirect_stdout(told), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # names that are no identifiers: inputs are told apart by their order
             return from_onnx(ir.to_proto(model), keep_params_in_input=False)
-    except Exception as error:  # noqa: BLE001 - the importer raises errors of every kind
+    except Exception as error:
         raise _ImportError(_reason(error)) from error
 
 
