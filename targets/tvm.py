@@ -163,8 +163,8 @@ class _TvmGpu(_Tvm):
             UserError: TVM or a C++ compiler is not installed, or a kernel does not fit the device.
         """
         target = self._target()
-        fused = tvm_float_build.fused_for_gpu(imported(model).module, target)
-        executable = tvm_float_build.compiled_for_gpu(fused, target)
+        module = imported(model).module
+        executable = tvm_float_build.compiled_for_gpu(tvm_float_build.fused_for_gpu(module, target), target)
         source = sources(executable, self.kind)
         wrong = list(check_kernels(source, self.limits))
         if wrong:
@@ -172,7 +172,7 @@ class _TvmGpu(_Tvm):
         (folder / "source").mkdir()
         (folder / "source" / f"kernels.{self.suffix}").write_text(source, encoding="utf-8")
         library = _write_library(executable, folder, here=self.kind == "cuda")
-        _write_stand_in(fused, folder)
+        _write_stand_in(tvm_float_build.fused_for_gpu(module, tvm_machines.cpu_target()), folder)
         return self._write(model, folder, device=self.kind, target=str(target), library=library)
 
     def stand_in(self) -> str:

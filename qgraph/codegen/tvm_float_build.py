@@ -8,10 +8,13 @@ library is loaded: files hold weights as small as they were, and running them co
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from qgraph.codegen.tvm_float_schedule import scheduled_float
 from qgraph.codegen.tvm_packing import Lanes, packed_layers
+from qgraph.errors import UserError
 
 __all__ = ["OPTIONS", "PREPARE", "compiled", "compiled_for_gpu", "fused_for_cpu", "fused_for_gpu", "lanes_of"]
 
@@ -36,17 +39,40 @@ def fused_for_cpu(module: Any, target: Any) -> Any:
     import tvm
     from tvm import relax
 
-    layouts = {"relax.nn.conv2d": ["NHWC", "HWIO"]}
     passes = [
-        relax.transform.DecomposeOpsForInference(),
-        relax.transform.ConvertLayout(layouts),
         relax.transform.Normalize(),
         relax.transform.CanonicalizeBindings(),
         relax.transform.LegalizeOps(packed_layers(lanes_of(target))),
         *_common(),
     ]
-    with target, tvm.transform.PassContext(opt_level=3):
-        return tvm.transform.Sequential(passes)(module)
+    with _reasoned(), target, tvm.transform.PassContext(opt_level=3):
+        return tvm.transform.Sequential(passes)(_channels_last(module))
+
+
+def _channels_last(module: Any) -> Any:
+    """Return the module with the channels of images innermost, or as it is where TVM does not bring that about."""
+    from tvm import relax
+
+    plain = relax.transform.DecomposeOpsForInference()(module)
+    try:
+        return relax.transform.ConvertLayout({"relax.nn.conv2d": ["NHWC", "HWIO"]})(plain)
+    except (RuntimeError, ValueError, AttributeError):
+        return plain
+
+
+@contextlib.contextmanager
+def _reasoned() -> Iterator[None]:
+    """Say in one line what TVM's passes do not compile."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # TVM raises errors of every kind
+        lines = [line for line in str(error).strip().splitlines() if line.strip()]
+        reason = lines[-1].strip()[:200] if lines else type(error).__name__
+        raise UserError(
+            f"TVM imports this model, but cannot compile it: {reason}. Take another target, such as cpu-fp32"
+        ) from error
 
 
 def _common() -> list[Any]:
@@ -66,7 +92,7 @@ def compiled(fused: Any, target: Any) -> Any:
     """Schedule what is not scheduled yet, and return the executable."""
     import tvm
 
-    with tvm.transform.PassContext(opt_level=3, config=OPTIONS):
+    with _reasoned(), tvm.transform.PassContext(opt_level=3, config=OPTIONS):
         return tvm.compile(scheduled_float(fused, lanes_of(target)), target=target)
 
 
@@ -76,7 +102,7 @@ def fused_for_gpu(module: Any, target: Any) -> Any:
     from tvm import relax
 
     passes = [relax.transform.DecomposeOpsForInference(), relax.transform.LegalizeOps(), *_common()]
-    with target, tvm.transform.PassContext(opt_level=3):
+    with _reasoned(), target, tvm.transform.PassContext(opt_level=3):
         return tvm.transform.Sequential(passes)(module)
 
 
@@ -87,5 +113,5 @@ def compiled_for_gpu(fused: Any, target: Any) -> Any:
 
     gpu = dlight.gpu
     rules = (gpu.Matmul(), gpu.GEMV(), gpu.Reduction(), gpu.GeneralReduction(), gpu.Fallback())
-    with target, tvm.transform.PassContext(opt_level=3):
+    with _reasoned(), target, tvm.transform.PassContext(opt_level=3):
         return tvm.compile(dlight.ApplyDefaultSchedule(*rules)(fused), target=target)

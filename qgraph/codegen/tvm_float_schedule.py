@@ -209,7 +209,7 @@ def _rows(s: Any, lanes: Lanes, choose: Choose) -> bool:
     blocks = _blocks(s)
     if not any(block.sums for block in blocks) or any(not block.kinds for block in blocks):
         return False
-    shared = min(_leading(block.kinds) for block in blocks)
+    shared = min(_leading(block.kinds) if block.sums else len(block.kinds) - 1 for block in blocks)
     if shared == 0:
         return False
     last = blocks[-1]

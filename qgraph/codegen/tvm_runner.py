@@ -39,6 +39,7 @@ class Model:
     def __init__(self, folder: Path, *, library: Path | None = None, device: str = "", threads: int = 0) -> None:
         import tvm_ffi
         from tvm import runtime
+        from tvm.runtime.vm import VirtualMachine
 
         facts = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         self.inputs: list[dict[str, Any]] = facts["inputs"]
@@ -48,13 +49,13 @@ class Model:
         if threads:
             tvm_ffi.get_global_func("runtime.config_threadpool")(1, threads)
         module = runtime.load_module(str(library or folder / facts["library"]))
-        machine = runtime.vm.VirtualMachine(module, self._device)
+        machine = VirtualMachine(module, self._device)
         self._main = machine["main"]
         stored = [self._tensor(array) for array in _parameters(folder / "params.bin", facts["parameters"])]
         self._prepared = list(machine[_PREPARE](stored)) if stored else []
 
     def _tensor(self, array: np.ndarray) -> Any:
-        return self._runtime.tensor(np.ascontiguousarray(array), device=self._device)
+        return self._runtime.tensor(np.asarray(array, order="C"), device=self._device)
 
     def run(self, output_names: Sequence[str] | None, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Run one feed and return the outputs that are named, or all.

@@ -6,8 +6,11 @@
 // outputs.bin likewise. Sizes that the model leaves open (-1) follow from the file: one for each input.
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/container/shape.h>
 #include <tvm/ffi/extra/module.h>
-#include <tvm/runtime/tensor.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/optional.h>
+#include <tvm/ffi/string.h>
 
 #include <cstdint>
 #include <cstdlib>
@@ -15,6 +18,7 @@
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -61,9 +65,12 @@ std::vector<int64_t> Sizes(const Signature& one, size_t bytes) {
 
 ffi::Tensor MakeTensor(const Signature& one, const char* data, size_t bytes, DLDevice device) {
   const std::vector<int64_t> sizes = Sizes(one, bytes);
-  tvm::runtime::Tensor made =
-      tvm::runtime::Tensor::Empty(ffi::Shape(sizes.begin(), sizes.end()), one.dtype, device);
-  if (bytes > 0) made.CopyFromBytes(data, bytes);
+  const ffi::Optional<ffi::String> anywhere = std::nullopt;
+  static const ffi::Function allocate = ffi::Function::GetGlobalRequired("runtime.TVMTensorAllocWithScope");
+  static const ffi::Function fill = ffi::Function::GetGlobalRequired("runtime.TVMTensorCopyFromBytes");
+  ffi::Tensor made =
+      allocate(ffi::Shape(sizes.begin(), sizes.end()), one.dtype, device, anywhere).cast<ffi::Tensor>();
+  if (bytes > 0) fill(made, static_cast<void*>(const_cast<char*>(data)), bytes);
   return made;
 }
 
@@ -71,7 +78,8 @@ void Write(const ffi::Tensor& tensor) {
   size_t bytes = (tensor.dtype().bits + 7) / 8;
   for (int64_t size : tensor.shape()) bytes *= static_cast<size_t>(size);
   Bytes data(bytes);
-  tvm::runtime::Tensor::CopyToBytes(tensor.GetDLTensorPtr(), data.data(), bytes);
+  static const ffi::Function read = ffi::Function::GetGlobalRequired("runtime.TVMTensorCopyToBytes");
+  if (bytes > 0) read(tensor, static_cast<void*>(data.data()), bytes);
   std::cout.write(data.data(), static_cast<std::streamsize>(bytes));
 }
 
