@@ -16,7 +16,9 @@ __all__ = ["MICROSOFT", "STANDARD", "integer_product"]
 
 _EXACT = 1 << 24
 """Sums of integers below are exact in float32."""
-_FLOAT, _DOUBLE, _INT32 = ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.INT32
+_MOST, _HALF = 255, 16
+"""The largest difference of two 8-bit integers, and what one is divided by into halves."""
+_FLOAT, _INT32 = ir.DataType.FLOAT, ir.DataType.INT32
 
 
 def _real(emit: Emitter, inputs: Sequence[ir.Value | None], axis: int = 1) -> ir.Value:
@@ -95,20 +97,32 @@ def _concat(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
 
 
 def _conv_integer(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
+    """Write sums of integers as sums of floats that are exact: in two halves of each number where they are long."""
     weight = node.inputs[1]
     if weight is None or weight.shape is None or not weight.shape.is_static():
         raise UnfitError("the shape of its weight is not known")
     longest = int(np.prod([int(size) for size in weight.shape][1:]))
-    dtype = _FLOAT if longest * 255 * 255 < _EXACT else _DOUBLE
-    real = [emit("Cast", value, to=int(dtype)) for value in node.inputs[:2]]
+    if longest * _HALF * _MOST >= _EXACT:
+        raise UnfitError(f"sums of {longest} products of integers are not exact in float32")
+    real = [emit("Cast", value, to=int(_FLOAT)) for value in node.inputs[:2]]
     for place, zero in enumerate((_input(node, 2), _input(node, 3))):
         if zero is None:
             continue
-        wide = emit("Cast", zero, to=int(dtype))
+        wide = emit("Cast", zero, to=int(_FLOAT))
         if place and zero.shape is not None and len(zero.shape):
             wide = emit("Reshape", wide, emit.integers("channels", [-1, *[1] * (len(weight.shape) - 1)]))
         real[place] = emit("Sub", real[place], wide)
-    return [emit("Cast", emit("Conv", *real, **_attributes(node, *_WINDOW)), to=int(_INT32))]
+    kept = _attributes(node, *_WINDOW)
+
+    def sums(data: ir.Value) -> ir.Value:
+        return emit("Cast", emit("Conv", data, real[1], **kept), to=int(_INT32))
+
+    if longest * _MOST * _MOST < _EXACT:
+        return [sums(real[0])]
+    half = emit.constant("half", np.asarray(_HALF, np.float32))
+    high = emit("Floor", emit("Div", real[0], half))
+    low = emit("Sub", real[0], emit("Mul", high, half))
+    return [emit("Add", emit("Mul", sums(high), emit.constant("weight", np.asarray(_HALF, np.int32))), sums(low))]
 
 
 def integer_product(

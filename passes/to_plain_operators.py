@@ -10,7 +10,7 @@
     SkipLayerNormalization, FusedConv ...   =>    what they are fused of
 
 The values stay what they are; where quantized tensors are computed in float, one in the middle between two integers can
-go to the other. ConvInteger sums in float32 where that is exact, else in float64.
+go to the other. ConvInteger sums in float32, where that is not exact high and low halves of the data apart.
 
 Left alone, with the reason in the report: what has a past, computed scales of packed weights, forms of attention with
 rotary embeddings, windows or sinks, and operators that are not named above.

@@ -57,16 +57,13 @@ def _is_scheduled(function: Any) -> bool:
 
 def is_tunable(function: Any) -> bool:
     """Tell whether a function has a sum whose schedule has choices: all its sizes are known."""
+    import tvm
     from tvm import s_tir, tirx
 
-    found = []
-
-    def visit(node: Any) -> None:
-        if isinstance(node, s_tir.SBlock) and node.name_hint == SUM:
-            found.append(all(isinstance(variable.dom.extent, tirx.IntImm) for variable in node.iter_vars))
-
-    tirx.stmt_functor.post_order_visit(function.body, visit)
-    return found == [True]
+    attempt = s_tir.Schedule(tvm.IRModule({"main": function}))
+    handles = attempt.get_child_blocks(attempt.get_sblock("root"))
+    sums = [block for block in map(attempt.get, handles) if block.name_hint == SUM]
+    return len(sums) == 1 and all(isinstance(one.dom.extent, tirx.IntImm) for one in sums[0].iter_vars)
 
 
 def schedule(function: Any, lanes: Lanes, choose: Choose = _default) -> Any:

@@ -91,6 +91,7 @@ def _database(folder: Path, log: Log | None) -> Any:
 
 def _measure(fused: Any, target: Any, database: Any, trials: int, folder: Path) -> None:
     """Sample schedules of every function with choices and time them, the same number of each."""
+    import tvm
     from tvm.s_tir import meta_schedule as ms
 
     tasks = _tasks(fused)
@@ -100,23 +101,23 @@ def _measure(fused: Any, target: Any, database: Any, trials: int, folder: Path) 
         lambda schedule: sampled(schedule, lanes), sch_rules=[], postprocs=[], mutator_probs={}
     )
     builder = ms.builder.LocalBuilder(max_workers=1, f_build=_build)
-    for place, (name, task) in enumerate(tasks):
-        with _quiet():
-            ms.tir_integration.tune_tir(
-                task,
-                _counted(target),
-                str(folder / f"task{place}"),
-                max_trials_global=each,
-                num_trials_per_iter=each,
-                builder=builder,
-                database=database,
-                cost_model="none",
-                space=space,
-                strategy="replay-func",
-                task_name=name,
-                num_tuning_cores=1,
-                seed=1,
-            )
+    with _quiet():
+        ms.tir_integration.tune_tir(
+            tvm.IRModule({name: task["main"].with_attr("global_symbol", name) for name, task in tasks}),
+            _counted(target),
+            str(folder),
+            max_trials_global=each * len(tasks),
+            max_trials_per_task=each,
+            num_trials_per_iter=each,
+            builder=builder,
+            database=database,
+            cost_model="none",
+            task_scheduler="round-robin",
+            space=space,
+            strategy="replay-func",
+            num_tuning_cores=1,
+            seed=1,
+        )
 
 
 def _applied(fused: Any, target: Any, database: Any) -> Any:
@@ -142,7 +143,7 @@ def _tasks(fused: Any) -> list[tuple[str, Any]]:
     for variable in sorted(fused.get_global_vars(), key=lambda one: str(one.name_hint)):
         function = fused[variable]
         if isinstance(function, tirx.PrimFunc) and is_tunable(function):
-            named = function.with_attr("global_symbol", "main")
+            named = function.with_attr({"global_symbol": "main", "tirx.noalias": True})
             found.append((str(variable.name_hint), tvm.IRModule({"main": named})))
     return found
 
