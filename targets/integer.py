@@ -43,7 +43,7 @@ _FORMS = {"c": "c", "so": "tvm"}
 _PREPARE = (
     "inline-functions,lift-constants,convert-opset{version=21},fold-constants,remove-identity,fold-batch-norm,"
     "deduplicate-initializers,merge-duplicates,remove-unused,infer-shapes,unroll-recurrent,conv-transpose-to-conv,"
-    "resize-to-matmul,decompose-norms,infer-shapes,remove-unused"
+    "resize-to-matmul,decompose-norms,infer-shapes,root-magnitudes,remove-unused"
 )
 _LADDER = (
     Step("activation ranges", ("full-qdq.method=percentile", "full-qdq.method=mse"), "activations"),

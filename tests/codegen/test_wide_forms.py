@@ -22,6 +22,11 @@ GRAPHS = {
     "conv_1d": "(float[1,1,300] x, float[5,1,256] w) => (float[] y) { c = Conv<strides=[8]>(x, w) y = Relu(c) }",
     "gemm": "(float[3,40] x, float[7,40] w, float[7] b) => (float[] y) { y = Gemm<transB=1>(x, w, b) }",
     "matmul_left": "(float[2,5,9] x, float[6,5] w) => (float[] y) { y = MatMul(w, x) }",
+    "magnitude": "(float[1,2,64] x, float[10,2,16] w, float[5,1,1] p) => (float[] y)"
+    " { c = Conv<strides=[4]>(x, w) k1 = Constant<value_ints=[1,5,2,13]>() r = Reshape(c, k1)"
+    " t = Transpose<perm=[0,1,3,2]>(r) m = Mul(t, p) s = Mul(m, m) a = Constant<value_ints=[-1]>()"
+    " u = ReduceSum<keepdims=0>(s, a) l = Sqrt(u) q = Sqrt(l) z = Mul(q, q) e = Constant<value_float=1e-4>()"
+    " o = Add(z, e) y = Log(o) }",
     "chain": "(float[4,16] x, float[16,16] w, float[16,8] w1) => (float[] y)"
     " { a = MatMul(x, w) r = Relu(a) y = MatMul(r, w1) }",
 }

@@ -24,6 +24,7 @@ PASSES = (
     "conv-transpose-to-conv",
     "decompose-norms",
     "resize-to-matmul",
+    "root-magnitudes",
     "unroll-recurrent",
 )
 FILES = [path for name in PASSES for path in sorted((GOLDEN / name).glob("*"))]
