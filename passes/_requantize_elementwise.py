@@ -6,6 +6,7 @@
     ReduceMean(D(x)) -> Q      =>    ReduceSum(x) -> Requantize, by the count of elements
     CumSum(D(x)) -> Q          =>    CumSum(x) -> Requantize
     Sqrt(D(a)^2 + D(b)^2)      =>    IntegerSqrt(a * a + b * b) -> Requantize
+    Sqrt(Sqrt(sum of squares)) =>    IntegerSqrt(IntegerSqrt(...) * 2^31) -> Requantize
 
 Integers stand here less their zero points, in int32. The factors of a sum are as large as its accumulator has room.
 """
@@ -19,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
+from qgraph.analysis.integer_patterns import gain_of
 from qgraph.analysis.integer_rules import is_stored
 from qgraph.analysis.integer_units import Unit
 from qgraph.passes._requantize_writer import LIMIT, Codes, Target, UnfitError, Writer
@@ -29,6 +31,8 @@ _INT32, _INT64 = ir.DataType.INT32, ir.DataType.INT64
 _FINEST, _COARSEST = 22, -30
 _HALF = LIMIT // 2
 _ROOT_BITS = 14
+_SECOND_ROOT_BITS = 31
+"""A root is below 2^31, so that this many more bits stay below 2^62, and the root of that within int32."""
 _LARGEST_SQUARES = 1 << 60
 _LARGEST_REDUCED = 1 << 53
 """ONNX Runtime 1.31 reduces int64 in double precision, which is exact as far as this."""
@@ -255,7 +259,7 @@ def _count(unit: Unit, axes: list[int] | None) -> int | None:
 
 
 def hypot(writer: Writer, unit: Unit, target: Target) -> ir.Value:
-    """Write the root of a sum of squares: over an axis, or of two tensors."""
+    """Write the root of a sum of squares, over an axis or of two tensors, or the root of that."""
     sources = [writer.codes(value) for value in unit.inputs]
     summed = next((node for node in unit.nodes if node.op_type == "ReduceSum"), None)
     axes, attributes = (None, {}) if summed is None else _axes_of(summed)
@@ -273,8 +277,21 @@ def hypot(writer: Writer, unit: Unit, target: Target) -> ir.Value:
     else:
         inputs = [squares[0]] + ([] if axes is None else [writer.constant(np.asarray(axes), _INT64)])
         total = writer.op("ReduceSum", inputs, _INT64, attributes)
-    root = writer.cast(writer.function("IntegerSqrt", [total], _INT64), _INT32)
-    return writer.requantize(root, step, target)
+    root, scale = writer.function("IntegerSqrt", [total], _INT64), step * _gain(unit, axes, attributes)
+    if [node.op_type for node in unit.nodes[-2:]] == ["Sqrt", "Sqrt"]:
+        fine = writer.op("Mul", [root, writer.constant(1 << _SECOND_ROOT_BITS, _INT64)], _INT64)
+        root, scale = writer.function("IntegerSqrt", [fine], _INT64), np.sqrt(np.ldexp(scale, -_SECOND_ROOT_BITS))
+    return writer.requantize(writer.cast(root, _INT32), scale, target)
+
+
+def _gain(unit: Unit, axes: list[int] | None, attributes: dict[str, int]) -> np.ndarray:
+    """Return what the root is to be multiplied by since the squared numbers were, in a shape that broadcasts to it."""
+    gain, shape = gain_of(unit.nodes[0]), unit.inputs[0].shape
+    if gain is None or gain.size == 1:
+        return np.abs(np.ones(()) if gain is None else gain.astype(np.float64).reshape(()))
+    assert shape is not None
+    sizes = np.abs(gain.astype(np.float64)).reshape((1,) * (len(shape) - gain.ndim) + gain.shape)
+    return sizes if axes is None or attributes["keepdims"] else np.squeeze(sizes, axis=tuple(axes))
 
 
 def _fine_step(sources: list[Codes], count: int, most: int) -> tuple[float, list[int]]:

@@ -44,7 +44,7 @@ _PREPARE = (
     "inline-functions,lift-constants,convert-opset{version=21},fold-constants,remove-identity,fold-batch-norm,"
     "deduplicate-initializers,merge-duplicates,remove-unused,infer-shapes,unroll-recurrent,conv-transpose-to-conv,"
     "resize-to-matmul,einsum-to-matmul,grid-sample-to-gather,decompose-norms,decompose-operators,fold-constants,"
-    "infer-shapes,remove-unused"
+    "infer-shapes,root-magnitudes,remove-unused"
 )
 _LADDER = (
     Step("activation ranges", ("full-qdq.method=percentile", "full-qdq.method=mse"), "activations"),

@@ -27,6 +27,7 @@ PASSES = (
     "einsum-to-matmul",
     "grid-sample-to-gather",
     "resize-to-matmul",
+    "root-magnitudes",
     "unroll-recurrent",
 )
 FILES = [path for name in PASSES for path in sorted((GOLDEN / name).glob("*"))]
