@@ -106,7 +106,7 @@ def survey() -> Survey:
 _OTHERS = (
     ("TVM", "tvm", ("apache-tvm",), f"pip install '{DISTRIBUTION}[tvm]'"),
     ("PyTorch", "torch", ("torch",), f"pip install '{DISTRIBUTION}[train]' (only to train the reference models)"),
-    ("Core ML Tools", "coremltools", ("coremltools",), "pip install coremltools"),
+    ("Core ML Tools", "coremltools", ("coremltools",), f"pip install '{DISTRIBUTION}[apple]'"),
 )
 
 

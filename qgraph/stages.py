@@ -534,7 +534,16 @@ def _loaded(facts: Mapping[str, Any], model: ir.Model) -> str:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("numpy", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "apache-tvm"):
+    for name in (
+        "numpy",
+        "onnx",
+        "onnx-ir",
+        "onnxscript",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "apache-tvm",
+        "coremltools",
+    ):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

@@ -99,7 +99,8 @@ class _CoreMl(Target):
         """Count the operations of the package: those with compressed weights, other products, and the rest."""
         structure = examine(folder / PACKAGE)
         low_bit = dict(structure.reads_compressed)
-        left = {kind: count - low_bit.get(kind, 0) for kind, count in structure.operations.items()}
+        run = {kind: count for kind, count in structure.operations.items() if not kind.startswith("constexpr_")}
+        left = {kind: count - low_bit.get(kind, 0) for kind, count in run.items()}
         return Kernels(
             integer={},
             floating={kind: left[kind] for kind in _COMPUTE if left.get(kind)},

@@ -123,9 +123,16 @@ def _pool(site: Site, kind: str) -> Any:
         if counted and reached != padding:
             raise UnfitError("an average that counts its padding, but not what ceil_mode adds, has no form in MIL")
         parameters = {"exclude_padding_from_average": not counted}
-    return site.emit(
-        kind, x=site[0], kernel_sizes=kernel, strides=strides, pad_type="custom", pad=reached, **parameters
+    value = _in_float(site)
+    pooled = site.emit(
+        kind, x=value, kernel_sizes=kernel, strides=strides, pad_type="custom", pad=reached, **parameters
     )
+    return pooled if value is site[0] else site.emit("cast", x=pooled, dtype=site.type().value)
+
+
+def _in_float(site: Site) -> Any:
+    """Return the first input; quantized numbers, which MIL does not pool, as float16, which holds them exactly."""
+    return site[0] if site.type().is_float else site.emit("cast", x=site[0], dtype="fp16")
 
 
 def _reached(site: Site, kernel: Sequence[int], strides: Sequence[int], padding: Sequence[int]) -> list[int]:
@@ -138,7 +145,9 @@ def _reached(site: Site, kernel: Sequence[int], strides: Sequence[int], padding:
 
 
 def _global_pool(site: Site, kind: str) -> Any:
-    return site.emit(kind, x=site[0], axes=list(range(2, len(site.shape(0)))), keep_dims=True)
+    value = _in_float(site)
+    pooled = site.emit(kind, x=value, axes=list(range(2, len(site.shape(0)))), keep_dims=True)
+    return pooled if value is site[0] else site.emit("cast", x=pooled, dtype=site.type().value)
 
 
 RULES: Mapping[str, Rule] = {

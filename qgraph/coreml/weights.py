@@ -31,7 +31,9 @@ _STORED = {
     ir.DataType.UINT8: MilType.UINT8,
     ir.DataType.INT2: MilType.INT4,
     ir.DataType.UINT2: MilType.UINT4,
+    ir.DataType.INT32: MilType.INT32,
 }
+"""Integers of 32 bits are biases: MIL does not dequantize them, so they are written out."""
 _INDICES = {1: MilType.UINT1, 2: MilType.UINT2, 3: MilType.UINT3, 4: MilType.UINT4, 6: MilType.UINT6}
 _LEAST = 1024
 """Elements below which another form saves nothing worth an operation."""
@@ -64,9 +66,9 @@ class StoredWeight:
 
     def expanded(self) -> np.ndarray:
         """Return the numbers that the weight stands for, in the type of its scales."""
-        codes = self.codes.astype(np.float32)
+        codes = self.codes.astype(np.float64)
         if self.offset is not None:
-            codes -= _repeated(self.offset, self.codes.shape).astype(np.float32)
+            codes -= _repeated(self.offset, self.codes.shape)
         return np.asarray((codes * _repeated(self.scale, self.codes.shape)).astype(self.scale.dtype))
 
 
@@ -112,6 +114,8 @@ def _grid(node: ir.Node, shape: Sequence[int], array: np.ndarray) -> np.ndarray:
 
 def emit_weight(graph: Graph, weight: StoredWeight, name: str) -> Any:
     """Add a quantized weight to the program, in the form that takes the fewest bytes."""
+    if weight.type is MilType.INT32:
+        return emit_array(graph, weight.expanded(), name)
     scale = graph.constant(np.ascontiguousarray(weight.scale), f"{name}_scale")
     levels = np.unique(weight.codes)
     bits = next((bits for bits in _INDICES if len(levels) <= 1 << bits), 8)

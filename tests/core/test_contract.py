@@ -136,6 +136,6 @@ def test_a_target_is_a_documented_frozen_dataclass(name: str):
     target = cls()
     assert target.summary
     assert "\n" not in target.summary
-    assert target.extra in ("cpu", "cuda", "tvm")
+    assert target.extra in ("apple", "cpu", "cuda", "tvm")
     for pipeline in (target.prepare_passes(), target.lower_passes()):
         assert Pipeline.parse(pipeline.to_text()) == pipeline

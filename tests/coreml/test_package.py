@@ -193,6 +193,17 @@ def test_zeros_are_left_out(passes: str, tmp_path: Path):
     assert stored.bytes < 0.6 * 64 * 32 * (1 if "scale" in form else 4)
 
 
+def test_a_bias_of_32_bits_is_written_out(tmp_path: Path):
+    model = parsed("""
+        g (float[2,4] x) => (float[2,4] y) <int32[4] q = {-70000, 3, 0, 2000000}, float s = {0.001}> {
+            b = DequantizeLinear (q, s)
+            y = Add (x, b)
+        }
+    """)
+    written = assert_same(model, feed(model), tmp_path, tolerance=1e-6)
+    assert not examine(written).reads_compressed
+
+
 def test_a_tied_weight_is_stored_once_for_each_layout(tmp_path: Path):
     model = parsed(f"""
         g (float[4,64] x, float[2,2,4,64] v) => (float[4,32] y, float[4,32] z, float[2,2,4,32] u)

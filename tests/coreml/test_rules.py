@@ -123,6 +123,7 @@ LAYERS = [
     Case("MaxPool", [IMAGE], {"kernel_shape": [3, 2], "strides": [2, 2], "pads": [1, 1, 1, 0]}),
     Case("MaxPool", [IMAGE], {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1}, name="ceil"),
     Case("MaxPool", [floats(1, 3, 9)], {"kernel_shape": [3]}, name="line"),
+    Case("MaxPool", [np.arange(48, dtype=np.uint8).reshape(1, 2, 4, 6) * 5], {"kernel_shape": [2, 2]}, name="integers"),
     Case("AveragePool", [IMAGE], {"kernel_shape": [3, 2], "strides": [2, 2], "pads": [1, 1, 1, 0]}),
     Case("AveragePool", [IMAGE], {"kernel_shape": [3, 2], "pads": [1, 1, 1, 0], "count_include_pad": 1},
          name="counted"),

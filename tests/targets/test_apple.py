@@ -110,6 +110,21 @@ def test_an_artifact_opens_again_and_verifies(tmp_path: Path):
     assert found.outputs[0].to_json()["sqnr_db"] > BOUNDS["apple-fp16"]
 
 
+@pytest.mark.usefixtures("coremltools")
+def test_quantized_activations_become_operations_of_the_package(tmp_path: Path):
+    images = digits_cnn.dataset().calibration["image"][:8]
+    feeds = [{"image": image[None]} for image in images]
+    artifact = qgraph.compile(
+        digits_cnn.build(), "apple-int8", output=tmp_path / "cnn", shapes=shapes(digits_cnn.build()), passes="qdq",
+        calibration=feeds,
+    )  # fmt: skip
+    found = examine(artifact.path / "model.mlpackage")
+    assert found.operations["quantize"] > 3
+    assert found.operations["dequantize"] > 3
+    assert found.weights["blockwise_shift_scale"].count > 3
+    assert artifact.manifest["verification"]["outputs"][0]["sqnr_db"] > 20
+
+
 def parsed(text: str) -> ir.Model:
     return ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 21]> {text}')
 
