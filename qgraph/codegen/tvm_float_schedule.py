@@ -12,13 +12,14 @@ that is the space which tuning searches.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from qgraph.codegen.tvm_packing import SUM, TILE_KEY, Lanes
 
-__all__ = ["is_tunable", "sampled", "schedule", "scheduled_float"]
+__all__ = ["is_tunable", "schedule", "scheduled_float", "varied"]
 
 _SPATIAL, _SUMMED = 0, 2
 """TVM's `IterVar` types of loops over outputs and over what is summed."""
@@ -31,11 +32,12 @@ _MOST_INLINED = 16
 _LANES_FROM = 2
 """Vectors in a row from which on its sum is taken in lanes."""
 
-Choose = Callable[[Any, Sequence[int], int], Any]
+Choose = Callable[[Any, Sequence[int], int], int]
 """Chooses among candidates, given the schedule, the candidates and the place of the default."""
 
 
 def _default(schedule: Any, candidates: Sequence[int], place: int) -> int:
+    """Return what is chosen without tuning."""
     del schedule
     return candidates[place]
 
@@ -81,14 +83,38 @@ def schedule(function: Any, lanes: Lanes, choose: Choose = _default) -> Any:
     return function
 
 
-def sampled(schedule: Any, lanes: Lanes) -> None:
-    """Schedule a tunable function in place, its choices sampled and traced."""
-    _sums_of_products(schedule, lanes, _sample)
+def varied(function: Any, lanes: Lanes, most: int) -> Iterator[Any]:
+    """Yield up to `most` schedules of a tunable function, each with its trace: the default first.
+
+    The same for the same function: choices are gone through in order, not drawn.
+    """
+    import tvm
+    from tvm import s_tir
+
+    counts: list[int] = []
+
+    def default(schedule: Any, candidates: Sequence[int], place: int) -> int:
+        counts.append(len(candidates))
+        return _default(schedule, candidates, place)
+
+    first = s_tir.Schedule(tvm.IRModule({"main": function}))
+    _sums_of_products(first, lanes, default)
+    yield first
+    for choice in itertools.islice(itertools.product(*map(range, reversed(counts))), max(0, most - 1)):
+        attempt = s_tir.Schedule(tvm.IRModule({"main": function}))
+        _sums_of_products(attempt, lanes, _Decided(list(choice)))
+        yield attempt
 
 
-def _sample(schedule: Any, candidates: Sequence[int], place: int) -> Any:
-    del place
-    return schedule.sample_categorical(list(candidates), [1 / len(candidates)] * len(candidates))
+@dataclasses.dataclass
+class _Decided:
+    """Chooses as it was told, the last place first."""
+
+    places: list[int]
+
+    def __call__(self, schedule: Any, candidates: Sequence[int], place: int) -> int:
+        del schedule, place
+        return candidates[self.places.pop()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +163,8 @@ def _sums_of_products(s: Any, lanes: Lanes, choose: Choose) -> bool:
     channel_outer, channel = s.split(channel, [None, tile])
     row_outer, row = s.split(row, [None, _rows_together(s, row, lanes.rows(tile), choose)])
     s.reorder(*outer, channel_outer, row_outer, *summed, row, channel)
-    order = [*outer[:1], channel_outer, *outer[1:]]
+    channels_first = choose(s, (1, 0), 0)
+    order = [*outer[:1], channel_outer, *outer[1:]] if channels_first else [*outer, channel_outer]
     s.reorder(*order, row_outer)
     steps = _steps(s, [*order, row_outer, *summed, row, channel])
     stored = s.cache_write(main, 0, "local")
@@ -167,7 +194,7 @@ def _channels(s: Any, loop: Any, lanes: Lanes) -> int | None:
     return None if size is None or size < lanes.floats // 2 else lanes.tile(size)
 
 
-def _rows_together(s: Any, row: Any, most: int, choose: Choose) -> Any:
+def _rows_together(s: Any, row: Any, most: int, choose: Choose) -> int:
     """Return how many places share a loaded vector of weights: one that divides them, or leaves little over."""
     size = _extent(s, row)
     if size is None:

@@ -1,31 +1,28 @@
-"""Tuning by TVM's MetaSchedule: the choices of our own schedules, measured on this machine.
+"""Tuning: the choices of our own schedules gone through and measured on this machine.
 
-    function with a sum, sizes known    =>    rows of register tiles ... sampled, compiled, timed; the fastest is kept
+    function with a sum, sizes known    =>    rows of register tiles, order of loops: compiled, timed, the fastest kept
 
-The database (two JSON files) is the log: the same log gives the same code, without measuring anything.
+What was measured is a database of TVM's MetaSchedule (two JSON files of workloads and traces), the log: the same log
+gives the same code, without measuring anything.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib.util
-import io
-import logging
-import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qgraph.codegen.tvm_float_build import lanes_of
-from qgraph.codegen.tvm_float_schedule import is_tunable, sampled
+from qgraph.codegen.tvm_float_build import OPTIONS, lanes_of
+from qgraph.codegen.tvm_float_schedule import is_tunable, varied
 from qgraph.errors import UserError
 
 __all__ = ["Log", "tuned"]
 
 _FILES = ("database_tuning_record.json", "database_workload.json")
-_EACH = 16
-"""Most schedules of one function: there are not many more."""
+_NUMBER, _REPEATS = 20, 5
+"""Runs of a measurement, and measurements, of which the least counts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,61 +60,55 @@ def tuned(fused: Any, target: Any, *, trials: int, log: Log | None) -> tuple[Any
         log: of an earlier tuning, to start from.
 
     Raises:
-        UserError: psutil is not installed, which measuring needs, or the log is damaged.
+        UserError: the log is damaged.
     """
     if not trials and log is None:
         return fused, None
-    if trials and importlib.util.find_spec("psutil") is None:
-        raise UserError("tuning needs psutil: pip install psutil")
     with tempfile.TemporaryDirectory(prefix="qgraph-") as scratch:
         database = _database(Path(scratch), log)
         if trials:
-            _measure(fused, target, database, trials, Path(scratch))
+            _measure(fused, target, database, trials)
         chosen = _applied(fused, target, database)
         texts = tuple((Path(scratch) / name).read_text(encoding="utf-8") for name in _FILES)
     return chosen, Log(texts)
 
 
 def _database(folder: Path, log: Log | None) -> Any:
-    from tvm.s_tir import meta_schedule as ms
+    from tvm.s_tir.meta_schedule.database import JSONDatabase
 
     for name, text in zip(_FILES, log.files if log else ("", ""), strict=True):
         (folder / name).write_text(text, encoding="utf-8")
     try:
-        return ms.database.JSONDatabase(str(folder / _FILES[1]), str(folder / _FILES[0]))
+        return JSONDatabase(str(folder / _FILES[1]), str(folder / _FILES[0]))
     except (ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"the log of the tuning is damaged: {str(error).strip().splitlines()[-1:]}") from error
 
 
-def _measure(fused: Any, target: Any, database: Any, trials: int, folder: Path) -> None:
-    """Sample schedules of every function with choices and time them, the same number of each."""
-    import tvm
-    from tvm.s_tir import meta_schedule as ms
+def _measure(fused: Any, target: Any, database: Any, trials: int) -> None:
+    """Time schedules of every function with choices, the same number of each, and note them."""
+    from tvm.s_tir.meta_schedule.arg_info import ArgInfo
+    from tvm.s_tir.meta_schedule.database import TuningRecord
 
     tasks = _tasks(fused)
-    each = min(_EACH, max(1, trials // max(1, len(tasks))))
-    lanes = lanes_of(target)
-    space = ms.space_generator.ScheduleFn(
-        lambda schedule: sampled(schedule, lanes), sch_rules=[], postprocs=[], mutator_probs={}
-    )
-    builder = ms.builder.LocalBuilder(max_workers=1, f_build=_build)
-    with _quiet():
-        ms.tir_integration.tune_tir(
-            tvm.IRModule({name: task["main"].with_attr("global_symbol", name) for name, task in tasks}),
-            _counted(target),
-            str(folder),
-            max_trials_global=each * len(tasks),
-            max_trials_per_task=each,
-            num_trials_per_iter=each,
-            builder=builder,
-            database=database,
-            cost_model="none",
-            task_scheduler="round-robin",
-            space=space,
-            strategy="replay-func",
-            num_tuning_cores=1,
-            seed=1,
-        )
+    each = max(1, trials // max(1, len(tasks)))
+    for _, task in tasks:
+        workload = database.commit_workload(task)
+        arguments = ArgInfo.from_prim_func(task["main"])
+        for schedule in varied(task["main"], lanes_of(target), each):
+            seconds = _seconds(schedule.mod, target, arguments)
+            database.commit_tuning_record(TuningRecord(schedule.trace, workload, seconds, target, arguments))
+
+
+def _seconds(module: Any, target: Any, tensors: Sequence[Any]) -> list[float]:
+    """Return the times of a candidate, compiled as the whole will be, on arguments of ones."""
+    import numpy as np
+    import tvm
+
+    with tvm.transform.PassContext(opt_level=3, config=OPTIONS):
+        library = tvm.compile(module, target=target)
+    arguments = [tvm.runtime.tensor(np.ones([int(size) for size in one.shape], str(one.dtype))) for one in tensors]
+    found = library.mod.time_evaluator("main", tvm.cpu(), number=_NUMBER, repeat=_REPEATS)(*arguments)
+    return [float(min(found.results))]
 
 
 def _applied(fused: Any, target: Any, database: Any) -> Any:
@@ -125,7 +116,7 @@ def _applied(fused: Any, target: Any, database: Any) -> Any:
 
     done = fused.clone()
     for name, task in _tasks(fused):
-        record = database.query_tuning_record(task, _counted(target), name)
+        record = database.query_tuning_record(task, target, name)
         if record is not None:
             schedule = s_tir.Schedule(task)
             record.trace.apply_to_schedule(schedule, remove_postproc=False)
@@ -146,28 +137,3 @@ def _tasks(fused: Any) -> list[tuple[str, Any]]:
             named = function.with_attr({"global_symbol": "main", "tirx.noalias": True})
             found.append((str(variable.name_hint), tvm.IRModule({"main": named})))
     return found
-
-
-def _counted(target: Any) -> Any:
-    """Return the target with a number of cores, which MetaSchedule asks for; it does not change the code."""
-    import tvm
-
-    return tvm.target.Target({**dict(target.export()), "num-cores": os.cpu_count() or 1})
-
-
-def _build(module: Any, target: Any, parameters: Any) -> Any:
-    """Compile a candidate as the whole will be; run in a process of its own."""
-    import tvm
-
-    from qgraph.codegen.tvm_float_build import OPTIONS
-
-    del parameters
-    with tvm.transform.PassContext(opt_level=3, config=OPTIONS):
-        return tvm.tirx.build(module, target=target)
-
-
-@contextlib.contextmanager
-def _quiet() -> Any:
-    logging.getLogger("tvm.s_tir.meta_schedule").setLevel(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
