@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 import qgraph
+from qgraph.cli_build import build
 from qgraph.cli_compare import compare
 from qgraph.cli_options import PATH, Common, data_options, memory, output_options, pass_common, run_options
 from qgraph.cli_options import shapes as read_shapes
@@ -18,10 +19,13 @@ from qgraph.errors import SearchInterrupted, ToleranceError, UserError, nearest
 
 if TYPE_CHECKING:
     from qgraph.registry import Kind
+    from qgraph.runtime.capability_check import TableCheck
 
 __all__ = ["commands"]
 
 _STRICT_TARGET = "integer"
+_DIFFERS = 3
+"""Exit status where something does not hold that was promised."""
 _STRICT = ("integer-requantize.strict=true",)
 
 
@@ -97,6 +101,7 @@ def commands() -> None:
 )
 @click.option("--strict", is_flag=True, help="Refuse a model of which anything stays in float (target integer).")
 @click.option("--resume", is_flag=True, help="Go on from the layers that a run which was stopped has finished.")
+@click.option("--cache", metavar="DIR", type=PATH, help="Keep the model behind long passes here, for the next time.")
 @run_options
 @output_options
 @pass_common
@@ -123,8 +128,10 @@ def compile_command(
     emit: tuple[str, ...],
     strict: bool,
     resume: bool,
+    cache: Path | None,
 ) -> int:
     """Compile MODEL.onnx for a target into a verified artifact."""
+    from qgraph.cache import Cache
     from qgraph.compiler import compile as compile_model
     from qgraph.runtime.tolerances import parse_budget, parse_tolerance
     from qgraph.target_options import read_target, with_option
@@ -157,6 +164,7 @@ def compile_command(
                 trials=tune or 0,
                 resume=resume,
                 emit=emit,
+                cache=None if cache is None else Cache(cache, tell=display.warn),
                 observer=display.event,
                 on_rung=display.rung,
             )
@@ -167,6 +175,9 @@ def compile_command(
     if failure is not None:
         raise failure
     return 0
+
+
+commands.add_command(build)
 
 
 @commands.command()
@@ -471,20 +482,33 @@ def _show_catalog(common: Common, kind: Kind, name: str | None) -> int:
 
 
 @commands.command()
+@click.option("--probe", is_flag=True, help="Hold the tables of capabilities against the installed runtimes too.")
 @output_options
 @pass_common
-def doctor(common: Common) -> int:
-    """Tell which runtimes and targets are usable here."""
-    from qgraph.cli_pages import survey_tables
+def doctor(common: Common, *, probe: bool) -> int:
+    """Tell which runtimes and targets are usable here.
+
+    --probe asks the runtimes for their kernels, loads small models of every operator and data type, and says what is
+    otherwise than the tables that the targets go by; the exit status is then 3.
+    """
+    from qgraph.cli_pages import probe_lines, survey_tables
     from qgraph.doctor import survey
+    from qgraph.runtime.capability_check import check_tables
 
     result = survey()
+    document = result.to_json()
+    checks: tuple[TableCheck, ...] = ()
     with common.display() as display:
         for table in survey_tables(result):
             display.table(table)
             display.line()
-    common.print_json(result.to_json())
-    return 0
+        if probe:
+            checks = check_tables(display.progress)
+            document["tables"] = [one.to_json() for one in checks]
+            for name, text in probe_lines(checks):
+                display.step(name, text)
+    common.print_json(document)
+    return 0 if all(one.agrees for one in checks) else _DIFFERS
 
 
 commands.add_command(compare)

@@ -91,6 +91,8 @@ class Target(abc.ABC):
     """Whether its default pipeline needs calibration data for every model."""
     opset: ClassVar[int] = 21
     """The default-domain opset that models are converted up to."""
+    disabled: ClassVar[Sequence[str]] = ()
+    """Optimizers of ONNX Runtime that would undo what the target promises."""
 
     @abc.abstractmethod
     def prepare_passes(self) -> Pipeline:
@@ -141,6 +143,14 @@ class Target(abc.ABC):
         """Write the deployable files into `folder` and return their names; the default is one ONNX model."""
         qgraph.ir.save(model, folder / "model.onnx")
         return sorted(path.name for path in folder.iterdir())
+
+    def providers(self) -> Sequence[tuple[str, Mapping[str, str]]] | None:
+        """Return the providers of ONNX Runtime that run model.onnx, with their options, the most wanted first.
+
+        The manifest keeps them, so that a server opens the artifact without this module, with those that it has. None
+        where nothing but `session` can open it. Options may hold no paths.
+        """
+        return None
 
     @abc.abstractmethod
     def session(self, folder: Path, *, threads: int = 0) -> Session:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,8 @@ import qgraph.ir
 from qgraph.analysis.provider_split import Split, split_by_provider
 from qgraph.capabilities import table
 from qgraph.pipeline import Pipeline, Skipped
-from qgraph.runtime.session import CPU_PROVIDER, installed_providers, open_session, provider_fault
+from qgraph.runtime.serving import open_with
+from qgraph.runtime.session import CPU_PROVIDER, installed_providers, provider_fault
 from qgraph.targets.base import Kernels, Session
 from qgraph.targets.cpu import CpuFp32
 from qgraph.targets.cpu_int4 import weight_kernels
@@ -39,7 +39,6 @@ _COMPUTE = ("Attention", "Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "Grou
             "MatMulBnb4", "MatMulNBits", "MultiHeadAttention", "RNN")  # fmt: skip
 """Operators without whose kernels a GPU is of no use."""
 _MOST_TOLD = 3
-_ENGINES = "trt_engine_cache_path"
 
 
 def cleaned_up(opset: int, last: str = "fuse-attention,remove-unused") -> Pipeline:
@@ -68,10 +67,8 @@ class NvidiaTarget(CpuFp32, abc.ABC):
     """A precision on an NVIDIA GPU, through ONNX Runtime."""
 
     extra: ClassVar[str] = "cuda"
-    providers: ClassVar[Sequence[str]] = (CUDA,)
+    wanted: ClassVar[Sequence[str]] = (CUDA,)
     """The providers that it wants, the most wanted first; the CPU comes last by itself."""
-    disabled: ClassVar[Sequence[str]] = ()
-    """Optimizers of ONNX Runtime that would undo what the target promises."""
     opset: ClassVar[int] = 18
     """The highest opset at which the CUDA provider has every kernel that it has at all; see its table."""
 
@@ -85,14 +82,19 @@ class NvidiaTarget(CpuFp32, abc.ABC):
 
     def stand_in(self) -> str:
         """Return a note where the first provider is not installed, or does not start."""
-        installed, first = installed_providers(), self.providers[0]
+        installed, first = installed_providers(), self.wanted[0]
         fault = provider_fault(first) if first in installed else ""
         if not installed or (first in installed and not fault):
             return ""
-        usable = [one for one in self.providers[1:] if one in installed and not provider_fault(one)]
+        usable = [one for one in self.wanted[1:] if one in installed and not provider_fault(one)]
         instead = _short(next(iter(usable), CPU_PROVIDER))
         why = fault or _NEEDED[first]
         return f"the {instead} provider (same operators; not run on {_short(first)} here: {why})"
+
+    def providers(self) -> Sequence[tuple[str, Mapping[str, str]]]:
+        """Return the providers that are wanted, with their options, the CPU's last."""
+        options = self.options()
+        return [*((name, dict(sorted(options.get(name, {}).items()))) for name in self.wanted), (CPU_PROVIDER, {})]
 
     def session(self, folder: Path, *, threads: int = 0) -> Session:
         """Open model.onnx with the providers that are wanted and start here, the CPU last.
@@ -100,17 +102,7 @@ class NvidiaTarget(CpuFp32, abc.ABC):
         Raises:
             UserError: ONNX Runtime is not installed.
         """
-        installed = installed_providers()
-        wanted: list[str | tuple[str, Mapping[str, str]]] = []
-        for name in self.providers:
-            # Without the runtime, opening a session is what says how to install it.
-            if not installed or (name in installed and not provider_fault(name)):
-                options = {**self.options().get(name, {}), **_local_options(name)}
-                wanted.append((name, options) if options else name)
-        session: Session = open_session(
-            folder / "model.onnx", threads=threads, providers=[*wanted, CPU_PROVIDER], disabled=self.disabled
-        )
-        return session
+        return open_with(self.providers(), folder, threads=threads, disabled=self.disabled)
 
     def kernels(self, folder: Path) -> Kernels:
         """Count the operators as they are written: what the provider fuses is known on the device only."""
@@ -118,7 +110,7 @@ class NvidiaTarget(CpuFp32, abc.ABC):
 
     def split(self, model: ir.Model) -> Split:
         """Return which provider would run what."""
-        return split_by_provider(model, [table(_TABLES[name]) for name in self.providers])
+        return split_by_provider(model, [table(_TABLES[name]) for name in self.wanted])
 
     def without_kernels(self, model: ir.Model) -> list[Skipped]:
         """Return the nodes that do the work of a model and would do it on the CPU, each with the reason."""
@@ -132,35 +124,23 @@ class NvidiaTarget(CpuFp32, abc.ABC):
         ]
 
     def runtime(self, folder: Path) -> Mapping[str, Any]:
-        """Return providers, options, whether inputs and the whole graph can stay on the GPU, and where nodes run."""
+        """Return whether inputs and the whole graph can stay on the GPU, and where nodes run."""
         model = qgraph.ir.load(folder / "model.onnx")
         split = self.split(model)
         against = _against_cuda_graph(model, split)
         return {
-            "provider": self.providers[0],
-            "options": dict(sorted(self.options().get(self.providers[0], {}).items())),
-            "fallback": [*self.providers[1:], CPU_PROVIDER],
-            "disabled_optimizers": list(self.disabled),
             "io_binding": True,
             "cuda_graph": {"possible": not against, "against": against},
             "nodes": split.counts(),
             "parts": split.parts,
             "copies": split.copies,
             "elsewhere": [{"node": node, "reason": reason} for node, reason in split.left],
-            "told": _told(split, self.providers[0]),
+            "told": _told(split, self.wanted[0]),
         }
 
 
 def _short(provider: str) -> str:
     return "TensorRT" if provider == TENSORRT else provider.removesuffix("ExecutionProvider")
-
-
-def _local_options(provider: str) -> dict[str, str]:
-    """Return options of this machine, which no manifest holds: where TensorRT keeps the engines that it has built."""
-    if provider != TENSORRT:
-        return {}
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qgraph" / "tensorrt"
-    return {_ENGINES: str(cache)}
 
 
 def _against_cuda_graph(model: ir.Model, split: Split) -> list[str]:

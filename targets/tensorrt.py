@@ -62,7 +62,7 @@ def _shapes_field(which: str) -> tuple[str, ...]:
 class TensorrtTarget(NvidiaTarget):
     """A precision in TensorRT."""
 
-    providers: ClassVar[Sequence[str]] = (TENSORRT, CUDA)
+    wanted: ClassVar[Sequence[str]] = (TENSORRT, CUDA)
     disabled: ClassVar[Sequence[str]] = (_BIASES,)
     flags: ClassVar[Mapping[str, str]] = {}
     """Options that say which types and kernels TensorRT may choose."""

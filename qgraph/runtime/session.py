@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qgraph.errors import UserError
-from qgraph.pipeline import Feeds
 
 if TYPE_CHECKING:
     import onnxruntime
+
+    from qgraph.pipeline import Feeds
 
 __all__ = [
     "CPU_PROVIDER",

@@ -140,10 +140,11 @@ def test_without_a_gpu_the_operators_run_on_the_cpu_and_it_is_said(source: Path,
 def test_with_a_gpu_its_provider_comes_first(source: Path, monkeypatch):
     artifact = qgraph.compile(source, "cuda-int4")
     opened = []
-    monkeypatch.setattr("qgraph.targets.nvidia.installed_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr("qgraph.targets.nvidia.provider_fault", lambda provider: "")
+    for module in ("qgraph.targets.nvidia", "qgraph.runtime.serving"):
+        monkeypatch.setattr(f"{module}.installed_providers", lambda: ["CUDAExecutionProvider"])
+        monkeypatch.setattr(f"{module}.provider_fault", lambda provider: "")
     monkeypatch.setattr(
-        "qgraph.targets.nvidia.open_session", lambda path, **options: opened.append(options["providers"])
+        "qgraph.runtime.serving.open_session", lambda path, **options: opened.append(options["providers"])
     )
     CudaInt4().session(artifact.path)
     assert CudaInt4().stand_in() == ""

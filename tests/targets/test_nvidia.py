@@ -81,7 +81,8 @@ def test_float16_and_how_to_run_it(tmp_path: Path):
     assert model.graph.opset_imports[""] == 18
     assert artifact.manifest["verification"]["outputs"][0]["sqnr_db"] > 50
     runtime = artifact.manifest["runtime"]
-    assert (runtime["provider"], runtime["io_binding"]) == ("CUDAExecutionProvider", True)
+    assert artifact.manifest["session"]["providers"] == [["CUDAExecutionProvider", {}], ["CPUExecutionProvider", {}]]
+    assert runtime["io_binding"]
     assert runtime["cuda_graph"] == {"possible": True, "against": []}
     assert (runtime["copies"], runtime["elsewhere"], set(runtime["nodes"])) == (0, [], {"CUDAExecutionProvider"})
 
@@ -193,15 +194,15 @@ def test_int8_by_the_rules_of_tensorrt(tmp_path: Path):
     assert broken_rules(model) == []
     assert operators(artifact)["QuantizeLinear"] == 5  # x, r, e, the pooling's input, the product's
     assert artifact.manifest["verification"]["outputs"][0]["sqnr_db"] > 25
-    runtime = artifact.manifest["runtime"]
-    assert runtime["options"] == {
+    session, runtime = artifact.manifest["session"], artifact.manifest["runtime"]
+    assert session["providers"][0][1] == {
         "trt_engine_cache_enable": "1",
         "trt_fp16_enable": "1",
         "trt_int8_enable": "1",
         "trt_timing_cache_enable": "1",
     }
-    assert runtime["disabled_optimizers"] == ["WeightBiasQuantization"]
-    assert runtime["fallback"] == ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    assert session["disabled_optimizers"] == ["WeightBiasQuantization"]
+    assert [name for name, _ in session["providers"][1:]] == ["CUDAExecutionProvider", "CPUExecutionProvider"]
     assert set(runtime["nodes"]) == {"TensorrtExecutionProvider"}
     assert "not run on TensorRT here" in artifact.manifest["stand_in"]
     assert artifact.manifest["kernels"]["integer"] == {"Conv": 3, "Gemm": 1}
@@ -220,7 +221,7 @@ def test_float8_by_the_rules_of_tensorrt(tmp_path: Path):
     assert layers["c1"].op_type == "DequantizeLinear"
     assert layers["c1"].outputs[0].dtype == ir.DataType.FLOAT16
     assert qgraph.ir.is_op(layers["c0"], "Cast")  # three channels have no kernel in 8-bit floats
-    assert "trt_int8_enable" not in artifact.manifest["runtime"]["options"]
+    assert "trt_int8_enable" not in artifact.manifest["session"]["providers"][0][1]
     assert artifact.manifest["verification"]["outputs"][0]["sqnr_db"] > 18
     kernels = artifact.manifest["kernels"]
     assert (kernels["low_bit"], kernels["float"]) == ({"Conv": 2, "Gemm": 1}, {"Conv": 1})
@@ -287,7 +288,7 @@ def test_the_range_of_a_dynamic_axis(tmp_path: Path):
 
     artifact = build(target, tmp_path)  # type: ignore[arg-type]
 
-    options = artifact.manifest["runtime"]["options"]
+    options = artifact.manifest["session"]["providers"][0][1]
     assert options["trt_profile_min_shapes"] == "x:1x3x8x8"
     assert options["trt_profile_max_shapes"] == "x:32x3x8x8"
     assert artifact.target == target
@@ -323,9 +324,10 @@ def test_sparsity_is_of_the_family():
 def test_with_a_gpu_the_options_reach_the_session(target, count: int, monkeypatch, tmp_path: Path):
     opened = []
     names = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
-    monkeypatch.setattr("qgraph.targets.nvidia.installed_providers", lambda: names)
-    monkeypatch.setattr("qgraph.targets.nvidia.provider_fault", lambda provider: "")
-    monkeypatch.setattr("qgraph.targets.nvidia.open_session", lambda path, **options: opened.append(options))
+    for module in ("qgraph.targets.nvidia", "qgraph.runtime.serving"):
+        monkeypatch.setattr(f"{module}.installed_providers", lambda: names)
+        monkeypatch.setattr(f"{module}.provider_fault", lambda provider: "")
+    monkeypatch.setattr("qgraph.runtime.serving.open_session", lambda path, **options: opened.append(options))
 
     target.session(tmp_path)
 
