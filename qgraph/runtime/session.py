@@ -34,6 +34,8 @@ __all__ = [
 
 CPU_PROVIDER = "CPUExecutionProvider"
 
+_NO_FALLBACK = 0
+"""Falling back, it would print to standard output, where --json promises nothing else than a document."""
 _FATAL_ONLY = 4  # its errors are raised as exceptions as well
 _BATCH = 1
 _LENGTH = 16
@@ -105,7 +107,9 @@ def open_session(
     name = "the model" if isinstance(model, bytes) else str(model)
     source = model if isinstance(model, bytes) else str(model)
     try:
-        return ort.InferenceSession(source, options, providers=list(providers), disabled_optimizers=list(disabled))
+        return ort.InferenceSession(
+            source, options, providers=list(providers), disabled_optimizers=list(disabled), enable_fallback=_NO_FALLBACK
+        )
     except MemoryError:
         raise
     except Exception as error:
@@ -136,7 +140,10 @@ def provider_fault(provider: str) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = ort.InferenceSession(_ONE_RELU, options, providers=[provider, CPU_PROVIDER]).get_providers()
+            session = ort.InferenceSession(
+                _ONE_RELU, options, providers=[provider, CPU_PROVIDER], enable_fallback=_NO_FALLBACK
+            )
+        found = session.get_providers()
     except Exception as error:  # noqa: BLE001 - whatever it is, the provider is of no use
         found, cause = [], first_line(error)
     if provider in found:

@@ -91,3 +91,27 @@ def test_shapes_are_tensorrts_own_where_it_comes_first():
 
     assert split.counts() == {"TensorrtExecutionProvider": {"Cast": 1, "Relu": 1, "Shape": 1}}
     assert split.copies == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "signature", "reason"),
+    [
+        (
+            "q, s, z = DynamicQuantizeLinear(x)  y = Relu(x)",
+            "float[8,8] x) => (float y",
+            "has no DynamicQuantizeLinear",
+        ),
+        ("y = MatMulInteger(x, w)", "uint8[8,8] x, int8[8,8] w) => (int32 y", "input 0 is uint8"),
+        ("y = ConvInteger(x, w)", "int8[1,8,8,8] x, int8[8,8,1,1] w) => (int32 y", "has no ConvInteger"),
+        (
+            "y = com.microsoft.DynamicQuantizeMatMul(x, w, s)",
+            "float[8,8] x, int8[8,8] w, float s) => (float y",
+            "has no",
+        ),
+    ],
+)
+def test_why_cuda_int8_stores_weights_only(body: str, signature: str, reason: str):
+    """A product in integers would need its input quantized by an operator that the GPU has not."""
+    split = split_by_provider(model(21, body, signature), [CUDA])
+
+    assert any(reason in one.reason for one in split.left)

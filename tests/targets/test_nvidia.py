@@ -367,6 +367,26 @@ def test_a_library_that_another_one_lacks_is_named(monkeypatch):
     assert "does not start (libcublasLt.so.12: cannot open shared object file: No such file or directory)" in fault
 
 
+def test_a_provider_that_fails_prints_nothing_and_its_reason_is_told(monkeypatch, capsys):
+    import onnxruntime
+
+    real = onnxruntime.InferenceSession._create_inference_session
+
+    def fail(self, providers, *others):
+        if "CUDAExecutionProvider" in (providers or ()):
+            raise RuntimeError("CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version\nat ...")
+        return real(self, providers, *others)
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", fail)
+    sessions.provider_fault.cache_clear()
+    try:
+        fault = sessions.provider_fault("CUDAExecutionProvider")
+    finally:
+        sessions.provider_fault.cache_clear()
+    assert "(CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version)" in fault
+    assert capsys.readouterr().out == ""
+
+
 def test_the_doctor_tells_of_it(monkeypatch):
     runtime = doctor.Runtime("ONNX Runtime", "1.31.1", ("CUDAExecutionProvider", "CPUExecutionProvider"))
     monkeypatch.setattr(doctor, "_onnxruntime", lambda: runtime)
