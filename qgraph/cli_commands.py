@@ -19,10 +19,13 @@ from qgraph.errors import SearchInterrupted, ToleranceError, UserError, nearest
 
 if TYPE_CHECKING:
     from qgraph.registry import Kind
+    from qgraph.runtime.capability_check import TableCheck
 
 __all__ = ["commands"]
 
 _STRICT_TARGET = "integer"
+_DIFFERS = 3
+"""Exit status where something does not hold that was promised."""
 _STRICT = ("integer-requantize.strict=true",)
 
 
@@ -479,20 +482,33 @@ def _show_catalog(common: Common, kind: Kind, name: str | None) -> int:
 
 
 @commands.command()
+@click.option("--probe", is_flag=True, help="Hold the tables of capabilities against the installed runtimes too.")
 @output_options
 @pass_common
-def doctor(common: Common) -> int:
-    """Tell which runtimes and targets are usable here."""
-    from qgraph.cli_pages import survey_tables
+def doctor(common: Common, *, probe: bool) -> int:
+    """Tell which runtimes and targets are usable here.
+
+    --probe asks the runtimes for their kernels, loads small models of every operator and data type, and says what is
+    otherwise than the tables that the targets go by; the exit status is then 3.
+    """
+    from qgraph.cli_pages import probe_lines, survey_tables
     from qgraph.doctor import survey
+    from qgraph.runtime.capability_check import check_tables
 
     result = survey()
+    document = result.to_json()
+    checks: tuple[TableCheck, ...] = ()
     with common.display() as display:
         for table in survey_tables(result):
             display.table(table)
             display.line()
-    common.print_json(result.to_json())
-    return 0
+        if probe:
+            checks = check_tables(display.progress)
+            document["tables"] = [one.to_json() for one in checks]
+            for name, text in probe_lines(checks):
+                display.step(name, text)
+    common.print_json(document)
+    return 0 if all(one.agrees for one in checks) else _DIFFERS
 
 
 commands.add_command(compare)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qgraph.doctor import Survey
     from qgraph.evaluation import Perplexity
     from qgraph.registry import Kind
+    from qgraph.runtime.capability_check import TableCheck
     from qgraph.runtime.difference import Difference
     from qgraph.runtime.verification import Verification
     from qgraph.verbs import Inspection, Measured, Outputs
@@ -26,6 +27,7 @@ __all__ = [
     "inspection_tables",
     "outputs_table",
     "perplexity_table",
+    "probe_lines",
     "show_entry",
     "survey_tables",
     "verification_table",
@@ -34,6 +36,7 @@ __all__ = [
 _WORST = 15
 _REMARKS = 3
 _WEIGHTS = 30
+_DIFFERENCES = 20
 _FACTS = {"needs_calibration": "needs data", "prepare": "prepare passes", "lower": "lower passes"}
 
 
@@ -90,11 +93,32 @@ def survey_tables(survey: Survey) -> list[Table]:
     ]
 
 
+def probe_lines(checks: Sequence[TableCheck]) -> list[tuple[str, str]]:
+    """Return the name of each table and what came of holding it against the runtime, then what differs."""
+    lines = []
+    for one in checks:
+        if one.unchecked:
+            lines.append((one.table, f"not checked: {one.unchecked}"))
+            continue
+        other = "" if one.installed == one.version else f" (of {one.version}; {one.installed} is installed)"
+        count = len(one.differences)
+        verdict = "agrees" if one.agrees else f"{count} difference{'s' if count > 1 else ''}"
+        ran, loaded, none, unbuilt = (one.probes.get(state, 0) for state in ("ran", "loaded", "none", "not built"))
+        models = f"{ran} ran, {loaded} loaded, {none} without a kernel, {unbuilt} could not be built"
+        checked = f"{one.entries} kernels of the registry; {one.fusions} fused forms; one-node models: {models}"
+        lines.append((one.table, f"{verdict}{other}: {checked}"))
+        lines += [("", text) for text in one.differences[:_DIFFERENCES]]
+        if count > _DIFFERENCES:
+            lines.append(("", f"and {count - _DIFFERENCES} more: --json has them all"))
+    return lines
+
+
 def outputs_table(outputs: Outputs) -> Table:
     """Return what the outputs of a run look like."""
     rows = tuple((one.name, one.dtype, "x".join(map(str, one.shape)) or "scalar") for one in outputs.arrays)
     written = f", written to {outputs.path}" if outputs.path is not None else "; -o Y.npz writes the outputs"
-    note = f"{outputs.samples} samples in {seconds_text(outputs.seconds)}{written}"
+    where = f" on {outputs.stand_in}" if outputs.stand_in else ""
+    note = f"{outputs.samples} samples in {seconds_text(outputs.seconds)}{where}{written}"
     return Table(("output", "type", "shape"), rows, note=note)
 
 

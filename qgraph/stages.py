@@ -396,7 +396,11 @@ class Run:
         footprint = self.target.footprint(folder)
         if footprint is not None and "library" in footprint:
             self.event("library", str(footprint["library"]))
-        manifest = write_manifest(folder, self._facts(plan, built, kernels, verification, bounds, failures, footprint))
+        runtime = self.target.runtime(folder)
+        if runtime is not None and runtime.get("told"):
+            self.event("placement", str(runtime["told"]))
+        told_of = (footprint, runtime)
+        manifest = write_manifest(folder, self._facts(plan, built, kernels, verification, bounds, failures, told_of))
         if speedup is not None:
             self.event("bench", f"{speedup:.2f}x the speed of the source")
         return manifest
@@ -409,8 +413,9 @@ class Run:
         verification: Verification,
         bounds: Bounds,
         failures: Sequence[str],
-        footprint: Mapping[str, Any] | None,
+        told_of: tuple[Mapping[str, Any] | None, Mapping[str, Any] | None],
     ) -> dict[str, Any]:
+        footprint, runtime = told_of
         reports = {"prepare": self.prepared, "compress": built.compress, "lower": built.lower}
         left = [*built.compress.skipped, *built.lower.skipped]
         options = options_of(self.target)
@@ -440,9 +445,10 @@ class Run:
             "weights": built.weights,
             "kernels": None if kernels is None else _kernels_json(kernels),
             **({} if footprint is None else {"footprint": footprint}),
+            **({} if runtime is None else {"runtime": runtime}),
             **({"shapes": {name: list(sizes) for name, sizes in self.shapes.items()}} if self.shapes else {}),
             **({"emit": list(self.target.emits)} if self.target.emits else {}),
-            **session_facts(self.target.providers()),
+            **session_facts(self.target.providers(), self.target.disabled),
             "stand_in": self.target.stand_in(),
             "verification": {"data": self.data_kind, **verification.to_json()},
             "tolerance": dict(bounds.tolerance),

@@ -43,7 +43,8 @@ _FORMS = {"c": "c", "so": "tvm"}
 _PREPARE = (
     "inline-functions,lift-constants,convert-opset{version=21},fold-constants,remove-identity,fold-batch-norm,"
     "deduplicate-initializers,merge-duplicates,remove-unused,infer-shapes,unroll-recurrent,conv-transpose-to-conv,"
-    "resize-to-matmul,decompose-norms,infer-shapes,remove-unused"
+    "resize-to-matmul,einsum-to-matmul,grid-sample-to-gather,decompose-norms,decompose-operators,fold-constants,"
+    "infer-shapes,root-magnitudes,remove-unused"
 )
 _LADDER = (
     Step("activation ranges", ("full-qdq.method=percentile", "full-qdq.method=mse"), "activations"),
@@ -59,8 +60,9 @@ _LADDER = (
 """What a search tries, the cheapest first."""
 _MOVES = frozenset({
     "Cast", "Concat", "Constant", "ConstantOfShape", "DepthToSpace", "DequantizeLinear", "Expand", "Flatten", "Gather",
-    "GatherElements", "GatherND", "Identity", "If", "Pad", "QuantizeLinear", "Reshape", "Resize", "Shape", "Size",
-    "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Trilu", "Unsqueeze", "Where",
+    "GatherElements", "GatherND", "Identity", "If", "Pad", "QuantizeLinear", "Reshape", "Resize", "ScatterElements",
+    "ScatterND", "Shape", "Size", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "TopK", "Transpose", "Trilu",
+    "Unsqueeze", "Where",
 })  # fmt: skip
 
 

@@ -11,13 +11,12 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.shape_facts import Dims, input_of
-from qgraph.capabilities import Constraint
+from qgraph.capabilities import DEFAULT_DOMAINS, Constraint
 from qgraph.capabilities.constraints import ABSENT
 
 __all__ = ["KnownShapes", "NodeFacts", "type_name", "unmet"]
 
 _RENAMED = {"float": "float32", "double": "float64"}
-_DEFAULT_DOMAINS = ("", "ai.onnx")
 
 
 class KnownShapes(Protocol):
@@ -33,7 +32,8 @@ class KnownShapes(Protocol):
 def type_name(kind: ir.TypeProtocol | None) -> str | None:
     """Return a type as tables call it, or None where it is not known."""
     if isinstance(kind, ir.TensorType | ir.SparseTensorType):
-        return None if kind.dtype == ir.DataType.UNDEFINED else _dtype_name(kind.dtype)
+        name = None if kind.dtype == ir.DataType.UNDEFINED else _dtype_name(kind.dtype)
+        return name if name is None or isinstance(kind, ir.TensorType) else f"sparse({name})"
     if isinstance(kind, ir.SequenceType | ir.OptionalType):
         inner = type_name(kind.elem_type)
         word = "seq" if isinstance(kind, ir.SequenceType) else "optional"
@@ -56,7 +56,7 @@ def _attribute_text(facts: NodeFacts, name: str) -> str:
 
 
 def _defaults(facts: NodeFacts) -> Mapping[str, object]:
-    if facts.node.domain not in _DEFAULT_DOMAINS:
+    if facts.node.domain not in DEFAULT_DOMAINS:
         return {}
     version = facts.version or onnx.defs.onnx_opset_version()
     try:
@@ -94,6 +94,8 @@ class NodeFacts:
 
     def dtype(self, value: ir.Value) -> str | None:
         """Return the type of a value as tables call it."""
+        if value.type is not None and not isinstance(value.type, ir.TensorType):
+            return type_name(value.type)
         known = self._shapes.dtype(value) if self._shapes is not None else None
         return type_name(value.type) if known is None else _dtype_name(known)
 

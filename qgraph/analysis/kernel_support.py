@@ -14,12 +14,11 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.kernel_constraints import KnownShapes, NodeFacts, unmet
 from qgraph.analysis.shapes import shapes_of
-from qgraph.capabilities import Entry, Table
+from qgraph.capabilities import DEFAULT_DOMAINS, Entry, Table, operator_name
 from qgraph.pipeline import Context, Skipped
 
-__all__ = ["operator_name", "refusal", "unsupported"]
+__all__ = ["refusal", "unsupported"]
 
-_DEFAULT_DOMAINS = ("", "ai.onnx")
 _DATA_ONLY = frozenset({"Constant"})
 """Operators that no runtime executes: their outputs are weights."""
 
@@ -63,14 +62,14 @@ def refusal(
             subgraphs have none of. A version that is not known fits.
         shapes: of the model's values; without, only what the values themselves say is known.
     """
-    name = operator_name(node)
+    name = operator_name(node.domain, node.op_type)
     if name in _DATA_ONLY:
         return None
     entries = table.operators.get(name)
     if entries is None:
         return f"{table.title} has no {name}"
     version = _version(node, opsets)
-    if node.domain in _DEFAULT_DOMAINS and table.opset is not None and version is not None and version > table.opset:
+    if node.domain in DEFAULT_DOMAINS and table.opset is not None and version is not None and version > table.opset:
         return f"{table.title} of {table.version} knows opsets up to {table.opset}, not {version}"
     facts = NodeFacts(node, version, shapes)
     faults = [_fault(entry, facts, table) for entry in entries]
@@ -82,13 +81,8 @@ def refusal(
 def _version(node: ir.Node, opsets: Mapping[str, int] | None) -> int | None:
     if opsets is None:
         opsets = {} if node.graph is None else node.graph.opset_imports
-    domains = _DEFAULT_DOMAINS if node.domain in _DEFAULT_DOMAINS else (node.domain,)
+    domains = DEFAULT_DOMAINS if node.domain in DEFAULT_DOMAINS else (node.domain,)
     return next((opsets[domain] for domain in domains if domain in opsets), node.version)
-
-
-def operator_name(node: ir.Node) -> str:
-    """Return an operator as tables call it: with its domain where that is not the default one."""
-    return node.op_type if node.domain in _DEFAULT_DOMAINS else f"{node.domain}.{node.op_type}"
 
 
 @dataclasses.dataclass(frozen=True)

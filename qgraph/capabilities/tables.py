@@ -23,6 +23,7 @@
     pattern = "DequantizeLinear -> MatMul"      # in the words of the probe that shows it
     when = ["block 16 to 256"]
     kernel = "com.microsoft.MatMulNBits"        # "" where they stay as they are
+    arithmetic = "integers"                     # optional: where a kernel may compute in float too
     source = "probe"
 
 Several entries of one operator are alternatives. Data types are called as numpy and ml_dtypes call them; others than
@@ -42,15 +43,27 @@ from typing import Any
 from qgraph.capabilities.constraints import Constraint, parse_constraint
 from qgraph.errors import UserError, nearest
 
-__all__ = ["DATA_TYPES", "Entry", "Fusion", "Table", "Types", "names", "parse", "table"]
+__all__ = [
+    "DATA_TYPES",
+    "DEFAULT_DOMAINS",
+    "Entry",
+    "Fusion",
+    "Table",
+    "Types",
+    "names",
+    "operator_name",
+    "parse",
+    "table",
+]
 
 DATA_TYPES = frozenset((
     "bfloat16", "bool", "complex64", "complex128", "float4e2m1", "float8e4m3fn", "float8e4m3fnuz", "float8e5m2",
     "float8e5m2fnuz", "float8e8m0", "float16", "float32", "float64", "int2", "int4", "int8", "int16", "int32",
     "int64", "string", "uint2", "uint4", "uint8", "uint16", "uint32", "uint64",
 ))  # fmt: skip
-_NO_TENSOR = re.compile(r"(seq|optional|map)\(.+\)")
+_NO_TENSOR = re.compile(r"(seq|optional|map|sparse)\(.+\)")
 _SUFFIX = ".toml"
+DEFAULT_DOMAINS = ("", "ai.onnx")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +117,14 @@ class Fusion:
         when: what must hold, in words.
         kernel: what runs in their place; '' where they stay as they are.
         source: key of `Table.sources`.
-        note: what else there is to know, or ''.
+        arithmetic: "integers" or "float" where a kernel may compute in either, else ''.
     """
 
     pattern: str
     when: tuple[str, ...] = ()
     kernel: str = ""
     source: str = ""
-    note: str = ""
+    arithmetic: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +157,11 @@ class Table:
     def title(self) -> str:
         """The runtime with its provider, as people call them."""
         return f"{self.runtime}'s {self.provider}" if self.provider else self.runtime
+
+
+def operator_name(domain: str, op_type: str) -> str:
+    """Return an operator as tables call it: with its domain where that is not the default one."""
+    return op_type if domain in DEFAULT_DOMAINS else f"{domain}.{op_type}"
 
 
 def names() -> list[str]:
@@ -237,7 +255,7 @@ def _fusion(one: Mapping[str, Any], sources: Iterable[str], at: str) -> Fusion:
         _lines(one.get("when", []), f"{at}: when"),
         _text(one, "kernel", at),
         _source(one, sources, at),
-        _text(one, "note", at, default=""),
+        _text(one, "arithmetic", at, default=""),
     )
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from qgraph.errors import UserError
 from qgraph.manifest import checked_manifest
-from qgraph.runtime.session import CPU_PROVIDER, TensorSpec, installed_providers, open_session
+from qgraph.runtime.session import CPU_PROVIDER, TensorSpec, installed_providers, open_session, provider_fault
 
 if TYPE_CHECKING:
     from qgraph.targets.base import Session
@@ -36,7 +36,8 @@ Providers = Sequence[tuple[str, Mapping[str, str]]]
 _NAME = re.compile(r"[A-Za-z]\w*ExecutionProvider")
 _OPTION = re.compile(r"\w+")
 _VALUE = re.compile(r"[\w.:,+-]*")
-_LOADS_CODE = re.compile(r"lib|path|plugin|dir|file", re.IGNORECASE)
+_LOADS_CODE = re.compile(r"lib|path|plugin|(?:^|_)(?:dir|file)", re.IGNORECASE)
+_TENSORRT = "TensorrtExecutionProvider"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,30 +88,57 @@ def open_artifact(path: str | os.PathLike[str], *, threads: int = 0) -> Served:
     manifest = checked_manifest(folder)
     providers = _providers(folder, manifest.get("session"))
     if providers is not None:
-        return Served(folder, manifest, open_with(providers, folder, threads=threads))
+        disabled = _disabled(folder, manifest["session"])
+        return Served(folder, manifest, open_with(providers, folder, threads=threads, disabled=disabled))
     return Served(folder, manifest, _by_target(folder, manifest, threads))
 
 
-def session_facts(providers: Providers | None) -> dict[str, Any]:
-    """Return what the manifest says of how an artifact is run; nothing where its target's own code has to."""
+def session_facts(providers: Providers | None, disabled: Sequence[str]) -> dict[str, Any]:
+    """Return what the manifest says of how an artifact is run; nothing where its target's own code has to.
+
+    Args:
+        providers: see `open_with`.
+        disabled: see `open_with`.
+    """
     if providers is None:
         return {}
-    return {"session": {"runtime": ONNX_RUNTIME, "providers": [[name, dict(options)] for name, options in providers]}}
+    facts = {"runtime": ONNX_RUNTIME, "providers": [[name, dict(options)] for name, options in providers]}
+    return {"session": {**facts, "disabled_optimizers": list(disabled)} if disabled else facts}
 
 
-def open_with(providers: Providers, folder: Path, *, threads: int = 0) -> Session:
-    """Open model.onnx with those of the providers that are installed, and at last with the CPU's.
+def open_with(providers: Providers, folder: Path, *, threads: int = 0, disabled: Sequence[str] = ()) -> Session:
+    """Open model.onnx with those of the providers that are installed and start here, and at last with the CPU's.
+
+    Args:
+        providers: the most wanted first.
+        folder: of the artifact.
+        threads: of the runtime; 0 lets it choose.
+        disabled: names of the runtime's optimizers that are not to run.
 
     Raises:
         UserError: ONNX Runtime is not installed, or refuses the model.
     """
     installed = installed_providers()
-    wanted = [(name, options) for name, options in providers if name in installed or not installed]
+    # Without the runtime, opening a session is what says how to install it.
+    usable = [(name, options) for name, options in providers if not installed or _starts(name, installed)]
+    wanted = [(name, {**options, **_local_options(name)}) for name, options in usable]
     if CPU_PROVIDER not in [name for name, _ in wanted]:
         wanted.append((CPU_PROVIDER, {}))
     plain = [(name, options) if options else name for name, options in wanted]
-    session: Session = open_session(folder / MODEL, threads=threads, providers=plain)
+    session: Session = open_session(folder / MODEL, threads=threads, providers=plain, disabled=disabled)
     return session
+
+
+def _starts(provider: str, installed: Sequence[str]) -> bool:
+    return provider in installed and (provider == CPU_PROVIDER or not provider_fault(provider))
+
+
+def _local_options(provider: str) -> dict[str, str]:
+    """Return options of this machine, which no manifest holds: where TensorRT keeps the engines that it has built."""
+    if provider != _TENSORRT:
+        return {}
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qgraph" / "tensorrt"
+    return {"trt_engine_cache_path": str(cache)}
 
 
 def _providers(folder: Path, facts: Any) -> Providers | None:
@@ -137,6 +165,13 @@ def _providers(folder: Path, facts: Any) -> Providers | None:
                     "do not trust it"
                 )
     return found
+
+
+def _disabled(folder: Path, facts: Mapping[str, Any]) -> list[str]:
+    names = facts.get("disabled_optimizers", [])
+    if not (isinstance(names, list) and all(isinstance(one, str) and _OPTION.fullmatch(one) for one in names)):
+        raise UserError(f"{folder / 'manifest.json'} is damaged: 'disabled_optimizers' names no optimizers")
+    return names
 
 
 def _by_target(folder: Path, manifest: Mapping[str, Any], threads: int) -> Session:

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from qgraph import cli, doctor, registry
+from qgraph.runtime import capability_check
+from qgraph.runtime.capability_check import TableCheck
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 INT8 = ("--passes", "dynamic-int8")
@@ -202,6 +204,22 @@ def test_listings_show_every_name(capsys: pytest.CaptureFixture[str], verb: str,
         for option in next(one["options"] for one in documents if one["name"] == name):
             assert option["name"] in page
             assert option["type"] in page
+
+
+@pytest.mark.parametrize(("differences", "status"), [((), 0), (("Relu has no kernel",), 3)])
+def test_doctor_holds_the_tables_against_the_runtime(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, differences: tuple[str, ...], status: int
+):
+    check = TableCheck("onnxruntime-cpu", "1.31.1", "1.31.1", entries=2, probes={"ran": 5}, differences=differences)
+    monkeypatch.setattr(capability_check, "check_tables", lambda progress: (check,))
+    assert cli.main(["doctor", "--probe"]) == status
+    shown = capsys.readouterr().err
+    assert f"onnxruntime-cpu  {'1 difference' if differences else 'agrees'}: 2 kernels" in shown
+    assert all(one in shown for one in differences)
+    assert cli.main(["doctor", "--probe", "--json"]) == status
+    document = json.loads(capsys.readouterr().out)
+    assert document["tables"][0]["differences"] == list(differences)
+    assert document["tables"][0]["agrees"] is not bool(differences)
 
 
 def test_doctor_tells_what_is_usable(capsys: pytest.CaptureFixture[str]):

@@ -20,7 +20,7 @@ MADE_WITHOUT_OPTIONS = [name for name in PASSES if name not in ("onnx-ir", "rewr
 
 NOTHING_TO_DO = """
 <ir_version: 10, opset_import: ["" : 21]>
-nothing (float[2, 4] x) => (float[2, 4] y) { y = Hardmax (x) }
+nothing (float[2, 4] x) => (float[2, 4] y) { y = Shrink (x) }
 """
 INTEGERS = """
 <ir_version: 10, opset_import: ["" : 21]>

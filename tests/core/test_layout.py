@@ -28,7 +28,7 @@ LAYERS = (
     ("samples",),
     ("runtime.session", "runtime.metrics"),
     ("analysis",),
-    ("codegen",),
+    ("codegen", "coreml"),
     ("passes",),
     ("runtime",),
     ("targets",),
