@@ -138,8 +138,24 @@ def test_the_source_and_the_versions_are_in_the_key(monkeypatch: pytest.MonkeyPa
     root = shared.root(facts, {}, Context())
     assert root == Sharing().root(facts, {}, Context())
     assert root != shared.root({"sha256": "1"}, {}, Context())
+    assert root != shared.root(facts, {"image": [1]}, Context())
+    for change in ({"seed": 1}, {"threads": 1}, {"calibration_memory": 1}, {"opset": 20}):
+        assert root != shared.root(facts, {}, Context(**change)), change
     monkeypatch.setattr(sharing_module, "_versions", lambda: ("other",))
     assert root != shared.root(facts, {}, Context())
+
+
+@pytest.mark.usefixtures("all_is_worth_it")
+def test_who_goes_on_from_there_has_what_the_passes_have_left(network: Path) -> None:
+    shared, context = Sharing(), Context(calibration=feeds(network))
+    lines = [Line(qgraph.load(network / "net.onnx"), context, shared, "root") for _ in range(2)]
+    reports = [line.run(Pipeline.parse("sparsify{min_elements=64}")) for line in lines]
+    assert reports[0].seconds == reports[1].seconds, "the second was not run"
+    assert lines[0].model is not lines[1].model
+    for line in lines:
+        assert [type(one).__name__ for one in line.context.promises] == ["ZerosStay"]
+        assert line.context.reference is not None
+    assert context.promises == [], "the context given is not changed"
 
 
 @pytest.mark.usefixtures("all_is_worth_it")
