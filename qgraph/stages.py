@@ -34,6 +34,7 @@ from qgraph.report.ladder import Rung
 from qgraph.report.layers import LayerFacts, few, look_inside
 from qgraph.report.units import bytes_text, count_text
 from qgraph.runtime.benchmark import Benchmark, compare
+from qgraph.runtime.placement import Placement
 from qgraph.runtime.recorded import Recorded
 from qgraph.runtime.session import input_signature, open_session, random_feeds
 from qgraph.runtime.user_metric import UserMetric
@@ -313,7 +314,9 @@ class Run:
         where += "   in slices, for its size; not timed" if self.sliced else ""
         agreement = verification.agreement_told() if "top1" in bounds.tolerance else ""
         self.event("verify", f"{verification.samples} {self.data_kind}   {verification.summary()}{agreement}{where}")
-        kernels = None if isinstance(after, SlicedSession) else self.target.kernels(folder)
+        whole = not isinstance(after, SlicedSession)
+        kernels = self.target.kernels(folder) if whole else None
+        placement = self.target.placement(folder) if whole else None
         self.bench = self.time({"after": after})
         speedup = None if self.bench is None else self.bench.ratio("before", "after")
         failures = verification.meets(bounds.tolerance)
@@ -322,7 +325,8 @@ class Run:
         footprint = self.target.footprint(folder)
         if footprint is not None and "library" in footprint:
             self.event("library", str(footprint["library"]))
-        manifest = write_manifest(folder, self._facts(plan, built, kernels, verification, bounds, failures, footprint))
+        facts = self._facts(plan, built, (kernels, placement), verification, bounds, failures, footprint)
+        manifest = write_manifest(folder, facts)
         if speedup is not None:
             self.event("bench", f"{speedup:.2f}x the speed of the source")
         return manifest
@@ -331,12 +335,13 @@ class Run:
         self,
         plan: Plan,
         built: Built,
-        kernels: Kernels | None,
+        runs: tuple[Kernels | None, Placement | None],
         verification: Verification,
         bounds: Bounds,
         failures: Sequence[str],
         footprint: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
+        kernels, placement = runs
         reports = {"prepare": self.prepared, "compress": built.compress, "lower": built.lower}
         left = [*built.compress.skipped, *built.lower.skipped]
         options = options_of(self.target)
@@ -365,6 +370,7 @@ class Run:
             "skipped": [{"node": node, "reason": reason} for node, reason in _unique(left)],
             "weights": built.weights,
             "kernels": None if kernels is None else _kernels_json(kernels),
+            **({} if placement is None else {"placement": placement.summary()}),
             **({} if footprint is None else {"footprint": footprint}),
             **({"shapes": {name: list(sizes) for name, sizes in self.shapes.items()}} if self.shapes else {}),
             **({"emit": list(self.target.emits)} if self.target.emits else {}),

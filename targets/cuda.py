@@ -74,6 +74,10 @@ class CudaInt4(CpuFp32):
         session: Session = open_session(folder / "model.onnx", threads=threads, providers=wanted)
         return session
 
+    def placement(self, folder: Path) -> None:
+        """Return None: what the provider takes is known on its device alone."""
+        del folder
+
     def kernels(self, folder: Path) -> Kernels:
         """Count the operators as they are written: the provider fuses none of those with weights."""
         return weight_kernels(qgraph.ir.load(folder / "model.onnx"), integers=False)

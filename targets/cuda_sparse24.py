@@ -84,6 +84,10 @@ class CudaSparse24(CpuFp32):
         session: Session = open_session(folder / "model.onnx", threads=threads, providers=[*wanted, CPU_PROVIDER])
         return session
 
+    def placement(self, folder: Path) -> None:
+        """Return None: what the provider takes is known on its device alone."""
+        del folder
+
     def kernels(self, folder: Path) -> Kernels:
         """Count the layers, sparse ones apart; TensorRT picks its kernels on the device itself."""
         model = qgraph.ir.load(folder / "model.onnx")

@@ -17,7 +17,7 @@ LAYERS = (
     ("user_code",),
     ("spec", "registry", "numerics", "capabilities", "onnx_file", "signatures"),
     ("ir", "safetensors", "work_folder"),
-    ("pipeline",),
+    ("pipeline", "runtime.placement"),
     ("targets.base",),
     ("target_options",),
     ("feeds", "tokens"),
