@@ -303,16 +303,22 @@ def bench(
 @commands.command()
 @click.argument("model", metavar="MODEL|ARTIFACT", type=PATH)
 @click.option("--against", metavar="MODEL", type=PATH, help="What it was made from: show before and after, by layer.")
+@click.option("--placement", is_flag=True, help="Show what runs where instead: kernels, providers, precisions.")
+@click.option(
+    "--target", "-t", metavar="NAME", help="Whose runtime tells the placement [default: the artifact's, or cpu-fp32]."
+)
 @output_options
 @pass_common
-def inspect(common: Common, model: Path, against: Path | None) -> int:
+def inspect(common: Common, model: Path, against: Path | None, *, placement: bool, target: str | None) -> int:
     """Show operators, weights, precisions and bytes."""
     from qgraph import verbs
-    from qgraph.cli_pages import inspection_tables
+    from qgraph.cli_pages import inspection_tables, placement_tables
 
-    result = verbs.inspect(model, against)
+    if target is not None and not placement:
+        raise UserError("--target says whose runtime tells the placement: pass --placement with it")
+    result = verbs.inspect(model, against, placement=placement, target=target)
     with common.display() as display:
-        for table in inspection_tables(result):
+        for table in inspection_tables(result) if result.placement is None else placement_tables(result.placement):
             display.table(table)
             display.line()
     common.print_json(result.to_json())

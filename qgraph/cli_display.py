@@ -19,6 +19,7 @@ from qgraph.report.terminal import (
     step_rich,
     to_rich,
     to_text,
+    undone_text,
 )
 from qgraph.report.units import seconds_text
 
@@ -107,6 +108,9 @@ class Display:
         self.line()
         self._before_after(artifact)
         self.line()
+        undone = (artifact.manifest.get("placement") or {}).get("undone", ())
+        if undone:
+            self.line(undone_text(undone))
         files = "  ".join(sorted(path.name for path in artifact.path.iterdir()))
         mark = "" if artifact.verified else "   NOT VERIFIED"
         self.line(f"{artifact.path}/   {files}{mark}   done in {seconds_text(time.perf_counter() - self._opened)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qgraph.report.placement_page import PLACED
 from qgraph.report.terminal import Table
 from qgraph.report.units import bytes_text, count_text, decibels, percent, ratio_text, seconds_text
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from qgraph.registry import Kind
     from qgraph.runtime.capability_check import TableCheck
     from qgraph.runtime.difference import Difference
+    from qgraph.runtime.placement import PlacedNode, Placement
     from qgraph.runtime.verification import Verification
     from qgraph.verbs import Inspection, Measured, Outputs
 
@@ -27,6 +29,7 @@ __all__ = [
     "inspection_tables",
     "outputs_table",
     "perplexity_table",
+    "placement_tables",
     "probe_lines",
     "show_entry",
     "survey_tables",
@@ -37,6 +40,7 @@ _WORST = 15
 _REMARKS = 3
 _WEIGHTS = 30
 _DIFFERENCES = 20
+_ORIGINS = 3
 _FACTS = {"needs_calibration": "needs data", "prepare": "prepare passes", "lower": "lower passes"}
 
 
@@ -243,6 +247,37 @@ def inspection_tables(found: Inspection) -> list[Table]:
         *_before_and_after(found),
         _operators(cost),
     ]
+
+
+def placement_tables(placement: Placement) -> list[Table]:
+    """Return what runs where: in sum, by kernel, and node by node."""
+    count = len(placement.nodes)
+    facts = [("runtime", placement.runtime), ("nodes", str(count))]
+    facts += [(name or "runs", f"{number} of {count}") for name, number in placement.counted("provider").items()]
+    facts += [(PLACED[kind], str(number)) for kind, number in placement.counted("arithmetic").items()]
+    facts.append(("copies between providers", str(placement.copies)))
+    kernels = [
+        (PLACED[kind], kernel, str(number))
+        for kind, counts in placement.kernels().items()
+        for kernel, number in counts.items()
+    ]
+    nodes = [
+        (node.name or node.kernel, node.kernel, PLACED[node.arithmetic], node.precision, _origin(node))
+        for node in placement.nodes
+    ]
+    return [
+        Table(("placement", ""), tuple(facts)),
+        Table(("computes", "kernel", ">nodes"), tuple(kernels)),
+        Table(("node", "kernel", "computes", "types", "stands for"), tuple(nodes)),
+    ]
+
+
+def _origin(node: PlacedNode) -> str:
+    named = [name for name in reversed(node.sources) if name != node.name]  # the layer comes before what it reads
+    if not node.sources:
+        return "put in by the runtime"
+    shown = ", ".join(named[:_ORIGINS])
+    return f"{shown} and {len(named) - _ORIGINS} more" if len(named) > _ORIGINS else shown
 
 
 def _before_and_after(found: Inspection) -> list[Table]:

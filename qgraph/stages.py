@@ -36,6 +36,7 @@ from qgraph.report.ladder import Rung
 from qgraph.report.layers import LayerFacts, few, look_inside
 from qgraph.report.units import bytes_text, count_text
 from qgraph.runtime.benchmark import Benchmark, compare
+from qgraph.runtime.placement import Placement
 from qgraph.runtime.recorded import Recorded
 from qgraph.runtime.serving import session_facts
 from qgraph.runtime.session import input_signature, open_session, random_feeds
@@ -179,6 +180,16 @@ class _Loaded:
     facts: Mapping[str, Any]
     limits: dict[str, int]
     weight_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Runs:
+    """What is known of how a result runs; each as the target's method of that name gives it."""
+
+    kernels: Kernels | None
+    placement: Placement | None
+    footprint: Mapping[str, Any] | None
+    runtime: Mapping[str, Any] | None
 
 
 class Run:
@@ -387,7 +398,9 @@ class Run:
         where += "   in slices, for its size; not timed" if self.sliced else ""
         agreement = verification.agreement_told() if "top1" in bounds.tolerance else ""
         self.event("verify", f"{verification.samples} {self.data_kind}   {verification.summary()}{agreement}{where}")
-        kernels = None if isinstance(after, SlicedSession) else self.target.kernels(folder)
+        whole = not isinstance(after, SlicedSession)
+        kernels = self.target.kernels(folder) if whole else None
+        placement = self.target.placement(folder) if whole else None
         self.bench = self.time({"after": after})
         speedup = None if self.bench is None else self.bench.ratio("before", "after")
         failures = verification.meets(bounds.tolerance)
@@ -399,8 +412,8 @@ class Run:
         runtime = self.target.runtime(folder)
         if runtime is not None and runtime.get("told"):
             self.event("placement", str(runtime["told"]))
-        told_of = (footprint, runtime)
-        manifest = write_manifest(folder, self._facts(plan, built, kernels, verification, bounds, failures, told_of))
+        runs = _Runs(kernels, placement, footprint, runtime)
+        manifest = write_manifest(folder, self._facts(plan, built, runs, verification, bounds, failures))
         if speedup is not None:
             self.event("bench", f"{speedup:.2f}x the speed of the source")
         return manifest
@@ -409,13 +422,11 @@ class Run:
         self,
         plan: Plan,
         built: Built,
-        kernels: Kernels | None,
+        runs: _Runs,
         verification: Verification,
         bounds: Bounds,
         failures: Sequence[str],
-        told_of: tuple[Mapping[str, Any] | None, Mapping[str, Any] | None],
     ) -> dict[str, Any]:
-        footprint, runtime = told_of
         reports = {"prepare": self.prepared, "compress": built.compress, "lower": built.lower}
         left = [*built.compress.skipped, *built.lower.skipped]
         options = options_of(self.target)
@@ -443,9 +454,10 @@ class Run:
             ],
             "skipped": [{"node": node, "reason": reason} for node, reason in _unique(left)],
             "weights": built.weights,
-            "kernels": None if kernels is None else _kernels_json(kernels),
-            **({} if footprint is None else {"footprint": footprint}),
-            **({} if runtime is None else {"runtime": runtime}),
+            "kernels": None if runs.kernels is None else _kernels_json(runs.kernels),
+            **({} if runs.placement is None else {"placement": runs.placement.summary()}),
+            **({} if runs.footprint is None else {"footprint": runs.footprint}),
+            **({} if runs.runtime is None else {"runtime": runs.runtime}),
             **({"shapes": {name: list(sizes) for name, sizes in self.shapes.items()}} if self.shapes else {}),
             **({"emit": list(self.target.emits)} if self.target.emits else {}),
             **session_facts(self.target.providers(), self.target.disabled),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.compressed_weights import weight_facts
@@ -26,13 +27,16 @@ from qgraph.pipeline import Context, Feeds, Samples
 from qgraph.report.data import deployable_bytes
 from qgraph.runtime.benchmark import Benchmark, compare, peak_memory
 from qgraph.runtime.difference import Difference, difference
+from qgraph.runtime.placement import Placement
 from qgraph.runtime.session import TensorSpec, first_line, open_session, random_feeds
-from qgraph.targets.base import Session
+from qgraph.target_options import read_target
+from qgraph.targets.base import Session, Target
 
 __all__ = ["Inspection", "Measured", "OutputArray", "Outputs", "bench", "diff", "inspect", "run"]
 
 AnyData = Data | str | Path | Iterable[Feeds]
 BENCH_FEEDS = 16
+_PLAIN = "cpu-fp32"
 DIFF_FEEDS = 64
 """Samples from which sensitivities are told, at most."""
 
@@ -100,6 +104,7 @@ class Inspection:
         manifest: of an artifact, else None.
         weights: the compressed weights, as the manifest has them; None where there are none.
         before: the cost of the model that it is held against; None where there is none.
+        placement: what runs where, if that was asked for.
     """
 
     path: Path
@@ -108,6 +113,7 @@ class Inspection:
     manifest: Mapping[str, Any] | None = None
     weights: Mapping[str, Any] | None = None
     before: ModelCost | None = None
+    placement: Placement | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -115,6 +121,8 @@ class Inspection:
         found = {"path": str(self.path), "bytes": self.bytes, **self.cost.to_json(), "manifest": manifest}
         if self.before is not None:
             found["before"] = self.before.to_json()
+        if self.placement is not None:
+            found["placement"] = self.placement.to_json()
         return {**found, "compressed_weights": self.weights}
 
 
@@ -264,27 +272,62 @@ def _bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in (path, *qgraph.ir.data_files(qgraph.ir.load(path))))
 
 
-def inspect(path: str | Path, against: str | Path | None = None) -> Inspection:
+def inspect(
+    path: str | Path,
+    against: str | Path | None = None,
+    *,
+    placement: bool = False,
+    target: str | Target | None = None,
+) -> Inspection:
     """Count what a model or an artifact holds and takes.
 
     Args:
         path: of either.
         against: a model, or an artifact, whose cost is given too: what the first was made from.
+        placement: tell too what runs where, node by node.
+        target: whose runtime to ask for the placement: the artifact's own if not given, of a model `cpu-fp32`. A model
+            is asked about as it is written; no pass is applied.
 
     Raises:
-        UserError: it is no ONNX model and no artifact with one.
+        UserError: it is no ONNX model and no artifact with one, or the target cannot tell the placement.
     """
     path = Path(path)
     before = None if against is None else inspect(against).cost
-    if not path.is_dir():
-        model = qgraph.ir.load(path)
-        return Inspection(path, _bytes(path), cost(model), weights=weight_facts(model), before=before)
-    artifact = open_artifact(path)
-    file = path / "model.onnx"
-    if not file.is_file():
+    artifact = open_artifact(path) if path.is_dir() else None
+    file = path if artifact is None else path / "model.onnx"
+    if not file.is_file() and artifact is not None:
         raise UserError(f"{path} holds no model.onnx: its target deploys no ONNX model to look into")
     model = qgraph.ir.load(file)
-    return Inspection(path, _bytes(path), cost(model), artifact.manifest, weight_facts(model), before)
+    found = Inspection(path, _bytes(path), cost(model), weights=weight_facts(model), before=before)
+    if artifact is not None:
+        found = dataclasses.replace(found, manifest=artifact.manifest)
+    if not placement:
+        return found
+    return dataclasses.replace(found, placement=_placement(model, artifact, target))
+
+
+def _placement(model: ir.Model, artifact: Artifact | None, target: str | Target | None) -> Placement:
+    """Return what runs where, on the runtime of a target.
+
+    Raises:
+        UserError: the target cannot tell.
+    """
+    if target is None:
+        chosen = artifact.target if artifact is not None else read_target(_PLAIN)
+    else:
+        chosen = read_target(target) if isinstance(target, str) else target
+    if artifact is not None and chosen == artifact.target:
+        found = chosen.placement(artifact.path)
+    else:
+        with tempfile.TemporaryDirectory(prefix="qgraph-") as scratch:
+            chosen.lower(model, Path(scratch))
+            found = chosen.placement(Path(scratch))
+    if found is None:
+        raise UserError(
+            f"{chosen.name} cannot tell here what runs where: its runtime or device is not here, or does not say. "
+            f"--target {_PLAIN} asks ONNX Runtime's CPU provider."
+        )
+    return found
 
 
 def diff(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -14,6 +15,7 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.errors import UserError
 from qgraph.pipeline import Context, Pipeline, Skipped
+from qgraph.runtime.placement import Placement
 
 __all__ = ["Kernels", "Session", "Step", "Target"]
 
@@ -43,6 +45,27 @@ class Kernels:
     other: Mapping[str, int]
     left_in_float: Sequence[Skipped] = ()
     low_bit: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, placement: Placement, reasons: Mapping[str, str]) -> Kernels:
+        """Return a placement as counts.
+
+        Args:
+            placement: of all nodes.
+            reasons: label of a node of the model -> why it was left in float, where a pass has said so.
+        """
+        counts = {kind: Counter[str]() for kind in ("integer", "low-bit", "float", "other")}
+        left = []
+        for node in placement.nodes:
+            kind = node.arithmetic
+            if kind == "none" or (kind == "float" and not node.remark):
+                kind = "other"
+            counts[kind][node.kernel.rpartition(".")[2]] += 1
+            if kind == "float":
+                told = next((label for label in node.sources if label in reasons), None)
+                label = (told or node.name or node.kernel).removesuffix("_nchwc")
+                left.append(Skipped(label, node.remark if told is None else reasons[told]))
+        return cls(counts["integer"], counts["float"], counts["other"], left, counts["low-bit"])
 
     def summary(self) -> str:
         """Return one line such as "24 QLinearConv, 1 QGemm in integers; 2 Softmax in float"."""
@@ -191,6 +214,14 @@ class Target(abc.ABC):
     def stand_in(self) -> str:
         """Return what sessions run on where the target's own device or runtime is not here; '' where it is."""
         return ""
+
+    def placement(self, folder: Path) -> Placement | None:
+        """Return what runs where, node by node, after the runtime's own optimisation.
+
+        None where it cannot be known here: the runtime or the device is not here, or tells nothing.
+        """
+        del folder
+        return None
 
     def kernels(self, folder: Path) -> Kernels | None:
         """Return what really runs after the runtime's own optimisation, or None where it cannot be known here."""

@@ -21,8 +21,8 @@ values: linear layers as Gemm, average pooling as convolution, channels in multi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -35,8 +35,10 @@ from qgraph.analysis.cost import cost
 from qgraph.analysis.integer_plan import IntegerPlan, integer_plan
 from qgraph.analysis.integer_rules import Kind, data_inputs
 from qgraph.passes.qdq import FLOAT_KEY
-from qgraph.pipeline import Context, Feeds, Pass, Pipeline, Skipped
+from qgraph.pipeline import Context, Feeds, Pass, Pipeline
 from qgraph.runtime.benchmark import compare
+from qgraph.runtime.placement import Placement
+from qgraph.runtime.placement_reading import read_placement
 from qgraph.runtime.session import CPU_PROVIDER, input_signature, open_session, random_feeds
 from qgraph.targets.base import Kernels, Session, Step, Target
 from qgraph.targets.cpu_costs import better_in_float, graph_cost, kernel_cost
@@ -71,12 +73,6 @@ _NOMINAL_ROWS = 16
 """Rows of a product whose shapes are not known."""
 _TUNE_SECONDS = 1.0
 _TUNE_FEEDS = 4
-
-_INTEGER_KERNELS = ("ConvInteger", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "GatherBlockQuantized", "QAttention")
-_COMPUTE = (
-    "Attention", "Conv", "ConvTranspose", "FusedConv", "FusedGemm", "FusedMatMul", "GRU", "Gemm", "LSTM", "MatMul",
-    "MultiHeadAttention", "NhwcFusedConv", "RNN",
-)  # fmt: skip
 
 Mode = Literal["float", "dynamic", "static"]
 _KERNELS: Mapping[Mode, str] = {"float": "product-float", "dynamic": "product-dynamic", "static": "product-int8"}
@@ -135,62 +131,34 @@ class _OnnxRuntimeCpu(Target):
         session: Session = open_session(folder / "model.onnx", threads=threads)
         return session
 
-    def kernels(self, folder: Path) -> Kernels:
-        """Count the kernels of the graph as ONNX Runtime has fused it for the CPU."""
-        with tempfile.TemporaryDirectory(prefix="qgraph-") as scratch:
-            optimised = Path(scratch) / "model.onnx"
-            open_session(folder / "model.onnx", optimised_path=optimised)
-            return _count(qgraph.ir.load(optimised), _reasons(qgraph.ir.load(folder / "model.onnx")))
+    def placement(self, folder: Path) -> Placement | None:
+        """Return the placement in the graph as ONNX Runtime has fused it for the CPU.
+
+        Raises:
+            UserError: it is not installed.
+        """
+        return _read(folder / "model.onnx", (folder / "model.onnx").stat().st_mtime_ns)
+
+    def kernels(self, folder: Path) -> Kernels | None:
+        """Count what the placement says."""
+        placement = self.placement(folder)
+        return None if placement is None else Kernels.of(placement, _reasons(qgraph.ir.load(folder / "model.onnx")))
+
+
+@functools.lru_cache(maxsize=2)
+def _read(model: Path, changed: int) -> Placement:
+    """Read a placement once for all who ask for it; `changed` is when the file was written."""
+    del changed
+    return read_placement(model)
 
 
 def _reasons(model: ir.Model) -> dict[str, str]:
-    """Return why layers stay in float, by the names that the runtime's form of them may have."""
-    reasons: dict[str, str] = {}
-    for node in model.graph:
-        layer: ir.Node | None = node
-        if qgraph.ir.is_op(node, "Relu", "Clip") and node.inputs[0] is not None:
-            layer = node.inputs[0].producer()  # the runtime fuses the two and names them after the second
-        reason = layer.metadata_props.get(FLOAT_KEY) if layer is not None else None
-        if reason is not None:
-            reasons.update((name, reason) for name in (node.name, *(value.name for value in node.outputs)) if name)
-    return reasons
-
-
-def _count(model: ir.Model, reasons: Mapping[str, str]) -> Kernels:
-    integer: Counter[str] = Counter()
-    floating: Counter[str] = Counter()
-    other: Counter[str] = Counter()
-    left: list[Skipped] = []
-    for node in qgraph.ir.walk(model):
-        if _is_integer_kernel(node.op_type):
-            integer[node.op_type] += 1
-        elif node.op_type in _COMPUTE:
-            floating[node.op_type] += 1
-            left.append(_left_in_float(node, reasons))
-        else:
-            other[node.op_type] += 1
-    return Kernels(integer, floating, other, left)
-
-
-def _is_integer_kernel(op_type: str) -> bool:
-    return op_type.startswith(("QLinear", "QGemm", "MatMulInteger", "MatMulNBits")) or op_type in _INTEGER_KERNELS
-
-
-def _left_in_float(node: ir.Node, reasons: Mapping[str, str]) -> Skipped:
-    names = [name.removesuffix("_nchwc") for name in (node.name, *(value.name for value in node.outputs)) if name]
-    known = next((name for name in names if name in reasons), None)
-    if known is not None:
-        return Skipped(known, reasons[known])
-    return Skipped(qgraph.ir.node_label(node), _why_float(node))
-
-
-def _why_float(node: ir.Node) -> str:
-    if node.op_type in ("Attention", "MultiHeadAttention"):
-        return "it multiplies activations with activations"
-    weight = node.inputs[1] if len(node.inputs) > 1 else None
-    if weight is not None and qgraph.ir.constant(weight) is None:
-        return "its weight is computed, or both its operands are activations"
-    return "its weight is stored in float"
+    """Return why layers stay in float, by their labels."""
+    return {
+        qgraph.ir.node_label(node): node.metadata_props[FLOAT_KEY]
+        for node in qgraph.ir.walk(model)
+        if FLOAT_KEY in node.metadata_props
+    }
 
 
 @dataclasses.dataclass(frozen=True)

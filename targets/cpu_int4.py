@@ -8,16 +8,13 @@ needs no calibration data; with them, channels are scaled by AWQ and weights rou
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections import Counter
-from pathlib import Path
 from typing import ClassVar
 
 import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.pipeline import Context, Pipeline, Skipped
-from qgraph.runtime.session import open_session
 from qgraph.targets.base import Kernels
 from qgraph.targets.cpu import CpuFp32
 
@@ -60,13 +57,6 @@ class CpuInt4(CpuFp32):
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return the low-bit products that have no kernel, and what computes in bfloat16."""
         return [*refused_blocks(model), *_in_bfloat16(model)]
-
-    def kernels(self, folder: Path) -> Kernels:
-        """Count the kernels of the graph as ONNX Runtime has fused it for the CPU."""
-        with tempfile.TemporaryDirectory(prefix="qgraph-") as scratch:
-            optimised = Path(scratch) / "model.onnx"
-            open_session(folder / "model.onnx", optimised_path=optimised)
-            return weight_kernels(qgraph.ir.load(optimised), integers=True)
 
 
 def refused_blocks(model: ir.Model) -> list[Skipped]:

@@ -104,6 +104,10 @@ class NvidiaTarget(CpuFp32, abc.ABC):
         """
         return open_with(self.providers(), folder, threads=threads, disabled=self.disabled)
 
+    def placement(self, folder: Path) -> None:
+        """Return None: what the providers fuse is known on the device alone; `runtime` has what the tables foresee."""
+        del folder
+
     def kernels(self, folder: Path) -> Kernels:
         """Count the operators as they are written: what the provider fuses is known on the device only."""
         return weight_kernels(qgraph.ir.load(folder / "model.onnx"), integers=False)

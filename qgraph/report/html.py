@@ -16,6 +16,7 @@ from qgraph.report.data import Comparison, PassFacts, ReportData, comparisons
 from qgraph.report.layers_page import layers_section, pictures_section
 from qgraph.report.markup import Child, Markup, clip, element
 from qgraph.report.parts import bound_text, budget_text, document, name_cell, number, row, section, table
+from qgraph.report.placement_page import placement_section
 from qgraph.report.search_page import search_section
 from qgraph.runtime.verification import OutputFigures, Verification
 
@@ -45,6 +46,7 @@ def render(data: ReportData) -> str:
         pictures_section(data.layers),
         _weights(manifest.get("weights")),
         _kernels(manifest.get("kernels"), str(manifest.get("stand_in", ""))),
+        placement_section(manifest.get("placement")),
         _left_alone(manifest),
         _again(data),
     ]

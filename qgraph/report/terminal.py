@@ -31,10 +31,12 @@ __all__ = [
     "step_rich",
     "to_rich",
     "to_text",
+    "undone_text",
 ]
 
 STEP_WIDTH = 17
 _RUNG_WIDTH = 30
+_UNDONE = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,3 +206,11 @@ def before_after_rich(manifest: Mapping[str, Any], bench: Mapping[str, Any] | No
             plain.highlight_words([f"({safe(line.remark)})"], "dim")
         text.append_text(plain)
     return text
+
+
+def undone_text(undone: Sequence[str]) -> str:
+    """Return the line on layers that are stored in integers and run in float."""
+    named = ", ".join(undone[:_UNDONE])
+    more = f" and {len(undone) - _UNDONE} more" if len(undone) > _UNDONE else ""
+    layers = "1 layer is" if len(undone) == 1 else f"{len(undone)} layers are"
+    return f"NOT AS PROMISED: {layers} stored in integers but run in float: {named}{more}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
+from qgraph.analysis.kernel_arithmetic import block_form, nbits_form
 from qgraph.capabilities import Fusion, operator_name
 from qgraph.runtime.session import open_session
 
@@ -285,12 +287,8 @@ def _floats(*op_types: str) -> ir.Model:
 def _block_forms() -> Iterator[Form]:
     when: tuple[str, ...]
     into = "DequantizeLinear -> MatMul"
-    for bits in (2, 4, 8):
-        when = (f"int{bits} weight [K, N] in blocks of 32 along K",)
-        yield Form(into, when, functools.partial(_block_product, "MatMul", bits, 32))
-    for block in (8, 16, 64, 128, 256, 512):
-        when = (f"int4 weight [K, N] in blocks of {block} along K",)
-        yield Form(into, when, functools.partial(_block_product, "MatMul", 4, block))
+    for bits, block in itertools.product((2, 4, 8), (8, 16, 32, 64, 128, 256, 512)):
+        yield Form(into, block_form(bits, block), functools.partial(_block_product, "MatMul", bits, block))
     weight = "int4 weight in blocks of 32"
     into = "DequantizeLinear -> Gemm"
     yield Form(into, (weight, "transB = 0"), functools.partial(_block_product, "Gemm", 4, 32))
@@ -298,9 +296,8 @@ def _block_forms() -> Iterator[Form]:
     into = "DequantizeLinear -> Transpose -> MatMul"
     yield Form(into, (weight,), functools.partial(_block_product, "MatMul", 4, 32, transpose=True))
     yield Form("DequantizeLinear -> Gather", (weight,), _looked_up)
-    for bits, block, level in ((4, 32, 0), (4, 16, 4), (4, 32, 4), (4, 256, 4), (8, 32, 4), (2, 16, 4), (2, 32, 4),
-                               (2, 128, 4), (2, 256, 4)):  # fmt: skip
-        when = (f"{bits} bits", f"blocks of {block}", f"accuracy_level {level}")
+    for bits, block, level in itertools.product((2, 4, 8), (16, 32, 64, 128, 256), (0, 4)):
+        when = nbits_form((bits, block, level))
         yield Form("com.microsoft.MatMulNBits", when, functools.partial(_nbits, bits, block, level), measured=True)
 
 

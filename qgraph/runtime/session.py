@@ -73,6 +73,7 @@ def open_session(
     spinning: bool = False,
     optimise: bool = True,
     optimised_path: Path | None = None,
+    profile: Path | None = None,
     providers: Sequence[str | tuple[str, Mapping[str, str]]] = (CPU_PROVIDER,),
     disabled: Sequence[str] = (),
 ) -> onnxruntime.InferenceSession:
@@ -85,6 +86,7 @@ def open_session(
         optimise: apply the runtime's graph optimisations, all or none.
         optimised_path: where the runtime writes the graph that it really runs; larger weights go to
             `optimised_path` + '.data'.
+        profile: what the names of the files begin with into which every run is written, node by node.
         providers: of ONNX Runtime, the most wanted first; with options, a name and these.
         disabled: names of the runtime's optimizers that are not to run.
 
@@ -104,6 +106,9 @@ def open_session(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimised_path is not None:
         _write_optimised(options, optimised_path)
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     name = "the model" if isinstance(model, bytes) else str(model)
     source = model if isinstance(model, bytes) else str(model)
     try:

@@ -299,3 +299,37 @@ def test_a_terminal_gets_a_live_display(work: Path):
     assert b"\x1b[1mload\x1b[0m" in shown
     assert "━".encode() in shown
     assert b"done in " in shown
+
+
+def test_inspect_shows_what_runs_where(artifact: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["inspect", str(artifact), "--placement"]) == 0
+    shown = capsys.readouterr().err
+    assert re.search(r"^CPUExecutionProvider +(\d+) of \1$", shown, re.MULTILINE)
+    assert re.search(r"^in integers +com.microsoft.DynamicQuantizeMatMul +\d+$", shown, re.MULTILINE)
+    assert re.search(r"^copies between providers +0$", shown, re.MULTILINE)
+    assert cli.main(["inspect", str(artifact), "--placement", "--json"]) == 0
+    placement = json.loads(capsys.readouterr().out)["placement"]
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    assert {key: placement[key] for key in manifest["placement"]} == manifest["placement"]
+    assert {one["name"]: one["sources"] for one in placement["placed"]}["relu"] == ["relu"]
+
+
+def test_inspect_asks_the_runtime_of_a_target_about_a_model(work: Path, capsys: pytest.CaptureFixture[str]):
+    model = str(work / "model.onnx")
+    assert cli.main(["inspect", model, "--placement", "--target", "cpu-fp32", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert set(document["placement"]["kernels"]) == {"float"}
+    assert cli.main(["inspect", model, "--placement", "--target", "cuda-int4"]) == 2
+    assert "cuda-int4 cannot tell here what runs where" in capsys.readouterr().err
+    assert cli.main(["inspect", model, "--target", "cpu-fp32"]) == 2
+    assert "pass --placement with it" in capsys.readouterr().err
+
+
+def test_compile_says_at_its_end_what_does_not_run_as_promised(qgraph: Run, work: Path):
+    done = qgraph("compile", "model.onnx", "--target", "cpu-fp32", "--passes", "rtn{bits=4,group=8}")
+    assert done.returncode == 0, done.stderr
+    line = done.stderr.splitlines()[-2]
+    assert line == "NOT AS PROMISED: 2 layers are stored in integers but run in float: first, second"
+    manifest = json.loads((work / "model.cpu-fp32" / "manifest.json").read_text())
+    assert manifest["placement"]["undone"] == ["first", "second"]
+    assert "Stored in integers, run in float" in (work / "model.cpu-fp32" / "report.html").read_text()

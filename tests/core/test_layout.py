@@ -18,7 +18,7 @@ LAYERS = (
     ("cache",),
     ("spec", "registry", "numerics", "capabilities", "onnx_file", "signatures"),
     ("ir", "safetensors", "work_folder"),
-    ("pipeline",),
+    ("pipeline", "runtime.placement"),
     ("targets.base",),
     ("target_options",),
     ("feeds", "tokens"),
