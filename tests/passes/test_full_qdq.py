@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from qgraph.analysis.integer_units import integer_units
@@ -120,3 +121,16 @@ def test_predictions_follow_the_options_of_weights():
         exact = model.graph.initializers["w"].const_value.numpy()
         error = weight_errors(units, style_of(options))["w"]
         np.testing.assert_array_equal(error, codes.astype(np.float32) * scale - exact)
+
+
+def test_biases_beside_weights_of_16_bits_survive_the_runtime():
+    """A bias in units of input times weight leaves int32 here, to which ONNX Runtime would round it."""
+    model = graph("(float[1,2,6,6] x, float[3,2,3,3] w, float[3] b) => (float[] y) { y = Conv(x, w, b) }")
+    model.graph.initializers["b"].const_value = ir.tensor(np.array([9e3, -3e4, 2e4], np.float32), name="b")
+    quantized = compiled(model, "wide_weights=all,scales=pow2").quantized
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    data = ir.to_proto(quantized).SerializeToString()
+    (found,) = onnxruntime.InferenceSession(data, options, ["CPUExecutionProvider"]).run(None, feeds(model, 1))
+    (exact,) = in_onnxruntime(model, feeds(model, 1))
+    np.testing.assert_allclose(found, exact, atol=2)
