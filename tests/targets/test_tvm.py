@@ -150,7 +150,7 @@ def test_weights_of_few_bits_stay_small(artifact: qgraph.Artifact, tmp_path: Pat
     """)
     _with_weights(model, {"w": _numbers((256, 128))})
     made = qgraph.compile(model, TvmCpu(), output=tmp_path / "low", passes="rtn{bits=4,group=32,min_elements=0}")
-    assert (made.path / "params.bin").stat().st_size < 256 * 128 * 4 / 6
+    assert (made.path / "params.bin").stat().st_size < 256 * 128 * 4 / 5  # 4 bits, and two floats for each 32 of them
     assert made.manifest["verification"]["outputs"][0]["sqnr_db"] > 15
 
 
