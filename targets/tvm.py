@@ -19,6 +19,8 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
+from qgraph.analysis.kernel_support import unsupported
+from qgraph.capabilities import table
 from qgraph.codegen import tvm_artifact, tvm_float_build, tvm_machines
 from qgraph.codegen.tvm_import import imported, refused
 from qgraph.codegen.tvm_kernels import Limits, check_kernels, sources
@@ -57,12 +59,12 @@ class _Tvm(Target):
         return Pipeline.parse(_LOWER)
 
     def check(self, model: ir.Model) -> list[Skipped]:
-        """Return the node that TVM's importer stops at, with its reason.
+        """Return the nodes of operators that TVM's importer does not know, or else the one that it stops at.
 
         Raises:
             UserError: TVM is not installed.
         """
-        return refused(model)
+        return unsupported(model, table("tvm")) or refused(model)
 
     def session(self, folder: Path, *, threads: int = 0) -> Session:
         """Run the library, or where its device is not here, the same module compiled for this processor.
