@@ -92,6 +92,8 @@ def _expected(
 ) -> Expected:
     name = operator_name(node.domain, node.op_type)
     types = [_type(value, shapes) for value in (*node.inputs, *node.outputs) if value is not None]
+    if not any(types):
+        types = ["float32"]  # nothing is known of it, and most values are floats
     blocks = _joined_blocks(node, fusions, shapes)
     if blocks is not None:
         return Expected(_NBITS, arithmetic(_NBITS, types, _is_integer_form((*blocks, _DEFAULT_LEVEL), table)))
