@@ -18,8 +18,9 @@ The same to the last bit, but ONNX Runtime leaves it: Add and LayerNormalization
 which takes more than twice the time of the two on a CPU.
 
 Left in float: products of two activations, weights that are computed, left factors, of another type than float32, of
-more than two dimensions, smaller than `min_elements` or read by somebody who stays in float, convolutions, GRU and
-RNN, what `exclude` names, what the metadata of its node say is to stay in float. A second run finds nothing.
+more than two dimensions, smaller than `min_elements` or read by somebody who stays in float, what ONNX Runtime has no
+kernel for, convolutions, GRU and RNN, what `exclude` names, what the metadata of its node say is to stay in float. A
+second run finds nothing.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
+from qgraph import capabilities
+from qgraph.analysis.kernel_support import refusal_of
 from qgraph.numerics.quantize import Parameters, minmax_parameters, mse_parameters, quantize
 from qgraph.numerics.schemes import INT8_WEIGHT, UINT8_WEIGHT, Scheme
 from qgraph.passes._integer_layers import (
@@ -52,6 +55,17 @@ from qgraph.pipeline import Context, Pass, Report, Skipped
 __all__ = ["DynamicInt8"]
 
 _MICROSOFT = "com.microsoft"
+_TABLE = "onnxruntime-cpu"
+"""Whose kernels these are."""
+_OPERATORS = {
+    "Gather": "com.microsoft.GatherBlockQuantized",
+    "Gemm": "com.microsoft.DynamicQuantizeMatMul",
+    "LSTM": "com.microsoft.DynamicQuantizeLSTM",
+    "MatMul": "com.microsoft.DynamicQuantizeMatMul",
+}
+"""What layers become; MatMulIntegerToFloat has kernels for the same types as DynamicQuantizeMatMul."""
+_WEIGHTED_INPUTS = {"Gather": 2, "Gemm": 2, "LSTM": 3, "MatMul": 2}
+"""Inputs that a layer and what it becomes have in common."""
 _LAZY_ABOVE = 1 << 20
 """Weights of more elements are quantized when the file is written."""
 _LSTM_INPUTS = 8
@@ -95,6 +109,8 @@ class DynamicInt8(Pass):
                 skipped.append(Skipped(label, node.metadata_props.get(FLOAT_KEY, "its weight is to stay in float")))
             elif node.op_type == "Gather" and not self.embeddings:
                 continue
+            elif (lacking := _no_kernel(layer)) is not None:
+                skipped.append(Skipped(label, lacking))
             elif (weight := _not_finite(layer)) is not None:
                 skipped.append(Skipped(label, f"its weight '{weight}' holds NaN or infinity"))
             else:
@@ -111,6 +127,19 @@ class DynamicInt8(Pass):
         model.graph.opset_imports.setdefault(_MICROSOFT, 1)
         notes = [f"{count} {op_type} in 8 bits" for op_type, count in sorted(counts.items())]
         return Report(changed=len(layers), skipped=skipped, notes=notes)
+
+
+def _no_kernel(layer: Layer) -> str | None:
+    """Return why there is no kernel for what a layer would become."""
+    op_type = layer.node.op_type
+    stored = ir.DataType.UINT8 if op_type == "Gather" else ir.DataType.INT8
+    values = layer.node.inputs[: _WEIGHTED_INPUTS[op_type]]
+    types = [
+        stored if index in layer.weights else None if value is None else value.dtype
+        for index, value in enumerate(values)
+    ]
+    reason = refusal_of(_OPERATORS[op_type], types, capabilities.table(_TABLE))
+    return None if reason is None else f"there is no kernel for it: {reason}"
 
 
 class _Rewriter:

@@ -21,8 +21,8 @@ which for 2 and 8 bits is fifty times slower on a CPU.
 Weights that others have stored in blocks or in less than 8 bits behind a DequantizeLinear are taken as well.
 
 Left alone: float8 (no kernel; it is dequantized at every run), readers inside subgraphs, a Gemm with a transposed
-input or a factor alpha, groups that are no multiple of 16, weights that are read across their groups, and with
-`gapless` tables whose rows fill no groups of any width.
+input or a factor alpha, groups that are no multiple of 16, weights that are read across their groups, with `gapless`
+tables whose rows fill no groups of any width, and with `table` what a runtime has no kernel for.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
+from qgraph import capabilities
 from qgraph.analysis.compressed_weights import (
     NAME_KEY,
     SCHEME_KEY,
@@ -46,6 +47,7 @@ from qgraph.analysis.compressed_weights import (
     format_scheme,
     producer_of,
 )
+from qgraph.analysis.kernel_support import refusal_of
 from qgraph.lazy_tensors import joint_tensors
 from qgraph.numerics.packing import container, gather_block_quantized, matmul_bnb4, matmul_nbits, to_container, widen
 from qgraph.numerics.weights import QuantizedWeight, WeightScheme
@@ -82,6 +84,10 @@ class MatmulNbits(Pass):
     gapless: bool = field(
         default=False,
         metadata={"help": "look up only where groups fill rows and bytes, as CUDA reads them, in more bits if need be"},
+    )
+    table: str = field(
+        default="",
+        metadata={"help": "capability table without whose kernel nothing is written, such as onnxruntime-cpu"},
     )
 
     def apply(self, model: ir.Model, context: Context) -> Report:
@@ -204,6 +210,7 @@ class _Rewriter:
             raise _UnfitError("its weight is not float32, float16 or bfloat16")
         if reader.graph is not self._model.graph:
             raise _UnfitError("it lies inside a subgraph")
+        self._require_kernel(reader, form)
         if is_lookup:
             if not self._weight.transposed or reader.attributes.get_int("axis", 0) not in (0, -2):
                 raise _UnfitError("it looks up across the groups of its table")
@@ -222,6 +229,24 @@ class _Rewriter:
             raise _UnfitError("its input is transposed")
         if reader.attributes.get_float("alpha", 1.0) != 1.0:
             raise _UnfitError("its product has a factor alpha")
+
+    def _require_kernel(self, reader: ir.Node, form: _Form) -> None:
+        """Ask the table, if there is one, for a kernel of the operator that would be written."""
+        if not self._options.table:
+            return
+        table = capabilities.table(self._options.table)
+        attributes = {"bits": form.bits, "block_size": form.block}
+        types: tuple[ir.DataType | None, ...] = (self._float, ir.DataType.UINT8, self._float)
+        if qgraph.ir.is_op(reader, "Gather"):
+            indices = None if reader.inputs[1] is None else reader.inputs[1].dtype
+            types = (ir.DataType.UINT8, indices, self._float)
+            reason = refusal_of("com.microsoft.GatherBlockQuantized", types, table, attributes)
+        elif self._weight.scheme.format == "nf4" and self._options.nf4 == "exact" and self._fits_bnb4():
+            reason = refusal_of("com.microsoft.MatMulBnb4", types, table)
+        else:
+            reason = refusal_of("com.microsoft.MatMulNBits", types, table, attributes)
+        if reason is not None:
+            raise _UnfitError(f"there is no kernel for it: {reason}")
 
     def _source(self, value: ir.Value) -> ir.Value | None:
         """Look through a Transpose that swaps the two dimensions."""

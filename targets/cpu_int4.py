@@ -52,7 +52,7 @@ class CpuInt4(CpuFp32):
 
     def lower_passes(self) -> Pipeline:
         """Return the passes that end in low-bit kernels."""
-        return Pipeline.parse("matmul-nbits,remove-unused")
+        return Pipeline.parse("matmul-nbits{table=onnxruntime-cpu},remove-unused")
 
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return the low-bit products that have no kernel, and what computes in bfloat16."""

@@ -21,7 +21,8 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.kernel_arithmetic import COMPUTE, Arithmetic, arithmetic, block_form, family, nbits_form
-from qgraph.analysis.kernel_constraints import KnownShapes, type_name
+from qgraph.analysis.kernel_constraints import KnownShapes
+from qgraph.analysis.value_types import value_types
 from qgraph.capabilities import Fusion, Table, operator_name
 
 __all__ = ["Expected", "combined", "expected_placement", "multiplies_in_integers"]
@@ -58,7 +59,8 @@ def expected_placement(model: ir.Model, table: Table, shapes: KnownShapes) -> di
         shapes: of the values of `model`.
     """
     fusions = {(one.pattern, one.when): one for one in table.fusions}
-    return {node: _expected(node, table, fusions, shapes) for node in qgraph.ir.walk(model)}
+    types = value_types(model, shapes)
+    return {node: _expected(node, table, fusions, types) for node in qgraph.ir.walk(model)}
 
 
 def combined(expected: Iterable[Expected]) -> Expected:
@@ -88,14 +90,16 @@ def _is_integer_form(numbers: Sequence[int], table: Table) -> bool:
 
 
 def _expected(
-    node: ir.Node, table: Table, fusions: Mapping[tuple[str, tuple[str, ...]], Fusion], shapes: KnownShapes
+    node: ir.Node, table: Table, fusions: Mapping[tuple[str, tuple[str, ...]], Fusion], known: Mapping[ir.Value, str]
 ) -> Expected:
     name = operator_name(node.domain, node.op_type)
-    types = [_type(value, shapes) for value in (*node.inputs, *node.outputs) if value is not None]
-    blocks = _joined_blocks(node, fusions, shapes)
+    types = [known.get(value, "") for value in (*node.inputs, *node.outputs) if value is not None]
+    if not any(types):
+        types = ["float32"]  # nothing is known of it, and most values are floats
+    blocks = _joined_blocks(node, fusions, known)
     if blocks is not None:
         return Expected(_NBITS, arithmetic(_NBITS, types, _is_integer_form((*blocks, _DEFAULT_LEVEL), table)))
-    fused = _fusion(node, fusions, shapes)
+    fused = _fusion(node, fusions, known)
     if fused is not None and fused.kernel:
         kernel = fused.kernel.split(" + ")[0]
         return Expected(family(kernel), arithmetic(kernel, types))
@@ -108,7 +112,7 @@ def _expected(
 
 
 def _joined_blocks(
-    node: ir.Node, fusions: Mapping[tuple[str, tuple[str, ...]], Fusion], shapes: KnownShapes
+    node: ir.Node, fusions: Mapping[tuple[str, tuple[str, ...]], Fusion], known: Mapping[ir.Value, str]
 ) -> tuple[int, int] | None:
     """Return bits and block of a weight that is dequantized block by block, if its product takes it as it is stored."""
     weight = node.inputs[1] if qgraph.ir.is_op(node, "MatMul", "Gemm") and len(node.inputs) > 1 else None
@@ -118,24 +122,21 @@ def _joined_blocks(
     if node.attributes.get_int("transB", 0) != 0:
         return None
     block, axis = maker.attributes.get_int("block_size", 0), maker.attributes.get_int("axis", 1)
-    bits = _BITS.get(_type(maker.inputs[0], shapes) if maker.inputs[0] is not None else "")
+    bits = _BITS.get(known.get(maker.inputs[0], "") if maker.inputs[0] is not None else "")
     if not block or axis != 0 or bits is None:
         return None
     fused = fusions.get(("DequantizeLinear -> MatMul", block_form(bits, block)))
     return (bits, block) if fused is not None and fused.kernel == _NBITS else None
 
 
-def _type(value: ir.Value, shapes: KnownShapes) -> str:
-    dtype = shapes.dtype(value)
-    return (type_name(value.type) if dtype is None else type_name(ir.TensorType(dtype))) or ""
-
-
-def _fusion(node: ir.Node, fusions: Mapping[tuple[str, tuple[str, ...]], Fusion], shapes: KnownShapes) -> Fusion | None:
+def _fusion(
+    node: ir.Node, fusions: Mapping[tuple[str, tuple[str, ...]], Fusion], known: Mapping[ir.Value, str]
+) -> Fusion | None:
     """Return the fusion that takes a layer whose inputs are all dequantized."""
-    makers = [_dequantizer(value) for value in _data_inputs(node, shapes)]
+    makers = [_dequantizer(value) for value in _data_inputs(node, known)]
     if not makers or None in makers:
         return None
-    stored = [_type(maker.inputs[0], shapes) for maker in makers if maker is not None and maker.inputs[0] is not None]
+    stored = [known.get(maker.inputs[0], "") for maker in makers if maker is not None and maker.inputs[0] is not None]
     told = f"{stored[0]} activations"
     if node.op_type in _WEIGHTED and len(stored) > 1:
         told += f", {stored[1]} weight"
@@ -144,11 +145,11 @@ def _fusion(node: ir.Node, fusions: Mapping[tuple[str, tuple[str, ...]], Fusion]
     return fusions.get((f"DequantizeLinear -> {node.op_type}", (told, "the result is not quantized")))
 
 
-def _data_inputs(node: ir.Node, shapes: KnownShapes) -> list[ir.Value]:
+def _data_inputs(node: ir.Node, known: Mapping[ir.Value, str]) -> list[ir.Value]:
     """Return the inputs that must be dequantized: float ones, but for the bias and bounds."""
     count = 2 if node.op_type in (*_WEIGHTED, "Add", "Mul", "Sub", "Div") else 1
     values: Iterable[ir.Value | None] = node.inputs if node.op_type in ("Concat", "Where") else node.inputs[:count]
-    return [value for value in values if value is not None and _type(value, shapes) != "bool"]
+    return [value for value in values if value is not None and known.get(value, "") != "bool"]
 
 
 def _dequantizer(value: ir.Value) -> ir.Node | None:

@@ -17,7 +17,7 @@ from qgraph.analysis.shapes import shapes_of
 from qgraph.capabilities import DEFAULT_DOMAINS, Entry, Table, operator_name
 from qgraph.pipeline import Context, Skipped
 
-__all__ = ["refusal", "unsupported"]
+__all__ = ["refusal", "refusal_of", "unsupported"]
 
 _DATA_ONLY = frozenset({"Constant"})
 """Operators that no runtime executes: their outputs are weights."""
@@ -76,6 +76,25 @@ def refusal(
     if None in faults:
         return None
     return f"{name}: {_told([fault for fault in faults if fault is not None], table)}"
+
+
+def refusal_of(
+    name: str,
+    types: Sequence[ir.DataType | None],
+    table: Table,
+    attributes: Mapping[str, int | float | str] | None = None,
+) -> str | None:
+    """Return why an operator that is yet to be written has no kernel, in one line, or None where it has one.
+
+    Args:
+        name: of the operator, as tables call it.
+        types: of its inputs; None for one that is left out.
+        table: of a runtime.
+        attributes: of the node.
+    """
+    domain, _, op_type = name.rpartition(".")
+    inputs = [None if one is None else ir.Value(type=ir.TensorType(one)) for one in types]
+    return refusal(ir.node(op_type, inputs, attributes or {}, domain=domain), table, opsets={})
 
 
 def _version(node: ir.Node, opsets: Mapping[str, int] | None) -> int | None:

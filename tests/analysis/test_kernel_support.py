@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from qgraph import capabilities
-from qgraph.analysis.kernel_support import refusal, unsupported
+from qgraph.analysis.kernel_support import refusal, refusal_of, unsupported
 
 TABLE = """
 runtime = "Some Runtime"
@@ -147,3 +147,14 @@ def test_a_node_that_is_in_no_graph_yet():
     node = ir.node("Relu", [value])
     assert refusal(node, table) == "Relu: input 0 is float32, and Some Runtime takes int8"
     assert refusal(node, table, opsets={"": 12}) == "Relu: opset 12, and Some Runtime takes from 13"
+
+
+def test_an_operator_that_is_yet_to_be_written():
+    entry = "inputs = { 0 = ['float32'], 1 = ['int8'] }\nconstraints = ['attribute bits in 2, 4']"
+    table = capabilities.parse(TABLE + operator("com.microsoft.Some", entry), "some")
+    types = (ir.DataType.FLOAT, ir.DataType.INT8)
+    assert refusal_of("com.microsoft.Some", types, table, {"bits": 4}) is None
+    assert refusal_of("com.microsoft.Some", (None, None), table, {"bits": 4}) is None
+    told = refusal_of("com.microsoft.Some", types, table, {"bits": 3})
+    assert told == "com.microsoft.Some: attribute bits is 3, and Some Runtime takes 2, 4"
+    assert refusal_of("com.microsoft.Other", types, table) == "Some Runtime has no com.microsoft.Other"

@@ -21,6 +21,7 @@ import integer_bits
 import integer_operators
 import integer_subjects
 import metrics
+import placement
 import report
 import report_accuracy
 import sparsity
@@ -342,3 +343,15 @@ def test_the_page_of_targets_tells_reasons_once() -> None:
     page = target_table.render({"rows": rows})
     assert "| a | 31 | a* |\n| b | =? | a |\n| c | CRASH b |  |" in page
     assert page.count("no kernel") == 1
+
+
+def test_the_page_of_placements_counts_what_differs() -> None:
+    counts = {"executed": 10, "told": 8, "kernels": 3, "inserted": 2, "not_run": 0}
+    rows = [
+        {"model": "a", "target": "cpu-int8", **counts, "arithmetic": {"integer": 3, "none": 7}, "differences": ()},
+        {"model": "b", "target": "cpu-int4", **counts, "arithmetic": {"low-bit": 1}, "differences": ["x: Conv ran"]},
+    ]
+    page = placement.render({"machine": {"processor": "P", "onnxruntime": "1"}, "rows": rows})
+    assert "20 nodes ran; **1 were otherwise than expected**" in page
+    assert "| a | cpu-int8 | 10 | 8 | 3 | 2 | 0 | 3 | 0 | 0 | 0 |" in page
+    assert page.endswith("- b, cpu-int4: x: Conv ran\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,7 @@ import onnxruntime
 import pytest
 
 import qgraph.ir
+from qgraph import capabilities
 from qgraph.passes.dynamic_int8 import DynamicInt8
 from qgraph.pipeline import Pipeline, Report
 
@@ -270,3 +272,20 @@ def test_a_node_that_is_marked_for_float_stays_there():
     report = quantized(model)
     assert report.changed == 0
     assert [tuple(one) for one in report.skipped] == [("layer", "it hurts")]
+
+
+def test_a_layer_without_a_kernel_stays_in_float_and_says_why(monkeypatch: pytest.MonkeyPatch):
+    table = capabilities.table("onnxruntime-cpu")
+    entries = {name: one for name, one in table.operators.items() if "DynamicQuantizeMatMul" not in name}
+    without = dataclasses.replace(table, operators=entries)
+    monkeypatch.setattr("qgraph.passes.dynamic_int8.capabilities.table", lambda name: without)
+    model = model_with(
+        "g (float[2,8] x, float[8,4] w) => (float[2,4] y) { [layer] y = MatMul(x, w) }", w=np.ones((8, 4), np.float32)
+    )
+    report = quantized(model)
+    (told,) = report.skipped
+    assert told.node == "layer"
+    assert told.reason == (
+        "there is no kernel for it: ONNX Runtime's CPUExecutionProvider has no com.microsoft.DynamicQuantizeMatMul"
+    )
+    assert report.changed == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ import onnx_ir as ir
 import pytest
 
 import qgraph.ir
+from qgraph import capabilities
 from qgraph.analysis.compressed_weights import compressed, parse_scheme, store
 from qgraph.analysis.linear_layers import linear_layers
 from qgraph.numerics.packing import to_container
@@ -233,6 +235,22 @@ def test_left_alone_with_a_reason(reason: str, tmp_path: Path):
     assert [reason in one.reason for one in report.skipped] == [True]
     factor = 2 if "alpha" in reason else 1
     check(model, factor * quantized.dequantize(), tmp_path, 2e-6)
+
+
+def test_what_a_table_has_no_kernel_for_keeps_its_weight(monkeypatch: pytest.MonkeyPatch):
+    def skipped(kind: str, table: str) -> list[str]:
+        model = model_of(MODELS[kind], 128)
+        compress(model, "int4g32a")
+        return [one.reason for one in lower(model, table=table).skipped]
+
+    assert skipped("matmul", "onnxruntime-cpu") == skipped("tied", "onnxruntime-cpu") == []
+    table = capabilities.table("onnxruntime-cpu")
+    without = dataclasses.replace(table, operators={"com.microsoft.MatMulNBits": table.operators["Conv"]})
+    monkeypatch.setattr("qgraph.passes.matmul_nbits.capabilities.table", lambda name: without)
+    assert skipped("matmul", "") == []
+    (told,) = skipped("matmul", "onnxruntime-cpu")
+    assert told.startswith("there is no kernel for it: com.microsoft.MatMulNBits: input 1 is uint8, and ONNX Runtime's")
+    assert any("has no com.microsoft.GatherBlockQuantized" in one for one in skipped("tied", "onnxruntime-cpu"))
 
 
 def test_weights_of_a_file_are_lowered_like_new_ones(tmp_path: Path):

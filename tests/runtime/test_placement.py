@@ -14,6 +14,7 @@ from qgraph import capabilities
 from qgraph.analysis.expected_placement import Expected, combined, expected_placement
 from qgraph.analysis.kernel_arithmetic import arithmetic, family
 from qgraph.analysis.shapes import Shapes
+from qgraph.analysis.value_types import value_types
 from qgraph.runtime import placement_check
 from qgraph.runtime.fusion_probes import FORMS, Form
 from qgraph.runtime.placement import DEQUANTIZED, PlacedNode, Placement
@@ -220,3 +221,15 @@ def test_a_kernel_is_named_after_its_layer():
     assert combined(parts) == Expected("Conv", "float")
     assert combined([*parts, Expected("QLinearAdd", "integer")]) == Expected("QLinearAdd", "integer")
     assert combined([Expected("", "none")]) == Expected("", "none")
+
+
+def test_types_that_no_rule_tells_are_told_by_the_schema():
+    text = """<ir_version: 10, opset_import: ["" : 21, "other" : 1]>
+        g (float[2] x) => (y) {
+            a = other.Any(x) b = Cast <to = 1> (a) c = Relu(b) d = IsNaN(c) e = Not(d) y = Shape(a)
+        }"""
+    model = ir.from_onnx_text(text)
+    types = {value.name: word for value, word in value_types(model, Shapes(model).run()).items()}
+    assert types == {
+        "x": "float32", "a": "", "b": "float32", "c": "float32", "d": "bool", "e": "bool", "y": "int64"
+    }  # fmt: skip
