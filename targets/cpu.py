@@ -47,6 +47,7 @@ _PREPARE = (
     "inline-functions,lift-constants,convert-opset{version=21},fold-constants,remove-identity,fold-batch-norm,"
     "deduplicate-initializers,merge-duplicates,remove-unused"
 )
+_FUSE = "fuse-gelu,fuse-attention"
 _LADDER = (
     Step("activation ranges", ("qdq.method=percentile", "qdq.method=mse", "qdq.method=entropy"), "activations"),
     Step("equalization", ("equalize < qdq",)),
@@ -202,8 +203,8 @@ class CpuFp32(_OnnxRuntimeCpu):
         return Pipeline()
 
     def lower_passes(self) -> Pipeline:
-        """Store what was made sparse in fewer bytes, and clean up."""
-        return Pipeline.parse("pack-sparse,remove-unused")
+        """Fuse what the runtime computes faster in one operator, store sparse weights in fewer bytes, and clean up."""
+        return Pipeline.parse(f"{_FUSE},keep-sums,pack-sparse,remove-unused")
 
 
 @dataclasses.dataclass(frozen=True)
