@@ -26,6 +26,7 @@ _HOMES = {
     "GemmToMatmulAdd": "gemm_to_matmul_add",
     "Gptq": "gptq",
     "GuardFloat": "guard_float",
+    "HalfWeights": "half_weights",
     "Hqq": "hqq",
     "InferShapes": "infer_shapes",
     "InlineFunctions": "inline_functions",
