@@ -23,6 +23,8 @@ _HOMES = {
     "FullQdq": "full_qdq",
     "FuseAttention": "fuse_attention",
     "FuseGelu": "fuse_gelu",
+    "FuseNorms": "fuse_norms",
+    "FuseRotary": "fuse_rotary",
     "GemmToMatmulAdd": "gemm_to_matmul_add",
     "Gptq": "gptq",
     "GuardFloat": "guard_float",

@@ -35,13 +35,20 @@ class Rule:
     write: Callable[..., ir.Node | None]
 
 
-def rewrite(model: ir.Model, rules: Sequence[Rule]) -> int:
+def rewrite(model: ir.Model, rules: Sequence[Rule], *, forwards: bool = False) -> int:
     """Put what the rules write in the place of what their patterns match, everywhere; return how often.
 
     Nothing is matched whose intermediate results somebody else reads.
+
+    Args:
+        model: is changed.
+        rules: the first that fits a node wins.
+        forwards: in the order of the graph. From its end on, what `write` gets are values of the model as it was, of
+            which analyses know.
     """
     compiled = [(one, rule.write) for rule in rules for one in _orders(rule.pattern)]
-    return sum([_replaced(model, node, compiled) for node in qgraph.ir.walk(model)])
+    nodes = list(qgraph.ir.walk(model))
+    return sum([_replaced(model, node, compiled) for node in (nodes if forwards else reversed(nodes))])
 
 
 def _orders(form: Callable[..., Any]) -> Sequence[pattern.RewriteRule]:
@@ -55,7 +62,7 @@ def _replaced(
 ) -> bool:
     graph = node.graph
     if not isinstance(graph, ir.Graph):
-        return False
+        return False  # it went with a match
     for rule, write in rules:
         match = rule.match(model, graph, node)
         new = write(**match.bindings) if match else None
@@ -84,7 +91,11 @@ def discard_unread(value: ir.Value | None) -> None:
     while pending:
         one = pending.pop()
         node = one.producer() if one is not None else None
-        if node is None or any(output.uses() or output.is_graph_output() for output in node.outputs):
+        if (
+            node is None
+            or node.graph is None
+            or any(output.uses() or output.is_graph_output() for output in node.outputs)
+        ):
             continue
         above = list(node.inputs)
         qgraph.ir.discard(node)

@@ -7,7 +7,8 @@ The same to the last bit, in one operator less. On a CPU the runtime's SkipLayer
 as a sum and a LayerNormalization, and BiasGelu a quarter longer than a sum and a Gelu; it knows them by their Add.
 
 A sum that is read elsewhere too, as in networks that normalize first, becomes one all the same. The inner sum is joined
-only where nobody else reads it. It does not fire for sums of other types than float32, or not known to be of them: the
+only where nobody else reads it. It does not fire for sums that are quantized, which the runtime computes in integers,
+and for sums of other types than float32, or not known to be of them: the
 runtime fuses none.
 """
 
@@ -45,6 +46,8 @@ class KeepSums(Pass):
 def _is_fused(node: ir.Node) -> bool:
     """Tell whether a node is an Add that the runtime would fuse with one that reads it."""
     if not qgraph.ir.is_op(node, "Add"):
+        return False
+    if any(qgraph.ir.is_op(use.node, "QuantizeLinear") for use in node.outputs[0].uses()):
         return False
     readers = [use.node for use in node.outputs[0].uses() if use.idx == 0]
     return any(qgraph.ir.is_op(reader, *_NORMS) for reader in readers) or (

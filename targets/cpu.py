@@ -50,7 +50,7 @@ _PREPARE = (
     "inline-functions,lift-constants,convert-opset{version=21},fold-constants,remove-identity,fold-batch-norm,"
     "deduplicate-initializers,merge-duplicates,remove-unused"
 )
-_FUSE = "fuse-gelu,fuse-attention"
+_FUSE = "fuse-gelu,fuse-norms,fuse-rotary,fuse-attention"
 _LADDER = (
     Step("activation ranges", ("qdq.method=percentile", "qdq.method=mse", "qdq.method=entropy"), "activations"),
     Step("equalization", ("equalize < qdq",)),
