@@ -176,7 +176,10 @@ class _Writer:
     def _cut(self, value: ir.Value, x: ir.Value, before: ir.Node, rank: int) -> ir.Value:
         dims = self.shapes.dims(value)
         assert dims is not None
-        half = self._insert("Slice", [value, *(self._number(one) for one in (0, int(str(dims[-1])) // 2, rank - 1))], before)
+        size = dims[-1]
+        assert isinstance(size, int)
+        ends = [self._number(one) for one in (0, size // 2, rank - 1)]
+        half = self._insert("Slice", [value, *ends], before)
         if rank == 4:
             half = self._insert("Squeeze", [half, self._number(1)], before)
         elif rank == 2:

@@ -76,7 +76,7 @@ _NOMINAL_ROWS = 16
 _TUNE_SECONDS = 1.0
 _TUNE_FEEDS = 4
 
-_PROCESSORS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
+_PROCESSORS: Mapping[str, Mapping[str, Mapping[str, spec.Value]]] = {
     "avx2": {"qdq": {"reduce_range": True}, "dynamic-int8": {"reduce_range": True}},
     "neon": {"qdq": {"activations": "int8"}},
 }
@@ -316,8 +316,9 @@ class CpuInt8(_OnnxRuntimeCpu):
 
     def _for_processor(self, pipeline: Pipeline) -> Pipeline:
         """Return the pipeline with the integers that the processor of the option `cpu` multiplies rightly and fast."""
-        options: Mapping[str, Mapping[str, object]] = _PROCESSORS.get(self.cpu, {})
-        return Pipeline([dataclasses.replace(one, **options.get(one.name, {})) for one in pipeline])
+        chosen = _PROCESSORS.get(self.cpu, {})
+        specs = [spec.to_spec(one) for one in pipeline]
+        return Pipeline.from_specs([spec.Spec(one.name, {**one.options, **chosen.get(one.name, {})}) for one in specs])
 
 
 def _static_form(model: ir.Model) -> tuple[Pipeline, ir.Model, dict[ir.Node, Mode]]:

@@ -33,7 +33,7 @@ def saturating_product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     tall = np.pad(right, ((0, odd), (0, 0))).astype(np.int32)
     pairs = wide[:, 0::2, None] * tall[None, 0::2] + wide[:, 1::2, None] * tall[None, 1::2]
     limits = np.iinfo(np.int16)
-    return np.clip(pairs, limits.min, limits.max).sum(axis=1, dtype=np.int32)
+    return np.asarray(np.clip(pairs, limits.min, limits.max).sum(axis=1, dtype=np.int32))
 
 
 def largest_pair(weights: np.ndarray) -> int:
