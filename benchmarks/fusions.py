@@ -1,6 +1,7 @@
 """Measure what cpu-fp32 and cpu-fp16 make of a sentence encoder, against ONNX Runtime's own optimisers.
 
-    python benchmarks/fusions.py [--only dynamo_eager,...] [--feeds 15] [--work DIR] [-o FUSIONS.json]
+    python benchmarks/fusions.py [--only dynamo_eager,...] [--feeds 15] [--work DIR] [--transformers-python PYTHON]
+                                 [-o FUSIONS.json]
 
 For each of the four forms in which exporters write MiniLM: the original, which ONNX Runtime optimises fully when it
 opens it; the original through its offline optimiser for transformers (`onnxruntime.transformers`); ours. All sessions
@@ -138,7 +139,9 @@ def _cell(figures: Mapping[str, float] | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--only", default=",".join(FORMS), help="forms, separated by commas")
+    parser.add_argument(
+        "--only", default=",".join(FORMS), help="forms, separated by commas; others stay as they are on file"
+    )
     parser.add_argument("--feeds", type=int, default=15)
     parser.add_argument("--work", type=Path, help="folder for the models made (default: a temporary one)")
     parser.add_argument(
@@ -147,6 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, default=HERE / "FUSIONS.json")
     options = parser.parse_args(arguments)
     results: dict[str, Any] = {"machine": timing.machine(), "forms": {}, "failures": {}}
+    if options.only != ",".join(FORMS) and options.output.is_file():
+        results |= json.loads(options.output.read_text())
     with tempfile.TemporaryDirectory(prefix="qgraph-fusions-") as scratch:
         work = options.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
