@@ -32,9 +32,9 @@ from qgraph.errors import UserError
 from qgraph.passes.integer_requantize import BOUNDARY_KEY
 from qgraph.pipeline import Pipeline
 from qgraph.runtime.reference import ReferenceSession
-from qgraph.targets.integer import Integer
+from qgraph.targets.integer import Integer, code_form
 
-__all__ = ["CSession", "compiled", "differing", "static"]
+__all__ = ["CSession", "compiled", "differing"]
 
 GCC = ("gcc", "-std=c99", "-O3", "-Wall", "-Werror", "-fno-strict-aliasing", "-shared", "-fPIC")
 Run = Callable[[data.Feeds], Sequence[np.ndarray]]
@@ -49,13 +49,6 @@ def compiled(model: ir.Model, feeds: Sequence[data.Feeds], compress: str = "full
     Pipeline.parse(compress).run(model, calibration=feeds)
     target.lower_passes().run(model)
     return model
-
-
-def static(model: ir.Model) -> ir.Model:
-    """Return a copy of an integer graph in which what only depends on shapes is folded, as code needs it."""
-    copy = model.clone()
-    Pipeline.parse("infer-shapes,fold-constants,infer-shapes,remove-unused").run(copy)
-    return copy
 
 
 def differing(wanted: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> int:
@@ -124,7 +117,7 @@ class _Bench:
         self._wanted = self._outputs("onnxruntime", timing.session(path).run)
         self.figures["elements"] = sum(one.size for one in self._wanted[0])
         self._write()
-        plain = static(model)
+        plain = code_form(model)
         for step, make in (("c", self._c), ("reference", self._reference), ("tvm", self._tvm)):
             try:
                 session = make(plain, path)

@@ -19,6 +19,7 @@ import qgraph.ir
 from qgraph.codegen.tvm_library import TvmSession, emit_so
 from qgraph.codegen.tvm_schedule import scheduled
 from qgraph.targets.cpu import CpuFp32
+from qgraph.targets.integer import code_form
 
 __all__ = ["MODELS", "claims", "measure"]
 
@@ -88,7 +89,7 @@ def _sessions(subject: integer_subjects.Subject, feeds: Sequence[Any], folder: P
     made = qgraph.compiler.compile(
         subject.task.model(), "cpu-int8", output=folder / "cpu-int8", calibration=feeds, shapes=dict(subject.shapes)
     )
-    code = integer_bits.static(integers)
+    code = code_form(integers)
     for inner in ("c", "tvm"):
         (folder / inner).mkdir()
     emit_so(code, folder / "tvm")

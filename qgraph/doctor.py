@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import qgraph
+from qgraph import registry
 from qgraph.catalog import Entry, catalog
 from qgraph.runtime.benchmark import machine
 from qgraph.runtime.processor import processor_flags
@@ -163,6 +164,8 @@ def _nvidia_devices() -> tuple[str, ...]:
 
 def _readiness(target: Entry, runtimes: Sequence[Runtime]) -> Readiness:
     missing = target.fault or _missing(target.facts["extra"], runtimes)
+    if not missing and target.facts["extra"] == "cuda":
+        missing = registry.find("target", target.name)().stand_in()  # a provider may be there and not start
     return Readiness(target.name, usable=not missing, missing=missing)
 
 

@@ -32,10 +32,10 @@ from qgraph.codegen.tvm_lowering import require_tvm
 from qgraph.errors import UserError
 from qgraph.passes.integer_requantize import BOUNDARY_KEY
 from qgraph.pipeline import Context, Pipeline, Skipped
-from qgraph.runtime.session import open_session
+from qgraph.runtime.session import CPU_PROVIDER, open_session
 from qgraph.targets.base import Kernels, Session, Step, Target
 
-__all__ = ["Integer"]
+__all__ = ["Integer", "code_form"]
 
 FOOTPRINT = "footprint.json"
 _FORMS = {"c": "c", "so": "tvm"}
@@ -131,10 +131,7 @@ class Integer(Target):
         files = super().lower(model, folder)
         if not self.emit:
             return files
-        static = model.clone()
-        Pipeline.parse("infer-shapes,fold-constants,infer-shapes").run(static)
-        flatten_gathers(static)
-        Pipeline.parse("infer-shapes,remove-unused").run(static)
+        static = code_form(model)
         for form in self.emit:
             inner = folder / _FORMS[form]
             inner.mkdir()
@@ -151,6 +148,10 @@ class Integer(Target):
             if path.is_file():
                 found.update(json.loads(path.read_text(encoding="utf-8")))
         return found or None
+
+    def providers(self) -> Sequence[tuple[str, Mapping[str, str]]]:
+        """Return the CPU provider, which computes the same integers as what the graph is meant for."""
+        return [(CPU_PROVIDER, {})]
 
     def session(self, folder: Path, *, threads: int = 0) -> Session:
         """Open model.onnx in ONNX Runtime, which executes the functions by their bodies.
@@ -179,6 +180,15 @@ class Integer(Target):
                 Skipped(qgraph.ir.node_label(node), node.metadata_props[BOUNDARY_KEY]) for node in boundaries
             ],
         )
+
+
+def code_form(model: ir.Model) -> ir.Model:
+    """Return a copy of an integer graph as code needs it: shapes folded, gathers with constant strides flat."""
+    static = model.clone()
+    Pipeline.parse("infer-shapes,fold-constants,infer-shapes").run(static)
+    flatten_gathers(static)
+    Pipeline.parse("infer-shapes,remove-unused").run(static)
+    return static
 
 
 def _refuse_dynamic(model: ir.Model, forms: Sequence[str]) -> None:

@@ -14,8 +14,9 @@ FOLDERS = {"qgraph": "qgraph", "passes": "qgraph.passes", "targets": "qgraph.tar
 
 LAYERS = (
     ("errors", "wire", "lazy_tensors"),
-    ("user_code",),
-    ("spec", "registry", "numerics", "onnx_file", "signatures"),
+    ("user_code", "manifest"),
+    ("cache",),
+    ("spec", "registry", "numerics", "capabilities", "onnx_file", "signatures"),
     ("ir", "safetensors", "work_folder"),
     ("pipeline",),
     ("targets.base",),
@@ -33,7 +34,8 @@ LAYERS = (
     ("targets",),
     ("report",),
     ("artifact",),
-    ("plan", "building"),
+    ("plan", "building", "stored_states"),
+    ("sharing",),
     ("stages",),
     ("search_edits", "search_precision", "search_ranking", "search_workshop"),
     ("search_candidates", "search_executors"),
@@ -41,7 +43,10 @@ LAYERS = (
     ("compiler",),
     ("catalog", "evaluation", "float_form"),
     ("verbs", "doctor", "comparison"),
-    ("cli", "cli_commands", "cli_compare", "cli_display", "cli_options", "cli_pages", "__main__"),
+    ("build_recipe",),
+    ("build_workers",),
+    ("builder",),
+    ("cli", "cli_build", "cli_commands", "cli_compare", "cli_display", "cli_options", "cli_pages", "__main__"),
 )
 """From the bottom up: a module imports from layers below its own, and from its own component."""
 HEAVY = {"onnxruntime", "torch", "tvm", "coremltools", "tokenizers", "PIL", "sklearn", "ray"}
@@ -126,6 +131,13 @@ def test_numerics_know_arrays_only(module: str):
             f"{module} imports {other}"
         )
         assert not other.startswith("scipy") or other.startswith("scipy.linalg"), f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("module", [name for name in OURS if name.startswith("qgraph.capabilities")])
+def test_tables_know_nothing_of_graphs(module: str):
+    for other in imports(SOURCES[module]):
+        ours = other.startswith(("qgraph.capabilities", "qgraph.errors"))
+        assert ours or other.partition(".")[0] in sys.stdlib_module_names, f"{module} imports {other}"
 
 
 @pytest.mark.parametrize("module", SOURCES)

@@ -24,6 +24,7 @@ import metrics
 import report
 import report_accuracy
 import sparsity
+import target_table
 import timing
 
 
@@ -303,3 +304,41 @@ def test_what_a_peer_has_and_we_have_not_is_named() -> None:
     assert "| TopK | **no**: no form | yes |  | yes |  |" in integer_operators.render(
         {"rows": rows, "claims": found, "versions": {"qonnx": "1"}, "date": "today"}
     )
+
+
+def test_a_pair_of_model_and_target_is_built_refused_or_built_with_fixed_shapes(tmp_path: Path) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 21]> net (float[N, 4] x) => (float[N, 4] y) { y = Relu(x) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "net.onnx")
+    feeds = [{"x": np.ones((1, 4), np.float32)}] * 5
+
+    def row(target: str) -> target_table.Row:
+        return target_table.outcome(tmp_path / "net.onnx", target, tmp_path / target, feeds, {"x": (1, 4)})
+
+    assert row("cpu-fp32") == {
+        "outcome": "built",
+        "sqnr dB": None,
+        "bytes": sum(path.stat().st_size for path in (tmp_path / "cpu-fp32").iterdir() if path.name == "model.onnx"),
+        "source bytes": (tmp_path / "net.onnx").stat().st_size,
+        "ran on": "",
+    }
+    assert row("integer{emit=[c]}")["fixed"]
+    refused = target_table.outcome(tmp_path / "net.onnx", "cpu-fp33", tmp_path / "none", feeds, {})
+    assert refused["outcome"] == "refused"
+    assert "cpu-fp33" in refused["reason"]
+
+
+def test_the_page_of_targets_tells_reasons_once() -> None:
+    def row(model: str, target: str, outcome: str, **facts: object) -> dict[str, object]:
+        return {"model": model, "target": target, "outcome": outcome, **facts}
+
+    built = {"sqnr dB": 31.4, "ran on": "the CPU provider"}
+    rows = [
+        row("a", "cpu-int8", "built", **built),
+        row("a", "apple-int8", "refused", reason="no kernel", fixed=True),
+        row("b", "cpu-int8", "unverified", **{**built, "sqnr dB": None}, reason="outside"),
+        row("b", "apple-int8", "refused", reason="no kernel"),
+        row("c", "cpu-int8", "crash", reason="Segmentation fault"),
+    ]
+    page = target_table.render({"rows": rows})
+    assert "| a | 31 | a* |\n| b | =? | a |\n| c | CRASH b |  |" in page
+    assert page.count("no kernel") == 1
