@@ -6,6 +6,9 @@
     =>
     y = Attention<q_num_heads, kv_num_heads, scale>(q, k, v, mask)
 
+    RotaryEmbedding(q split)                      =>    RotaryEmbedding<num_heads>(q), before Attention; k likewise
+    k, v repeated for groups of query heads       =>    kv_num_heads < q_num_heads
+    q, k, v split from one [batch, rows, 3 * hidden] tensor    =>    Split of it
     Softmax -> IsNaN -> Where(, 0, )              goes
     mask with the lowest float in it     =>       Max(mask, lowest / 2)
 
@@ -17,8 +20,8 @@ ONNX Runtime's Attention takes minus infinity and the lowest float both as maske
 no other keys. That is what a guard against NaN does for minus infinity; where the lowest float marks what is masked,
 such a query attends to all keys evenly, so the mask is raised a little to keep that.
 
-It does not fire where the probabilities are read elsewhere too, heads are repeated (grouped queries), the queries or
-keys are rotated after the split, or shapes are not known.
+Rotations are found as `fuse-rotary` writes them. It does not fire where the probabilities are read elsewhere too, where
+keys and values come from a cache, or where shapes are not known.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ import qgraph.ir
 from qgraph.analysis.shapes import Shapes, shapes_of
 from qgraph.analysis.symbols import Dim
 from qgraph.passes import _opsets
+from qgraph.passes._rules import discard_unread, number
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
 __all__ = ["FuseAttention"]
@@ -43,6 +47,8 @@ _ATTENTION_SINCE = 23
 _SPLIT = (0, 2, 1, 3)
 """[batch, rows, heads, size] to [batch, heads, rows, size], and back."""
 _SPLIT_TRANSPOSED = (0, 2, 3, 1)
+_SPLIT_PACKED = (2, 0, 3, 1, 4)
+"""[batch, rows, 3, heads, size] to [3, batch, heads, rows, size]."""
 
 Dims: TypeAlias = tuple[Dim, ...]
 
@@ -61,6 +67,9 @@ class _Heads:
     order: tuple[int, ...]
     """Which of `dims` each axis of the tensor is."""
     scale: float
+    rotation: ir.Node | None = None
+    part: int | None = None
+    """Which of the three tensors that are split from one it is."""
 
     @property
     def source(self) -> ir.Value:
@@ -143,15 +152,15 @@ class _Matcher:
         v = self._heads(weigh.inputs[1], "values")
         if q.order != _SPLIT or k.order != _SPLIT_TRANSPOSED or v.order != _SPLIT:
             raise _NoMatchError("queries, keys and values are not laid out [batch, heads, rows, size] for the products")
-        if not q.dims[2] == k.dims[2] == v.dims[2] or not q.dims[0] == k.dims[0] == v.dims[0]:
+        if k.dims[2] != v.dims[2] or _remainder(q.dims[2], k.dims[2]) or not q.dims[0] == k.dims[0] == v.dims[0]:
             raise _NoMatchError("queries, keys and values differ in batch or number of heads")
         if q.dims[3] != k.dims[3] or k.dims[1] != v.dims[1]:
             raise _NoMatchError("queries, keys and values do not fit together")
-        if v.scale != 1.0:
-            raise _NoMatchError("its values are scaled")
+        if v.scale != 1.0 or v.rotation is not None:
+            raise _NoMatchError("its values are scaled or rotated")
         for mask in masks:
             self._check_mask(mask, q, k)
-        last = self._join(weigh.outputs[0], (q.dims[0], q.dims[1], v.dims[2], v.dims[3]))
+        last = self._join(weigh.outputs[0], (*q.dims[:3], v.dims[3]))
         return _Block(softmax, q, k, v, scale * q.scale * k.scale, masks, guarded, last)
 
     def _dims(self, value: ir.Value | None) -> Dims:
@@ -168,7 +177,7 @@ class _Matcher:
         test = next((node for node in readers if qgraph.ir.is_op(node, "IsNaN")), None)
         if where is None or test is None or len(readers) != 2 or plain.is_graph_output():
             return plain, False
-        zero = _scalar(where.inputs[1])
+        zero = number(where.inputs[1])
         if where.inputs[0] is not test.outputs[0] or where.inputs[2] is not plain or zero != 0.0:
             return plain, False
         if qgraph.ir.only_consumer(test.outputs[0]) is not where:
@@ -213,11 +222,19 @@ class _Matcher:
         """Follow a factor of a product up to the Reshape that splits the heads."""
         order: tuple[int, ...] = (0, 1, 2, 3)
         scale = 1.0
+        rotation: ir.Node | None = None
         while value is not None and (node := value.producer()) is not None:
             scaled = _scaled(node)
             if scaled is not None:
                 value, factor = scaled
                 scale *= factor
+            elif rotation is None and _is_rotation(node):
+                rotation, value = node, node.inputs[0]
+            elif (once := self._repeated(node)) is not None:
+                value = once
+            elif (packed := self._packed(node)) is not None:
+                reshape, part, dims = packed
+                return _Heads(reshape, dims, tuple(_SPLIT[axis] for axis in order), scale, rotation, part)
             elif qgraph.ir.is_op(node, "Transpose") and len(node.attributes.get_ints("perm", ())) == 4:
                 perm = node.attributes.get_ints("perm")
                 order = tuple(perm[axis] for axis in order)
@@ -226,10 +243,62 @@ class _Matcher:
                 source, split = node.inputs[0], self._dims(value)
                 if source is None or not _splits(self._dims(source), split):
                     break
-                return _Heads(node, split, order, scale)
+                return _Heads(node, split, order, scale, rotation)
             else:
                 break
         raise _NoMatchError(f"its {what} are not split into heads from one [batch, rows, hidden] tensor")
+
+    def _repeated(self, node: ir.Node) -> ir.Value | None:
+        """Return [batch, heads, rows, size] of which `node` repeats every head for a group of others, or None."""
+        expand = _producer(node.inputs[0], "Expand") if qgraph.ir.is_op(node, "Reshape") else None
+        unsqueeze = _producer(expand.inputs[0], "Unsqueeze") if expand is not None else None
+        if expand is None or unsqueeze is None or unsqueeze.inputs[0] is None:
+            return None
+        once, groups = self._dims(unsqueeze.inputs[0]), self._dims(expand.outputs[0])
+        if len(once) != 4 or len(groups) != 5 or groups != (*once[:2], groups[2], *once[2:]):
+            return None
+        if self._dims(unsqueeze.outputs[0]) != (*once[:2], 1, *once[2:]):
+            return None
+        heads, group = groups[1:3]
+        if not isinstance(heads, int) or not isinstance(group, int):
+            return None
+        return unsqueeze.inputs[0] if self._dims(node.outputs[0]) == (once[0], heads * group, *once[2:]) else None
+
+    def _packed(self, node: ir.Node) -> tuple[ir.Node, int, Dims] | None:
+        """Return the Reshape of [batch, rows, 3 * hidden] of which `node` is one part by heads, which, and its dims."""
+        found = self._part(node)
+        transpose = _producer(found[0], "Transpose") if found is not None else None
+        if found is None or transpose is None or tuple(transpose.attributes.get_ints("perm", ())) != _SPLIT_PACKED:
+            return None
+        reshape = _producer(transpose.inputs[0], "Reshape")
+        if reshape is None or reshape.inputs[0] is None:
+            return None
+        source, split = self._dims(reshape.inputs[0]), self._dims(reshape.outputs[0])
+        if len(source) != 3 or len(split) != 5 or split[:3] != (*source[:2], 3):
+            return None
+        heads, size = split[3:]
+        if not isinstance(heads, int) or not isinstance(size, int) or source[2] != 3 * heads * size:
+            return None
+        return reshape, found[1], (*split[:2], heads, size)
+
+    def _part(self, node: ir.Node) -> tuple[ir.Value | None, int] | None:
+        """Return the tensor of whose first axis of three `node` takes one index, and which, or None."""
+        if qgraph.ir.is_op(node, "Gather") and node.attributes.get_int("axis", 0) == 0:
+            index = self._shapes.array(node.inputs[1])
+            return None if index is None or index.ndim else (node.inputs[0], int(index) % 3)
+        axes = self._shapes.array(node.inputs[1]) if qgraph.ir.is_op(node, "Squeeze") and len(node.inputs) > 1 else None
+        one = node.inputs[0]
+        before = one.producer() if one is not None else None
+        if axes is None or axes.reshape(-1).tolist() != [0] or before is None or one is None or self._dims(one)[0] != 1:
+            return None
+        if qgraph.ir.is_op(before, "Split") and before.attributes.get_int("axis", 0) == 0 and len(before.outputs) == 3:
+            return before.inputs[0], list(before.outputs).index(one)
+        if not qgraph.ir.is_op(before, "Slice") or len(before.inputs) < 4:
+            return None
+        start, _, axis = (self._shapes.array(value) for value in before.inputs[1:4])
+        if start is None or axis is None or axis.tolist() != [0] or not 0 <= int(start[0]) < 3:
+            return None
+        return before.inputs[0], int(start[0])
 
     def _check_mask(self, mask: ir.Value, q: _Heads, k: _Heads) -> None:
         dims = self._dims(mask)
@@ -256,26 +325,32 @@ def _is_product(node: ir.Node, left: ir.Value) -> bool:
     return qgraph.ir.is_op(node, "MatMul") and node.inputs[0] is left
 
 
-def _scalar(value: ir.Value | None) -> float | None:
-    tensor = value.const_value if value is not None else None
-    if tensor is None or tensor.size != 1:
-        return None
-    array = qgraph.ir.constant(value)
-    return float(array.reshape(-1)[0]) if array is not None and array.dtype.kind == "f" else None
-
-
 def _scaled(node: ir.Node) -> tuple[ir.Value, float] | None:
     """Return x and c for c * x, x * c or x / c with a constant c that is one number."""
     if not qgraph.ir.is_op(node, "Mul", "Div"):
         return None
     left, right = node.inputs
-    factor = _scalar(right)
+    factor = number(right)
     if factor is not None and left is not None and factor != 0.0:
         return left, factor if node.op_type == "Mul" else 1.0 / factor
-    factor = _scalar(left)
+    factor = number(left)
     if factor is not None and right is not None and node.op_type == "Mul":
         return right, factor
     return None
+
+
+def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    node = value.producer() if value is not None else None
+    return node if qgraph.ir.is_op(node, op_type) else None
+
+
+def _is_rotation(node: ir.Node) -> bool:
+    """Tell whether a node rotates [batch, heads, rows, size] by tables for every sample."""
+    return qgraph.ir.is_op(node, "RotaryEmbedding") and len(node.inputs) == 3 and not node.attributes
+
+
+def _remainder(heads: Dim, groups: Dim) -> int:
+    return heads % groups if isinstance(heads, int) and isinstance(groups, int) and groups else 1
 
 
 def _splits(joined: Dims, split: Dims) -> bool:
@@ -296,25 +371,53 @@ class _Rewriter:
     model: ir.Model
     shapes: Shapes
     _masks: dict[tuple[ir.Value, ir.Graph, bool], ir.Value] = field(default_factory=dict)
+    _parts: dict[ir.Node, ir.Node] = field(default_factory=dict)
 
     def fuse(self, block: _Block) -> None:
         softmax = block.softmax
-        inputs: list[ir.Value] = [block.q.source, block.k.source, block.v.source]
+        inputs: list[ir.Value] = [self._joined(heads, block) for heads in (block.q, block.k, block.v)]
         masks = [self._mask(mask, block) for mask in block.masks]
         if masks:
             inputs.append(self._sum(masks, block.last))
-        heads = block.q.dims[2]
+        heads, groups = block.q.dims[2], block.k.dims[2]
         assert isinstance(heads, int)
+        assert isinstance(groups, int)
         attributes: dict[str, int | float] = {
             "q_num_heads": heads,
-            "kv_num_heads": heads,
+            "kv_num_heads": groups,
             "scale": float(np.float32(block.scale)),
         }
         name = softmax.name.replace("Softmax", "Attention").replace("softmax", "attention") if softmax.name else None
         attention = ir.node("Attention", inputs, attributes, name=name)
         before = block.last.inputs[0]
         qgraph.ir.replace_node(block.last, attention)
-        _discard_unread(before)
+        discard_unread(before)
+
+    def _joined(self, heads: _Heads, block: _Block) -> ir.Value:
+        """Return queries, keys or values as [batch, rows, hidden], rotated if they were."""
+        value = heads.source
+        if heads.part is not None:
+            if heads.reshape not in self._parts:
+                self._parts[heads.reshape] = self._split(value, heads.reshape)
+            value = self._parts[heads.reshape].outputs[heads.part]
+        if heads.rotation is None:
+            return value
+        count = heads.dims[2]
+        assert isinstance(count, int)
+        name = qgraph.ir.fresh_name(self.model.graph, f"{heads.rotation.outputs[0].name}_joined")
+        tables = heads.rotation.inputs[1:]
+        rotated = ir.node("RotaryEmbedding", [value, *tables], {"num_heads": count}, name=name)
+        rotated.outputs[0].name, rotated.outputs[0].type, rotated.outputs[0].shape = name, value.type, value.shape
+        qgraph.ir.insert_before(block.last, rotated)
+        return rotated.outputs[0]
+
+    def _split(self, value: ir.Value, before: ir.Node) -> ir.Node:
+        name = qgraph.ir.fresh_name(self.model.graph, f"{value.name}_split")
+        node = ir.node("Split", [value], {"axis": -1, "num_outputs": 3}, num_outputs=3, name=name)
+        for output, part in zip(node.outputs, "qkv", strict=True):
+            output.name, output.type = qgraph.ir.fresh_name(self.model.graph, f"{value.name}_{part}"), value.type
+        qgraph.ir.insert_before(before, node)
+        return node
 
     def _sum(self, masks: Sequence[ir.Value], before: ir.Node) -> ir.Value:
         total = masks[0]
@@ -369,16 +472,3 @@ def _may_be_lowest(mask: ir.Value, dtype: ir.DataType, *, guarded: bool) -> bool
     if len(constants) < len(branches):
         return not guarded
     return any(bool((array == np.finfo(dtype.numpy()).min).any()) for array in constants)
-
-
-def _discard_unread(value: ir.Value | None) -> None:
-    """Remove the node that makes a value nobody reads, and so on upwards."""
-    pending = [value]
-    while pending:
-        one = pending.pop()
-        node = one.producer() if one is not None else None
-        if node is None or any(output.uses() or output.is_graph_output() for output in node.outputs):
-            continue
-        above = list(node.inputs)
-        qgraph.ir.discard(node)
-        pending += above

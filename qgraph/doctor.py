@@ -11,19 +11,17 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import qgraph
 from qgraph import registry
 from qgraph.catalog import Entry, catalog
 from qgraph.runtime.benchmark import machine
+from qgraph.runtime.processor import processor_flags
 
 __all__ = ["Readiness", "Runtime", "Survey", "survey"]
 
 DISTRIBUTION = "qgraph-compiler"
-FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "sve")
-"""Instructions that integer and low-precision kernels look for, as Linux names them (x86, then Arm)."""
 _NVIDIA_SMI_SECONDS = 10
 
 
@@ -96,7 +94,7 @@ def survey() -> Survey:
         cpu=here.cpu,
         cores=here.cores,
         memory=_memory(),
-        flags=_flags(),
+        flags=processor_flags(),
         devices=_nvidia_devices(),
         runtimes=runtimes,
         targets=tuple(_readiness(target, runtimes) for target in catalog("target")),
@@ -150,16 +148,6 @@ def _memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
-
-
-def _flags() -> tuple[str, ...]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ()
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    present = set(found[1].split()) if found else set()
-    return tuple(flag for flag in FLAGS if flag in present)
 
 
 def _nvidia_devices() -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tempfile
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -35,13 +36,15 @@ from qgraph.analysis.cost import cost
 from qgraph.analysis.integer_plan import IntegerPlan, integer_plan
 from qgraph.analysis.integer_rules import Kind, data_inputs
 from qgraph.passes.qdq import FLOAT_KEY
-from qgraph.pipeline import Context, Feeds, Pass, Pipeline
+from qgraph.pipeline import Context, Feeds, Pass, Pipeline, Skipped
 from qgraph.runtime.benchmark import compare
 from qgraph.runtime.placement import Placement
 from qgraph.runtime.placement_reading import read_placement
+from qgraph.runtime.processor import is_arm, lacks_integer_dot_products
 from qgraph.runtime.session import CPU_PROVIDER, input_signature, open_session, random_feeds
 from qgraph.targets.base import Kernels, Session, Step, Target
 from qgraph.targets.cpu_costs import better_in_float, graph_cost, kernel_cost
+from qgraph.targets.cpu_saturation import saturating
 
 __all__ = ["CpuFp32", "CpuInt8", "Product"]
 
@@ -49,6 +52,7 @@ _PREPARE = (
     "inline-functions,lift-constants,convert-opset{version=21},fold-constants,remove-identity,fold-batch-norm,"
     "deduplicate-initializers,merge-duplicates,remove-unused"
 )
+_FUSE = "fuse-gelu,fuse-norms,fuse-rotary,fuse-attention"
 _LADDER = (
     Step("activation ranges", ("qdq.method=percentile", "qdq.method=mse", "qdq.method=entropy"), "activations"),
     Step("equalization", ("equalize < qdq",)),
@@ -73,6 +77,16 @@ _NOMINAL_ROWS = 16
 """Rows of a product whose shapes are not known."""
 _TUNE_SECONDS = 1.0
 _TUNE_FEEDS = 4
+
+_PROCESSORS: Mapping[str, Mapping[str, Mapping[str, spec.Value]]] = {
+    "avx2": {"qdq": {"reduce_range": True}, "dynamic-int8": {"reduce_range": True}},
+    "neon": {"qdq": {"activations": "int8"}},
+}
+"""Options of passes for processors that differ from the default, x86 with VNNI."""
+_MAY_SATURATE = (
+    "this processor has no VNNI, and sums of products of bytes may saturate: the model is for processors that have it; "
+    "compile with --cpu avx2 for this one"
+)
 
 Mode = Literal["float", "dynamic", "static"]
 _KERNELS: Mapping[Mode, str] = {"float": "product-float", "dynamic": "product-dynamic", "static": "product-int8"}
@@ -174,8 +188,8 @@ class CpuFp32(_OnnxRuntimeCpu):
         return Pipeline()
 
     def lower_passes(self) -> Pipeline:
-        """Store what was made sparse in fewer bytes, and clean up."""
-        return Pipeline.parse("pack-sparse,remove-unused")
+        """Fuse what the runtime computes faster in one operator, store sparse weights in fewer bytes, and clean up."""
+        return Pipeline.parse(f"{_FUSE},keep-sums,pack-sparse,remove-unused")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +198,10 @@ class CpuInt8(_OnnxRuntimeCpu):
 
     name: ClassVar[str] = "cpu-int8"
     summary: ClassVar[str] = "8-bit integer kernels of ONNX Runtime on the CPU, static or dynamic as each layer wants"
+    cpu: Literal["", "vnni", "avx2", "neon"] = dataclasses.field(
+        default="",
+        metadata={"help": "processor to compile for; avx2: without VNNI, weights of 7 bits; neon: int8 activations"},
+    )
 
     def prepare_passes(self) -> Pipeline:
         """Return the clean-up passes, and attention as one operator."""
@@ -194,6 +212,9 @@ class CpuInt8(_OnnxRuntimeCpu):
 
         Without calibration data, a model of dynamic layers that gains little by static ones goes without.
         """
+        return self._for_processor(self._as_each_layer_wants(model, context))
+
+    def _as_each_layer_wants(self, model: ir.Model, context: Context) -> Pipeline:
         form, formed, modes = _static_form(model)
         optional = context.calibration is None and "dynamic" in modes.values()
         if _gains_by_static(formed, modes, 1.0 if not optional else _LITTLE):
@@ -211,7 +232,7 @@ class CpuInt8(_OnnxRuntimeCpu):
         static = next((one for one in compress if one.name == "qdq"), None)
         if static is None:
             return [Step("smoothing", ("smooth-quant < dynamic-int8",))] if len(compress) else []
-        bits = "4" if getattr(static, "weights", "int8") == "int4" else "8"
+        bits = "4" if getattr(static, "weights", "int8") == "int4" else "7" if self.cpu == "avx2" else "8"
         per_channel = getattr(static, "per_channel", True)  # learned rounding has a scale for each output
         return [
             dataclasses.replace(step, ways=tuple(way.replace("BITS", bits) for way in step.ways))
@@ -221,7 +242,7 @@ class CpuInt8(_OnnxRuntimeCpu):
 
     def smaller(self, compress: Pipeline) -> Sequence[tuple[str, Pipeline]]:
         """Return static integers for all that can be, where some was left in float or dynamic for its speed."""
-        static = Pipeline.parse("qdq")
+        static = self._for_processor(Pipeline.parse("qdq"))
         return [] if static == compress else [("all that can be in static integers", static)]
 
     def tune(self, model: ir.Model, context: Context, default: Pipeline) -> Pipeline:
@@ -229,6 +250,7 @@ class CpuInt8(_OnnxRuntimeCpu):
         candidates = {"default": default, "dynamic": _compress(model, context, {}, static=False), "float": Pipeline()}
         if context.calibration is not None:
             candidates["static"] = Pipeline.parse("qdq")
+        candidates = {name: self._for_processor(pipeline) for name, pipeline in candidates.items()}
         sessions: dict[str, Session] = {}
         with tempfile.TemporaryDirectory(prefix="qgraph-") as scratch:
             for name, pipeline in candidates.items():
@@ -241,6 +263,34 @@ class CpuInt8(_OnnxRuntimeCpu):
             timed = compare(sessions, _feeds(sessions["default"], context), seconds=_TUNE_SECONDS)
         fastest = min(timed.candidates, key=lambda one: one.seconds)
         return candidates[fastest.name]
+
+    def check(self, model: ir.Model) -> list[Skipped]:
+        """Return the layers whose sums would saturate, where the processor has no VNNI."""
+        return saturating(model) if self.cpu == "avx2" else []
+
+    def stand_in(self) -> str:
+        """Return a note where this is another kind of processor than that of the option `cpu`."""
+        if self.cpu == "neon" and not is_arm():
+            return "an x86 processor (same operators; not run on Arm here)"
+        if self.cpu == "vnni" and lacks_integer_dot_products():
+            return "a processor without VNNI, where products of bytes may saturate"
+        return ""
+
+    def session(self, folder: Path, *, threads: int = 0) -> Session:
+        """Open model.onnx in ONNX Runtime; warns where products of bytes may saturate on this processor.
+
+        Raises:
+            UserError: it is not installed.
+        """
+        if self.cpu != "avx2" and lacks_integer_dot_products() and saturating(qgraph.ir.load(folder / "model.onnx")):
+            warnings.warn(_MAY_SATURATE, stacklevel=2)
+        return super().session(folder, threads=threads)
+
+    def _for_processor(self, pipeline: Pipeline) -> Pipeline:
+        """Return the pipeline with the integers that the processor of the option `cpu` multiplies rightly and fast."""
+        chosen = _PROCESSORS.get(self.cpu, {})
+        specs = [spec.to_spec(one) for one in pipeline]
+        return Pipeline.from_specs([spec.Spec(one.name, {**one.options, **chosen.get(one.name, {})}) for one in specs])
 
 
 def _static_form(model: ir.Model) -> tuple[Pipeline, ir.Model, dict[ir.Node, Mode]]:
