@@ -46,7 +46,7 @@ test: install-dev
 	$(BIN)/ruff format --check $(CHECKED)
 	@mkdir -p build
 	mypy=$$(cd $(BIN) && pwd)/mypy; cd build && "$$mypy" --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p qgraph
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 bench: install-dev
 	$(BIN)/python benchmarks/run.py

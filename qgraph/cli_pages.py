@@ -169,10 +169,11 @@ def bench_table(measured: Measured) -> Table:
     )
     threads = f"{timed.threads} thread{'s' * (timed.threads > 1)}" if timed.threads else "default threads"
     where = f"{timed.machine.cpu}, {timed.machine.cores} cores, {timed.machine.runtime}"
+    stood_in = f"; 'after' is not the target's own speed: it ran on {measured.stand_in}" if measured.stand_in else ""
     return Table(
         ("", ">latency", ">speed", ">rows", ">memory", ">size"),
         rows,
-        note=f"{timed.batch}; {threads}; best of {timed.rounds} rounds; {where}",
+        note=f"{timed.batch}; {threads}; best of {timed.rounds} rounds; {where}{stood_in}",
     )
 
 

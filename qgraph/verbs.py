@@ -83,14 +83,21 @@ class Outputs:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Timings, and the bytes of every candidate on disk."""
+    """Timings.
+
+    Attributes:
+        benchmark: the timings themselves.
+        sizes: bytes of every candidate on disk.
+        stand_in: what ran instead of the artifact's own device or runtime; '' where that was timed.
+    """
 
     benchmark: Benchmark
     sizes: Mapping[str, int]
+    stand_in: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
-        return {**self.benchmark.to_json(), "sizes": dict(self.sizes)}
+        return {**self.benchmark.to_json(), "sizes": dict(self.sizes), "stand_in": self.stand_in}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +251,8 @@ def bench(
     feeds = _bench_feeds(opened, data, shapes, context.seed)
     timed = compare(sessions, feeds, seconds=seconds, threads=context.threads)
     peaks = {name: peak_memory(opener, feeds[0]) for name, opener in openers.items()}
-    return Measured(timed.with_memory(peaks), {name: _bytes(path) for name, path in paths.items()})
+    sizes = {name: _bytes(path) for name, path in paths.items()}
+    return Measured(timed.with_memory(peaks), sizes, opened.target.stand_in())
 
 
 def _source_beside(artifact: Artifact) -> Path | None:

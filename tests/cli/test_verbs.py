@@ -154,6 +154,13 @@ def test_bench_compares_with_the_source(qgraph: Run, work: Path, artifact: Path)
     assert "speed" in done.stderr
 
 
+def test_bench_says_that_another_runtime_stood_in(qgraph: Run, work: Path):
+    assert qgraph("compile", "model.onnx", "-t", "cuda-int4", "-q").returncode == 0
+    done = qgraph("bench", "model.cuda-int4", "--seconds", "0.1", "--json")
+    assert "'after' is not the target's own speed: it ran on the CPU provider" in " ".join(done.stderr.split())
+    assert json.loads(done.stdout)["stand_in"].startswith("the CPU provider")
+
+
 def test_inspect_counts(qgraph: Run, artifact: Path):
     done = qgraph("inspect", "model.onnx", "--json")
     document = json.loads(done.stdout)
