@@ -138,7 +138,10 @@ def _layers() -> list[Case]:
         Case("Conv", ((1, 4, 16), _weight(6, 4, 3)), {"dilations": [2]}, variant="1-D, dilated"),
         Case("ConvTranspose", (IMAGE, _weight(4, 6, 2, 2)), _TWO),
         Case("Gemm", ((6, 8), _weight(8, 5), _weight(5))),
+        Case("Gemm", ((6, 8), _weight(8, 5), _weight(6, 5)), variant="matrix added"),
+        Case("Gemm", ((6, 8), (8, 5), (6, 1)), variant="three activations"),
         Case("MatMul", (ROWS, _weight(8, 5))),
+        Case("MatMul", (ROWS, _weight(8)), variant="vector"),
         Case("MatMul", (ROWS, (2, 8, 5)), variant="two activations"),
         Case("Einsum", (ROWS, (2, 5, 8)), {"equation": "bik,bjk->bij"}),
         Case("LSTM", ((5, 1, 4), _weight(1, 12, 4), _weight(1, 12, 3)), {"hidden_size": 3}, outputs=2),
@@ -160,6 +163,7 @@ def _arithmetic() -> list[Case]:
         Case("Mod", (IMAGE, _float(0.5)), {"fmod": 1}),
         Case("Clip", (IMAGE, _float(0.0), _float(1.5))),
         *(Case(one, (IMAGE, IMAGE)) for one in ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")),
+        Case("Less", (IMAGE, _weight(4, 1, 1)), variant="constant"),
         Case("Where", (np.arange(8) % 2 == 0, IMAGE, IMAGE)),
         Case("Softmax", (ROWS,), {"axis": -1}),
         Case("LogSoftmax", (ROWS,), {"axis": -1}),
@@ -182,6 +186,9 @@ def _reductions() -> list[Case]:
         *(Case(f"Reduce{one}", (ROWS, axes), limits=_POSITIVE) for one in reductions),
         Case("AveragePool", attributes=_TWO),
         Case("AveragePool", attributes=_HW, variant="padded"),
+        Case(
+            "AveragePool", attributes={"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1}, variant="ceil_mode"
+        ),
         Case("GlobalAveragePool"),
         Case("MaxPool", attributes=_TWO),
         Case("GlobalMaxPool"),

@@ -9,7 +9,10 @@ import qgraph.ir
 from qgraph.analysis.paired_layers import PairedLayer
 from qgraph.numerics.quantize import BIAS_LIMIT
 
-__all__ = ["add_to_bias"]
+__all__ = ["FLOAT_BIAS_KEY", "add_to_bias"]
+
+FLOAT_BIAS_KEY = "qgraph.float_bias"
+"""Metadata of a layer that runs in integers, with a bias in float: why."""
 
 _LEAST_STEP = 0.75
 """Of a shift, in integers. Half a step is left by rounding: it must not be corrected again."""
@@ -118,7 +121,9 @@ def _add_bias(graph: ir.Graph, layer: PairedLayer, shift: np.ndarray) -> np.ndar
 
 
 def _product_of_scales(layer: PairedLayer) -> np.ndarray | None:
-    """Return the scale of an int32 bias, () or (channels,), or None where the layer runs in float."""
+    """Return the scale of an int32 bias, () or (channels,), or None where the bias is to be in float."""
+    if FLOAT_BIAS_KEY in layer.node.metadata_props:
+        return None
     scales = []
     for value in layer.node.inputs[:2]:
         rounded = None if value is None else value.producer()

@@ -36,6 +36,7 @@ class Plan:
         values: tensors to quantize, and what stands for them.
         narrow: (node, input) pairs that read a wide tensor in 8 bits, and what stands for it there.
         weights: layers whose weight is to be quantized.
+        wide_weights: weights that get 16 bits.
         notes: remarks for the reader.
     """
 
@@ -44,6 +45,7 @@ class Plan:
     values: Mapping[ir.Value, Stand]
     narrow: Mapping[tuple[ir.Node, int], Stand]
     weights: list[ir.Node]
+    wide_weights: frozenset[ir.Value] = frozenset()
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -83,7 +85,8 @@ class _Planner:
         weights = [unit.main for unit in self._units if unit.form is Form.LAYER and _stored_float(unit.main)]
         widths = Widths(self._model, self._units, self._stand, self._options)
         notes = widths.choose(self._context) if self._options.wide == "auto" else []
-        return Plan(self._units, self._refused, self._stand, dict(widths.narrowed()), weights, notes)
+        narrow = dict(widths.narrowed())
+        return Plan(self._units, self._refused, self._stand, narrow, weights, widths.wide_weights, notes)
 
     def _all_values(self) -> Iterator[ir.Value]:
         yield from self._model.graph.inputs
@@ -110,6 +113,8 @@ class _Planner:
             elif unit.form is Form.JOIN:
                 alone = [value for value in unit.terms if self._only_reader(value, unit)]
                 self._keep_together([*unit.outputs, *alone])
+            elif unit.form is Form.COMPARE:
+                self._keep_together(unit.inputs)  # what is equal must have equal integers
         for unit in self._units:
             if unit.form is Form.JOIN:
                 self._own_constants(unit)
@@ -210,7 +215,9 @@ class _Planner:
             return
         # Not what their group reaches: a join's addends may share that with the mask itself.
         lows, highs = zip(*[self._reach(value, seen) for value in others], strict=True)
-        low, high = (sum(lows), sum(highs)) if unit.form is Form.SUM else (min(lows), max(highs))
+        low, high = (min(lows), max(highs))
+        if unit.form is Form.SUM:
+            low, high = (sum(ends) * float(unit.tail.factor) for ends in (lows, highs))
         stand.low, stand.high, stand.fixed = low - _UNSEEN, high, True
         for value in hidden:
             mask = self._stand.get(value)

@@ -36,6 +36,8 @@ class Options(Protocol):
     @property
     def wide(self) -> str: ...
     @property
+    def wide_weights(self) -> str: ...
+    @property
     def sqnr(self) -> float: ...
 
 
@@ -50,6 +52,7 @@ class Stand:
         low: the range that is represented.
         high: see `low`.
         fixed: the range is known by what makes the tensors, and not by calibration.
+        headroom: how much further 16 bits reach than the range.
     """
 
     members: list[ir.Value] = dataclasses.field(default_factory=list)
@@ -58,6 +61,7 @@ class Stand:
     low: float = 0.0
     high: float = 0.0
     fixed: bool = False
+    headroom: float = 1.0
 
 
 def scheme_of(options: Options) -> Scheme:
@@ -68,7 +72,7 @@ def scheme_of(options: Options) -> Scheme:
 def parameters(stand: Stand, options: Options) -> tuple[np.ndarray, np.ndarray]:
     """Return scale (float32) and zero point of a group, both scalars."""
     if stand.wide:
-        reach = max(abs(stand.low), abs(stand.high))
+        reach = max(abs(stand.low), abs(stand.high)) * stand.headroom
         # What was zero throughout says nothing of its range; a huge one would drown what is added to it.
         scale = np.float32(max((reach or 1.0) / _WIDE_LIMIT, _LEAST_SCALE))
         return np.asarray(_rounded(scale, options)), np.asarray(0, np.int16)

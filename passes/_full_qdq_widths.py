@@ -15,14 +15,13 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.analysis.integer_rules import is_constant, output_axis
-from qgraph.analysis.integer_units import Form, Unit, layer_weight
+from qgraph.analysis.integer_rules import is_constant
+from qgraph.analysis.integer_units import Form, Unit
 from qgraph.analysis.perturbation_effects import Effects, decibels, effects
-from qgraph.analysis.perturbations import Error, Perturbation, Rounding
+from qgraph.analysis.perturbations import Perturbation, Rounding
 from qgraph.errors import UserError
-from qgraph.numerics.quantize import dequantize, quantize
-from qgraph.numerics.schemes import INT8_WEIGHT
 from qgraph.passes._full_qdq_stands import Options, Stand, parameters
+from qgraph.passes._full_qdq_weights import PLAIN, felt_weights, style_of, weight_errors
 from qgraph.pipeline import Context
 
 __all__ = ["Widths"]
@@ -35,7 +34,8 @@ _TELLING = 0.5
 """The share of cotangents that must have met no infinite gradient."""
 _LINEAR = 0.1
 """Noise power of weights in 8 bits, relative to the outputs, above which gradients cannot be right."""
-_MATRIX = 2
+_HEADROOM = 1.25
+"""How much further than what was seen 16 bits reach in a model where a clipped number may tip over what follows."""
 
 
 class Widths:
@@ -55,6 +55,7 @@ class Widths:
         self._units = units
         self._stand = stands
         self._options = options
+        self.wide_weights: frozenset[ir.Value] = frozenset()
 
     def choose(self, context: Context) -> list[str]:
         """Set the widths, and return remarks for the reader."""
@@ -101,35 +102,43 @@ class Widths:
     # --- what the outputs feel ----------------------------------------------------------------------------------------
 
     def _follow_effects(self, context: Context) -> list[str]:
-        roundings, weights = self._roundings(), self._weights()
+        roundings, style = self._roundings(), style_of(self._options)
+        weights = weight_errors(self._units, style)
+        plain = weights if style == PLAIN else weight_errors(self._units, PLAIN)
+        probes = {f"{name} in 8 bits": Perturbation(name, error) for name, error in plain.items()}
         errors = {name: one for named in roundings.values() for name, one in named.items()}
-        few = list(itertools.islice(context.samples("full-qdq"), _SAMPLES))
+        few = dataclasses.replace(
+            context, calibration=list(itertools.islice(context.samples("full-qdq"), _SAMPLES)), _analyses={}
+        )
         try:
-            found = effects(
-                self._model,
-                dataclasses.replace(context, calibration=few, _analyses={}),
-                {**errors, **weights},
-                draws=_DRAWS,
-            )
+            found = effects(self._model, few, {**errors, **weights, **probes}, draws=_DRAWS)
         except UserError as error:
             return [f"widths follow the operators alone: {error}"]
         # The gradient of a root at zero is infinite: a cotangent that met one tells nothing.
         finite = np.isfinite(found.draws).all(axis=1)
         known = dataclasses.replace(found, draws=found.draws[finite])
-        if finite.mean() < _TELLING or known.power(weights) > _LINEAR:
-            return self._widen_all(roundings)
+        if finite.mean() < _TELLING or known.power(probes) > _LINEAR:
+            return [*self._widen_all(roundings), *self._widen_weights(few, weights)]
         return self._widen_worst(known, roundings, weights)
 
     def _widen_all(self, stands: Iterable[Stand]) -> list[str]:
         for stand in stands:
             stand.wide = stand.layers_wide = True
+        for stand in self._stand.values():
+            stand.headroom = 1.0 if stand.fixed else _HEADROOM
         return ["every tensor that may has 16 bits: the model is too far from linear to tell what its outputs feel"]
+
+    def _widen_weights(self, context: Context, errors: Mapping[str, np.ndarray]) -> list[str]:
+        if self._options.wide_weights != "auto" or self._options.weights != "int8":
+            return []
+        self.wide_weights, notes = felt_weights(self._model, context, self._units, errors, self._options)
+        return notes
 
     def _widen_worst(
         self,
         found: Effects,
         roundings: Mapping[Stand, Mapping[str, Perturbation]],
-        weights: Mapping[str, Error],
+        weights: Mapping[str, np.ndarray],
     ) -> list[str]:
         """Widen what hurts most until the rest is within what was asked for, or within what the weights do."""
         by_weights = found.power(weights)
@@ -182,19 +191,6 @@ class Widths:
         return {(unit.main, index) for unit in self._units if unit.form is Form.LAYER
                 for index in range(len(unit.main.inputs))}  # fmt: skip
 
-    def _weights(self) -> dict[str, Error]:
-        """Return the errors of the weights that will be rounded."""
-        errors: dict[str, Error] = {}
-        for unit in self._units:
-            found = layer_weight(unit.main) if unit.form is Form.LAYER else None
-            array = None if found is None else qgraph.ir.constant(found[1])
-            if found is None or array is None or not found[1].name or array.size == 0:
-                continue
-            per_channel = found[0] == 1 and (unit.main.op_type != "MatMul" or array.ndim == _MATRIX)
-            scheme = INT8_WEIGHT.per_channel(array.ndim, output_axis(unit.main)) if per_channel else INT8_WEIGHT
-            errors[found[1].name] = dequantize(quantize(array, scheme)) - array
-        return errors
-
     # --- who reads 8 bits all the same --------------------------------------------------------------------------------
 
     def narrowed(self) -> Iterator[tuple[tuple[ir.Node, int], Stand]]:
@@ -216,7 +212,8 @@ class Widths:
 
 def _wanting(unit: Unit) -> tuple[ir.Value, ...]:
     """Return the tensors around a unit that it needs in 16 bits."""
-    if unit.form in (Form.NORM, Form.SOFTMAX):
+    whole = unit.form is Form.TABLE and unit.outputs[0].dtype not in (ir.DataType.FLOAT, ir.DataType.BOOL, None)
+    if whole or unit.form in (Form.COMPARE, Form.NORM, Form.SOFTMAX):
         return unit.inputs
     if unit.form in (Form.QUOTIENT, Form.HYPOT):
         return (*unit.inputs, *unit.outputs)

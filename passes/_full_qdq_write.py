@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Set
 
 import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.analysis.integer_rules import is_constant, output_axis
+from qgraph.analysis.integer_rules import is_constant
 from qgraph.analysis.integer_units import Form, layer_weight
-from qgraph.numerics.quantize import Parameters, minmax_parameters, quantize
-from qgraph.numerics.schemes import INT8_WEIGHT, Scheme
 from qgraph.passes._full_qdq_plan import Plan
 from qgraph.passes._full_qdq_stands import Options, Stand, parameters
+from qgraph.passes._full_qdq_weights import Rounded, round_weight, style_of
 
 __all__ = ["write"]
-
-_INT4 = Scheme(4)
-_LAZY_ABOVE = 1 << 20
-_MATRIX = 2
 
 
 def write(graph: ir.Graph, plan: Plan, options: Options) -> None:
@@ -43,7 +39,7 @@ class _Writer:
     def run(self, plan: Plan) -> None:
         movers = {unit.main for unit in plan.units if unit.form in (Form.MOVE, Form.JOIN)}
         for node in plan.weights:
-            self._quantize_weight(node)
+            self._quantize_weight(node, plan.wide_weights)
         for value, stand in plan.values.items():
             if is_constant(value):
                 self._quantize_constant(value, stand, movers)
@@ -115,36 +111,26 @@ class _Writer:
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
-    def _quantize_weight(self, node: ir.Node) -> None:
+    def _quantize_weight(self, node: ir.Node, wide: Set[ir.Value]) -> None:
         found = layer_weight(node)
         assert found is not None
         index, weight = found
-        array = qgraph.ir.constant(weight)
-        assert array is not None
-        axis = output_axis(node)
-        per_channel = self._options.per_channel and index == 1 and (node.op_type != "MatMul" or array.ndim == _MATRIX)
-        key = (weight, axis if per_channel else -1)
+        style = style_of(self._options)
+        rounded = round_weight(node, dataclasses.replace(style, bits=16) if weight in wide else style)
+        key = (weight, -1 if rounded.axis is None else rounded.axis)
         if key not in self._weights:
-            scheme = INT8_WEIGHT if self._options.weights == "int8" else _INT4
-            self._weights[key] = self._store(
-                weight, array, scheme.per_channel(array.ndim, axis) if per_channel else scheme
-            )
+            self._weights[key] = self._store(weight, rounded)
         node.replace_input_with(index, self._weights[key])
 
-    def _store(self, weight: ir.Value, array: np.ndarray, scheme: Scheme) -> ir.Value:
-        scale, zero_point = minmax_parameters(array, scheme)
-        if self._options.scales == "pow2":
-            scale = np.asarray(np.exp2(np.ceil(np.log2(scale.astype(np.float64)))), np.float32)
-        chosen = Parameters(scale, zero_point)
-        dtype = ir.DataType.INT8 if scheme.bits != _INT4.bits else ir.DataType.INT4
+    def _store(self, weight: ir.Value, rounded: Rounded) -> ir.Value:
         name = weight.name or "weight"
-        codes = ir.tensor(quantize(array, scheme, chosen).values.astype(dtype.numpy()), dtype=dtype)
+        codes = ir.tensor(rounded.codes.astype(rounded.dtype.numpy()), dtype=rounded.dtype)
         inputs = [
             qgraph.ir.initializer(self._graph, f"{name}_q", codes),
-            qgraph.ir.initializer(self._graph, f"{name}_scale", scale),
+            qgraph.ir.initializer(self._graph, f"{name}_scale", rounded.scale),
         ]
         node = self._node("DequantizeLinear", inputs, f"{name}_dq", weight)
-        if scheme.axis is not None:
-            node.attributes["axis"] = ir.AttrInt64("axis", scheme.axis)
+        if rounded.axis is not None:
+            node.attributes["axis"] = ir.AttrInt64("axis", rounded.axis)
         self._graph.insert_before(self._graph[0], node)
         return node.outputs[0]

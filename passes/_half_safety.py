@@ -41,7 +41,9 @@ _BEYOND = "its constant reaches"
 _EXACT = (ir.DataType.BOOL, ir.DataType.INT8, ir.DataType.UINT8)
 
 
-def keep(graph: ir.Graph, opsets: Mapping[str, int], ranges: Ranges, half: Half, kept: Kept) -> None:
+def keep(
+    graph: ir.Graph, opsets: Mapping[str, int], ranges: Ranges, half: Half, kept: Kept, *, quantizers: bool = False
+) -> None:
     """Decide for every node of a graph that has to do with float32.
 
     Args:
@@ -50,9 +52,14 @@ def keep(graph: ir.Graph, opsets: Mapping[str, int], ranges: Ranges, half: Half,
         ranges: what was measured.
         half: the type.
         kept: gets the nodes that stay; those that are in it count already.
+        quantizers: whether what quantizes and dequantizes activations may be of 16 bits.
     """
     for node in graph:
-        reason = undefined(node, opsets, half) or keep_constants(node, half, kept) or _growing(node, half)
+        reason = (
+            undefined(node, opsets, half, quantizers=quantizers)
+            or keep_constants(node, half, kept)
+            or _growing(node, half)
+        )
         if reason is not None:
             kept.add(node, reason)
     _keep_made_large(graph, kept, half)

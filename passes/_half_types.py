@@ -117,8 +117,15 @@ def half_places(node: ir.Node, opsets: Mapping[str, int], half: Half) -> tuple[l
     return places[0], places[1]
 
 
-def undefined(node: ir.Node, opsets: Mapping[str, int], half: Half) -> str | None:
-    """Return why a node cannot be of 16 bits whatever its numbers are, or None."""
+def undefined(node: ir.Node, opsets: Mapping[str, int], half: Half, *, quantizers: bool = False) -> str | None:
+    """Return why a node cannot be of 16 bits whatever its numbers are, or None.
+
+    Args:
+        node: of the main graph.
+        opsets: that the model imports.
+        half: the type.
+        quantizers: whether what quantizes and dequantizes activations may be.
+    """
     if qgraph.ir.inner_graphs(node):
         return "it has subgraphs, which stay in float32"
     for value in (*node.inputs, *node.outputs):
@@ -129,9 +136,12 @@ def undefined(node: ir.Node, opsets: Mapping[str, int], half: Half) -> str | Non
         if before is not None and before.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
             return "it widens to float32 on purpose"
         return None
-    if qgraph.ir.is_op(node, "QuantizeLinear", "DynamicQuantizeLinear") or "dtype" in node.attributes:
+    if qgraph.ir.is_op(node, "DynamicQuantizeLinear") or "dtype" in node.attributes:
         return f"{node.op_type} gives numbers of a type of its own"
-    if qgraph.ir.is_op(node, "DequantizeLinear") and (node.inputs[0] is None or node.inputs[0].const_value is None):
+    if qgraph.ir.is_op(node, "QuantizeLinear") and not quantizers:
+        return f"{node.op_type} gives numbers of a type of its own"
+    dequantized = node.inputs[0] if qgraph.ir.is_op(node, "DequantizeLinear") else None
+    if dequantized is not None and dequantized.const_value is None and not quantizers:
         return "it dequantizes activations"
     if qgraph.ir.is_op(node, "Constant"):
         return "it is a Constant node: 'lift-constants' makes it an initializer"

@@ -76,6 +76,10 @@ class Emitter:
         """Emit a node with one output, and return that."""
         return self._emit(op_type, inputs, attributes, 1)[0]
 
+    def several(self, op_type: str, inputs: Sequence[ir.Value | None], count: int) -> list[ir.Value]:
+        """Emit a node with `count` outputs, and return these."""
+        return self._emit(op_type, inputs, {}, count)
+
     def _emit(
         self, op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any], count: int
     ) -> list[ir.Value]:
@@ -94,13 +98,14 @@ Raises UnfitError, before it emits anything, with the reason why a node stays.
 """
 
 
-def rewrite(model: ir.Model, rewritings: Mapping[str, Rewriting], as_what: str) -> Report:
+def rewrite(model: ir.Model, rewritings: Mapping[str, Rewriting], as_what: str, *, domain: str = "") -> Report:
     """Rewrite every node whose operator has a rewriting.
 
     Args:
         model: is changed.
-        rewritings: by operator, of the default domain.
+        rewritings: by operator.
         as_what: how the report says what became of the nodes, such as "unrolled".
+        domain: of the operators.
 
     Returns:
         The report; `skipped` has every such node that stays.
@@ -109,7 +114,7 @@ def rewrite(model: ir.Model, rewritings: Mapping[str, Rewriting], as_what: str) 
     counts: Counter[str] = Counter()
     version = version_of(model.graph.opset_imports) or 0
     for node in qgraph.ir.walk(model):
-        if not qgraph.ir.is_op(node, *rewritings):
+        if not qgraph.ir.is_op(node, *rewritings, domain=domain):
             continue
         try:
             if version < _OLDEST_OPSET:

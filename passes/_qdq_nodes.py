@@ -22,6 +22,7 @@ from qgraph.numerics.quantize import (
 )
 from qgraph.numerics.schemes import Scheme
 from qgraph.numerics.weights import WeightScheme
+from qgraph.passes._bias_values import FLOAT_BIAS_KEY
 from qgraph.passes._qdq_values import QuantizedValues, Schemes
 from qgraph.passes._weight_options import chosen_bits
 
@@ -56,6 +57,13 @@ class _Rewriter:
         self._weights: dict[tuple[ir.Value, int, float], tuple[ir.Value, np.ndarray]] = {}
 
     def run(self) -> None:
+        if self._schemes.inputs_only:
+            for node, kind in self._plan.nodes.items():
+                (self._read if kind is Kind.ARITHMETIC else self.multiply)(node)
+                if kind is not Kind.ARITHMETIC:
+                    node.metadata_props[FLOAT_BIAS_KEY] = "TensorRT imports no int32"
+            self._values.drop_replaced()
+            return
         made = [value for value in self._plan.quantized if self._plan.comes_in_integers(value)]
         readers = {value: [use for use in value.uses() if use.node not in self._plan.nodes] for value in made}
         outputs = [(index, value) for index, value in enumerate(self._values.graph.outputs) if value in readers]
@@ -67,6 +75,12 @@ class _Rewriter:
         for index, value in outputs:
             self._values.become_output(index, value)
         self._values.drop_replaced()
+
+    def _read(self, node: ir.Node) -> None:
+        """Let a node read those of its inputs quantized that the plan names."""
+        for index, value in enumerate(node.inputs):
+            if value is not None and value in self._values:
+                node.replace_input_with(index, self._values.real(value))
 
     # --- operators that keep the scale --------------------------------------------------------------------------------
 
@@ -148,7 +162,7 @@ class _Rewriter:
 
     def _quantize_weight(self, node: ir.Node, source: ir.Value) -> None:
         weight, scale = self._weight(_input(node, 1), node)
-        if _has_bias(node):
+        if _has_bias(node) and not self._schemes.inputs_only:
             bias = quantize_bias(_bias(node), float(self._values.parameters(source).scale), scale)
             name = _input(node, 2).name or "bias"
             stored = self._values.constant(name, bias.values, bias, 0 if bias.scale.ndim else None)
@@ -157,7 +171,8 @@ class _Rewriter:
             self._values.replace_constant(node, 1, weight)
         if node.op_type == "Gemm":
             node.attributes.pop("alpha", None)
-            node.attributes.pop("beta", None)
+            if not self._schemes.inputs_only:
+                node.attributes.pop("beta", None)
 
     def _weight(self, weight: ir.Value, node: ir.Node) -> tuple[ir.Value, np.ndarray]:
         """Return a dequantized weight and its scales; a weight with several readers is stored once."""
@@ -228,7 +243,9 @@ class _Rewriter:
         return Scheme(_FOUR) if self._schemes.four_bits and width == _FOUR else self._schemes.weight
 
     def _readers(self, weight: ir.Value, axis: int, factor: float) -> list[ir.Node]:
-        """Return the planned layers with a bias that use a weight in this way."""
+        """Return the planned layers with a bias in integers that use a weight in this way."""
+        if self._schemes.inputs_only:
+            return []
         nodes = [use.node for use in weight.uses() if use.node in self._plan.nodes and use.idx == 1]
         return [node for node in nodes if _has_bias(node) and (output_axis(node), _factor(node)) == (axis, factor)]
 

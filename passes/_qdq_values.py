@@ -29,6 +29,7 @@ class Schemes:
         per_channel: whether weights get a scale for each output channel instead.
         four_bits: whether weights get 4 bits where nothing else is noted at their nodes.
         clip: how the ranges of weights are chosen.
+        inputs_only: quantize what the nodes of the plan read, and nothing that they make; biases stay in float.
     """
 
     activation: Scheme
@@ -36,6 +37,7 @@ class Schemes:
     per_channel: bool
     four_bits: bool = False
     clip: Literal["minmax", "mse"] = "minmax"
+    inputs_only: bool = False
 
 
 class QuantizedValues:

@@ -4,7 +4,9 @@
     D(a) * D(b) -> Q           =>    a * b -> Requantize
     D(a) / D(b) -> Q           =>    RoundedDivide(a * 2^k, b) -> Requantize
     ReduceMean(D(x)) -> Q      =>    ReduceSum(x) -> Requantize, by the count of elements
+    CumSum(D(x)) -> Q          =>    CumSum(x) -> Requantize
     Sqrt(D(a)^2 + D(b)^2)      =>    IntegerSqrt(a * a + b * b) -> Requantize
+    Sqrt(Sqrt(sum of squares)) =>    IntegerSqrt(IntegerSqrt(...) * 2^31) -> Requantize
 
 Integers stand here less their zero points, in int32. The factors of a sum are as large as its accumulator has room.
 """
@@ -12,21 +14,25 @@ Integers stand here less their zero points, in int32. The factors of a sum are a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
+from qgraph.analysis.integer_patterns import gain_of
 from qgraph.analysis.integer_rules import is_stored
 from qgraph.analysis.integer_units import Unit
 from qgraph.passes._requantize_writer import LIMIT, Codes, Target, UnfitError, Writer
 
-__all__ = ["add", "divide", "hypot", "multiply", "numbers", "reduce"]
+__all__ = ["accumulator_step", "add", "divide", "hypot", "multiply", "numbers", "reduce"]
 
 _INT32, _INT64 = ir.DataType.INT32, ir.DataType.INT64
 _FINEST, _COARSEST = 22, -30
 _HALF = LIMIT // 2
 _ROOT_BITS = 14
+_SECOND_ROOT_BITS = 31
+"""A root is below 2^31, so that this many more bits stay below 2^62, and the root of that within int32."""
 _LARGEST_SQUARES = 1 << 60
 _LARGEST_REDUCED = 1 << 53
 """ONNX Runtime 1.31 reduces int64 in double precision, which is exact as far as this."""
@@ -35,7 +41,9 @@ _SHOWN = 2.0**-10
 
 
 def add(writer: Writer, unit: Unit, target: Target) -> ir.Value:
-    """Write a sum of tensors and constants, each with a sign, and a clamp behind it."""
+    """Write a sum of tensors and constants, each with a sign, what scales it, and a clamp behind it."""
+    factor = float(unit.tail.factor)
+    wanted = target._replace(scale=target.scale / factor)
     dynamic: list[tuple[Codes, int]] = []
     constants: list[np.ndarray] = []
     for value, sign in zip(unit.terms, unit.signs, strict=True):
@@ -46,20 +54,20 @@ def add(writer: Writer, unit: Unit, target: Target) -> ir.Value:
     offset = constants[0] if constants else np.zeros(())
     for array in constants[1:]:
         offset = offset + array
-    offset = _felt(offset, dynamic, target)
-    step, factors, reaches = _common_step(dynamic, offset, target)
+    offset = _felt(offset, dynamic, wanted)
+    step, factors, reaches = _common_step(dynamic, offset, wanted)
     total: ir.Value | None = None
-    for (codes, sign), factor, reach in zip(dynamic, factors, reaches, strict=True):
+    for (codes, sign), steps, reach in zip(dynamic, factors, reaches, strict=True):
         term = writer.centred(codes)
         if reach < codes.form.reach:
             term = writer.op("Clip", [term, *(writer.constant(one, _INT32) for one in (-reach, reach))], _INT32)
-        term = writer.times(term, sign * factor)
+        term = writer.times(term, sign * steps)
         total = term if total is None else writer.op("Add", [total, term], _INT32)
     assert total is not None
     rounded = np.rint(offset / step)
     if np.any(rounded):
         total = writer.op("Add", [total, writer.constant(rounded, _INT32)], _INT32)
-    return writer.requantize(total, step, target, unit.tail.low, unit.tail.high)
+    return writer.requantize(total, step * factor, target, unit.tail.low, unit.tail.high)
 
 
 def _felt(offset: np.ndarray, terms: list[tuple[Codes, int]], target: Target) -> np.ndarray:
@@ -81,12 +89,12 @@ def _common_step(
     forms = [codes.form for codes, _ in terms]
     reaches = [form.reach for form in forms]
     largest = float(np.max(np.abs(offset), initial=0.0))
-    step, factors = _step(forms, reaches, largest, forms[0].scale)
+    step, factors = accumulator_step(forms, reaches, largest, forms[0].scale)
     if not _shows(forms, factors, step, target):
         return step, factors, reaches
     total = sum(form.reach * form.scale for form in forms) + largest + target.reach * target.scale
     reaches = [min(form.reach, math.ceil(total / form.scale - form.reach) + 1) for form in forms]
-    step, factors = _step(forms, reaches, largest, min(form.scale for form in forms))
+    step, factors = accumulator_step(forms, reaches, largest, min(form.scale for form in forms))
     if not all(factor or form.reach * form.scale < target.scale for form, factor in zip(forms, factors, strict=True)):
         raise UnfitError("its terms have such different scales that no accumulator holds them")
     return step, factors, reaches
@@ -100,7 +108,20 @@ def _shows(forms: list[Target], factors: list[int], step: float, target: Target)
     )
 
 
-def _step(forms: list[Target], reaches: list[int], offset: float, first: float) -> tuple[float, list[int]]:
+def accumulator_step(
+    forms: Sequence[Target], reaches: Sequence[int], offset: float, first: float
+) -> tuple[float, list[int]]:
+    """Return the finest step at which half of int32 holds the sum of several tensors, and how many one of each is.
+
+    Args:
+        forms: what the tensors' integers stand for.
+        reaches: how far each may be from zero.
+        offset: what is added besides.
+        first: a power of two of this is the step.
+
+    Raises:
+        UnfitError: there is none.
+    """
     for places in range(_FINEST, _COARSEST - 1, -1):
         step = math.ldexp(first, -places)
         factors = [round(form.scale / step) for form in forms]
@@ -162,8 +183,10 @@ def divide(writer: Writer, unit: Unit, target: Target) -> ir.Value:
 
 
 def reduce(writer: Writer, unit: Unit, target: Target) -> ir.Value:
-    """Write a sum or mean over axes."""
+    """Write a sum or mean over axes, or the running sums along one."""
     node = unit.main
+    if node.op_type == "CumSum":
+        return _running_sum(writer, unit, target)
     source = writer.codes(unit.inputs[0])
     axes, attributes = _axes(unit)
     count = _count(unit, axes)
@@ -186,6 +209,21 @@ def reduce(writer: Writer, unit: Unit, target: Target) -> ir.Value:
     wide = writer.op("Mul", [writer.cast(total, _INT64), writer.constant(1 << places, _INT64)], _INT64)
     mean = writer.cast(writer.function("RoundedDivide", [wide, elements], _INT64), _INT32)
     return writer.requantize(mean, math.ldexp(source.form.scale, -places), target)
+
+
+def _running_sum(writer: Writer, unit: Unit, target: Target) -> ir.Value:
+    node, shape = unit.main, unit.inputs[0].shape
+    source, axis = writer.codes(unit.inputs[0]), qgraph.ir.constant(node.inputs[1])
+    if axis is None:
+        raise UnfitError("its axis is computed at run time")
+    size = None if shape is None else shape[int(axis.item())]
+    most = LIMIT // source.form.reach
+    if isinstance(size, int) and size > most:
+        raise UnfitError(f"its sums of {size} elements could leave int32 (at most {most} cannot)")
+    if not isinstance(size, int):
+        writer.limit(most)
+    sums = writer.op("CumSum", [writer.centred(source), node.inputs[1]], _INT32, dict(node.attributes))
+    return writer.requantize(sums, source.form.scale, target)
 
 
 def _axes(unit: Unit) -> tuple[list[int] | None, dict[str, int]]:
@@ -221,7 +259,7 @@ def _count(unit: Unit, axes: list[int] | None) -> int | None:
 
 
 def hypot(writer: Writer, unit: Unit, target: Target) -> ir.Value:
-    """Write the root of a sum of squares: over an axis, or of two tensors."""
+    """Write the root of a sum of squares, over an axis or of two tensors, or the root of that."""
     sources = [writer.codes(value) for value in unit.inputs]
     summed = next((node for node in unit.nodes if node.op_type == "ReduceSum"), None)
     axes, attributes = (None, {}) if summed is None else _axes_of(summed)
@@ -239,8 +277,21 @@ def hypot(writer: Writer, unit: Unit, target: Target) -> ir.Value:
     else:
         inputs = [squares[0]] + ([] if axes is None else [writer.constant(np.asarray(axes), _INT64)])
         total = writer.op("ReduceSum", inputs, _INT64, attributes)
-    root = writer.cast(writer.function("IntegerSqrt", [total], _INT64), _INT32)
-    return writer.requantize(root, step, target)
+    root, scale = writer.function("IntegerSqrt", [total], _INT64), step * _gain(unit, axes, attributes)
+    if [node.op_type for node in unit.nodes[-2:]] == ["Sqrt", "Sqrt"]:
+        fine = writer.op("Mul", [root, writer.constant(1 << _SECOND_ROOT_BITS, _INT64)], _INT64)
+        root, scale = writer.function("IntegerSqrt", [fine], _INT64), np.sqrt(np.ldexp(scale, -_SECOND_ROOT_BITS))
+    return writer.requantize(writer.cast(root, _INT32), scale, target)
+
+
+def _gain(unit: Unit, axes: list[int] | None, attributes: dict[str, int]) -> np.ndarray:
+    """Return what the root is to be multiplied by since the squared numbers were, in a shape that broadcasts to it."""
+    gain, shape = gain_of(unit.nodes[0]), unit.inputs[0].shape
+    if gain is None or gain.size == 1:
+        return np.abs(np.ones(()) if gain is None else gain.astype(np.float64).reshape(()))
+    assert shape is not None
+    sizes = np.abs(gain.astype(np.float64)).reshape((1,) * (len(shape) - gain.ndim) + gain.shape)
+    return sizes if axes is None or attributes["keepdims"] else np.squeeze(sizes, axis=tuple(axes))
 
 
 def _fine_step(sources: list[Codes], count: int, most: int) -> tuple[float, list[int]]:

@@ -21,7 +21,7 @@ from qgraph.analysis.integer_units import Unit
 from qgraph.numerics.integer_math import table_interpolate
 from qgraph.passes._requantize_writer import Codes, Target, UnfitError, Writer
 
-__all__ = ["normalize", "predicate", "softmax", "table"]
+__all__ = ["choices", "normalize", "softmax", "table"]
 
 _INT32, _INT64, _INT16 = ir.DataType.INT32, ir.DataType.INT64, ir.DataType.INT16
 _EXP_BITS, _EXP_ENTRIES = 15, 1024
@@ -54,10 +54,12 @@ def table(writer: Writer, unit: Unit, target: Target) -> ir.Value:
     return writer.cast(result, target.dtype)
 
 
-def predicate(writer: Writer, unit: Unit) -> ir.Value:
-    """Write a function of one tensor whose results are truth values."""
+def choices(writer: Writer, unit: Unit) -> ir.Value:
+    """Write a function of one tensor whose results are truth values or whole numbers."""
     source = writer.codes(unit.inputs[0])
-    return _look_up(writer, source, _values(writer, unit, source.form).astype(bool), ir.DataType.BOOL)
+    dtype = unit.outputs[0].dtype
+    assert dtype is not None
+    return _look_up(writer, source, _values(writer, unit, source.form), dtype)
 
 
 def _values(writer: Writer, unit: Unit, form: Target) -> np.ndarray:

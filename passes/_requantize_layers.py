@@ -1,18 +1,19 @@
-"""Linear layers, products of activations and sums over windows in integers.
+"""Linear layers and products of activations in integers.
 
     D(x) -> Conv(D(w), b) -> Relu -> Q    =>    ConvInteger(x, w) -> Add(b) -> Requantize
     D(a), D(b) -> MatMul -> Q             =>    MatMulInteger(a, b) -> Requantize
-    D(x) -> AveragePool -> Q              =>    ConvInteger(x, 1) -> Requantize, by each window's count
 
-A 16-bit input is multiplied as two of 8 bits: x = 256 * high + low. No accumulator can leave int32: for each output
-the sum of |w| times the reach of the inputs, and the bias, are added up, and where they could, the weights of that
-output are halved until they cannot; the pass names the layer.
+A 16-bit input is multiplied as two of 8 bits: x = 256 * high + low. A 16-bit weight is two of 8 bits as well, with an
+accumulator each, of which that of the rests is brought to the step of the other:
+
+    D(x) -> Conv(D(w16)) -> Q    =>    ConvInteger(x, w) -> Add(Requantize(ConvInteger(x, rest))) -> Requantize
+
+No accumulator can leave int32 (`_requantize_bounds`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -21,14 +22,16 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.integer_rules import output_axis
 from qgraph.analysis.integer_units import Unit, layer_weight
+from qgraph.passes._requantize_bounds import SPLIT, Rest, bounded, bounded_halves
 from qgraph.passes._requantize_writer import LIMIT, Codes, Target, UnfitError, Writer, along
 
-__all__ = ["Layer", "int8_weight", "layer", "matmul", "pool", "read_layer"]
+__all__ = ["Layer", "in_halves", "int8_weight", "layer", "matmul", "read_layer"]
 
 _INT32, _INT8, _UINT8 = ir.DataType.INT32, ir.DataType.INT8, ir.DataType.UINT8
-_SPLIT = 256
 _MATRIX = 2
-_BIAS_BITS = 24
+_INT8_LIMITS = np.iinfo(np.int8)
+_STEPS = Target(1.0, 0, ir.DataType.INT32)
+"""Units of an accumulator."""
 _CONV_ATTRIBUTES = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 
 
@@ -42,6 +45,7 @@ class Layer:
         index: which of the node's inputs the weight is.
         bias: int64, (outputs,).
         scale: what one unit of the accumulator is worth, (outputs,).
+        rest: what a weight of 16 bits is more than `weight`; None for one of 8 bits.
     """
 
     source: Codes
@@ -49,6 +53,7 @@ class Layer:
     index: int
     bias: np.ndarray
     scale: np.ndarray
+    rest: Rest | None = None
 
 
 def read_layer(writer: Writer, unit: Unit) -> Layer:
@@ -70,14 +75,22 @@ def read_layer(writer: Writer, unit: Unit) -> Layer:
     scale = np.abs(factor) * source.form.scale * weight_scale
     weight = weight * along(np.sign(factor), axis, weight.ndim).astype(np.int64)
     bias = np.asarray(offset / scale)
-    weight, bias, scale = _bounded(writer, unit, weight, axis, bias, scale, source.form)
-    return Layer(source, weight, index, bias, scale)
+    part = f"'{unit.label}'"
+    if _fits_int8(weight):
+        weight, bias, scale = bounded(writer, part, weight, axis, bias, scale, source.form)
+        return Layer(source, weight, index, bias, scale)
+    weight, bias, scale, rest = bounded_halves(writer, part, weight, axis, bias, scale, source.form)
+    return Layer(source, weight, index, bias, scale, rest)
 
 
 def layer(writer: Writer, unit: Unit, target: Target) -> ir.Value:
     """Write a layer with a constant weight, and what is done to its accumulator."""
     read = read_layer(writer, unit)
     accumulator = _multiply(writer, unit.main, read.source, read.weight, read.index)
+    if read.rest is not None:
+        finer = _multiply(writer, unit.main, read.source, read.rest.weight, read.index, "rest")
+        ratio = _over_outputs(read.rest.scale / read.scale, unit.main, read.index)
+        accumulator = writer.op("Add", [accumulator, writer.requantize(finer, ratio, _STEPS)], _INT32)
     accumulator = _add_bias(writer, unit.main, accumulator, read)
     scale = _over_outputs(read.scale, unit.main, read.index)
     return writer.requantize(accumulator, scale, target, unit.tail.low, unit.tail.high)
@@ -125,53 +138,24 @@ def _affine(writer: Writer, unit: Unit, outputs: int) -> tuple[np.ndarray, np.nd
     return np.asarray(factor * alpha), np.asarray(offset)
 
 
-def _bounded(
-    writer: Writer, unit: Unit, weight: np.ndarray, axis: int, bias: np.ndarray, scale: np.ndarray, source: Target
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return weight, bias (integers) and scale at which no input whatsoever leads beyond int32."""
-    others = tuple(one for one in range(weight.ndim) if one != axis % weight.ndim)
-    reach = source.reach + (_SPLIT if source.dtype is ir.DataType.INT16 else 0)  # what the two halves add up to at most
-    outputs = weight.shape[axis]
-    scale = np.array(np.broadcast_to(scale, (outputs,)))
-    real_bias = np.array(np.broadcast_to(bias * np.broadcast_to(scale, bias.shape or (outputs,)), (outputs,)))
-    integers = weight
-    halved = np.zeros(outputs, bool)
-    scale = _fine_enough(scale, real_bias, np.abs(weight).sum(axis=others) == 0)
-    while True:
-        rounded = np.rint(real_bias / scale)
-        bound = np.abs(integers).sum(axis=others) * float(reach) + np.abs(rounded)
-        beyond = bound > LIMIT
-        if not beyond.any():
-            break
-        halved |= beyond
-        scale = np.where(beyond, scale * 2, scale)
-        integers = np.where(along(beyond, axis, weight.ndim), np.rint(integers / 2).astype(np.int64), integers)
-    if halved.any():
-        count = f"{int(halved.sum())} of {outputs} outputs"
-        writer.remark(f"'{unit.label}': {count} could leave int32, so that their weights have fewer bits")
-    return integers, rounded.astype(np.int64), scale
-
-
-def _fine_enough(scale: np.ndarray, bias: np.ndarray, empty: np.ndarray) -> np.ndarray:
-    """Return scales at which no bias is lost where all weights are zero: their own scale says nothing then."""
-    lost = empty & (np.rint(bias / scale) * scale != bias)
-    exponents = np.ceil(np.log2(np.abs(bias), where=lost, out=np.zeros_like(bias)))
-    return np.asarray(np.where(lost, np.exp2(exponents - _BIAS_BITS), scale))
-
-
-def int8_weight(writer: Writer, node: ir.Node, weight: np.ndarray) -> ir.Value:
+def int8_weight(writer: Writer, node: ir.Node, weight: np.ndarray, label: str = "weight") -> ir.Value:
     """Store a weight as the integer operators read it: int8, a Gemm's as [inputs, outputs]."""
     if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != 0:
         weight = weight.T
-    limits = np.iinfo(np.int8)
-    if weight.min() < limits.min or weight.max() > limits.max:
+    if not _fits_int8(weight):
         raise UnfitError("its weight less the zero point does not fit into int8")
-    return writer.constant(weight, _INT8, f"{qgraph.ir.node_label(node)}/weight")
+    return writer.constant(weight, _INT8, f"{qgraph.ir.node_label(node)}/{label}")
 
 
-def _multiply(writer: Writer, node: ir.Node, source: Codes, weight: np.ndarray, index: int) -> ir.Value:
+def _fits_int8(weight: np.ndarray) -> bool:
+    return bool(weight.min() >= _INT8_LIMITS.min and weight.max() <= _INT8_LIMITS.max)
+
+
+def _multiply(
+    writer: Writer, node: ir.Node, source: Codes, weight: np.ndarray, index: int, label: str = "weight"
+) -> ir.Value:
     """Multiply integers and return the accumulator, int32."""
-    stored = int8_weight(writer, node, weight)
+    stored = int8_weight(writer, node, weight, label)
     kept = {name: node.attributes[name] for name in _CONV_ATTRIBUTES if name in node.attributes}
 
     def product(codes: ir.Value, zero_point: int) -> ir.Value:
@@ -182,18 +166,18 @@ def _multiply(writer: Writer, node: ir.Node, source: Codes, weight: np.ndarray, 
             return writer.op("MatMulInteger", [codes, stored, zero], _INT32)
         return writer.op("MatMulInteger", [stored, codes, None, zero], _INT32)
 
-    return _in_halves(writer, source, product)
+    return in_halves(writer, source, product)
 
 
-def _in_halves(writer: Writer, source: Codes, product: Callable[[ir.Value, int], ir.Value]) -> ir.Value:
+def in_halves(writer: Writer, source: Codes, product: Callable[[ir.Value, int], ir.Value]) -> ir.Value:
     """Apply a linear function of 8-bit integers to these, or to the two halves of 16-bit ones."""
     if source.form.dtype is not ir.DataType.INT16:
         return product(source.value, source.form.zero_point)
     shifted = writer.op("Add", [writer.centred(source), writer.constant(1 << 15, _INT32)], _INT32)
-    split = writer.constant(_SPLIT, _INT32)
+    split = writer.constant(SPLIT, _INT32)
     high = writer.op("Div", [shifted, split], _INT32)
     low = writer.op("Sub", [shifted, writer.op("Mul", [high, split], _INT32)], _INT32)
-    upper = product(writer.cast(high, _UINT8), _SPLIT // 2)
+    upper = product(writer.cast(high, _UINT8), SPLIT // 2)
     lower = product(writer.cast(low, _UINT8), 0)
     return writer.op("Add", [writer.op("Mul", [upper, split], _INT32), lower], _INT32)
 
@@ -247,50 +231,3 @@ def matmul(writer: Writer, unit: Unit, target: Target) -> ir.Value:
 def _last(value: ir.Value) -> int | None:
     size = value.shape[-1] if value.shape is not None and len(value.shape) else None
     return size if isinstance(size, int) else None
-
-
-def pool(writer: Writer, unit: Unit, target: Target) -> ir.Value:
-    """Write an AveragePool as sums over windows, divided by the counts of their elements."""
-    node = unit.main
-    source = writer.codes(unit.inputs[0])
-    shape = unit.inputs[0].shape
-    channels = None if shape is None or len(shape) < 3 else shape[1]
-    if not isinstance(channels, int):
-        raise UnfitError("the number of its channels is not known: fix the shape of the input (--shape)")
-    if node.attributes.get_int("ceil_mode", 0):
-        raise UnfitError("it may reach beyond the border (ceil_mode)")
-    kernel = list(node.attributes.get_ints("kernel_shape"))
-    if math.prod(kernel) * source.form.reach > LIMIT // 2:
-        raise UnfitError("its windows are so large that their sums could leave int32")
-    ones = writer.constant(np.ones((channels, 1, *kernel)), _INT8)
-    kept = {name: node.attributes[name] for name in _CONV_ATTRIBUTES if name in node.attributes}
-    kept["group"] = ir.AttrInt64("group", channels)
-
-    def sums(codes: ir.Value, zero_point: int) -> ir.Value:
-        zero = writer.constant(zero_point, codes.dtype or _UINT8)
-        return writer.op("ConvInteger", [codes, ones, zero], _INT32, kept)
-
-    total = _in_halves(writer, source, sums)
-    return writer.requantize(total, source.form.scale / _counts(node, shape, kernel), target)
-
-
-def _counts(node: ir.Node, shape: ir.Shape | None, kernel: list[int]) -> np.ndarray:
-    """Return the elements that count in each window, () or over the output's places."""
-    pads = list(node.attributes.get_ints("pads", [0] * 2 * len(kernel)))
-    auto = node.attributes.get_string("auto_pad", "NOTSET")
-    padded = any(pads) or auto not in ("NOTSET", "VALID")
-    if node.attributes.get_int("count_include_pad", 0) or not padded:
-        return np.asarray(float(math.prod(kernel)))
-    sizes = [] if shape is None else list(shape)[2:]
-    if auto not in ("NOTSET", "VALID") or not all(isinstance(size, int) for size in sizes):
-        raise UnfitError("its border counts less than the inside, and its size is not known: fix the shape (--shape)")
-    strides = list(node.attributes.get_ints("strides", [1] * len(kernel)))
-    dilations = list(node.attributes.get_ints("dilations", [1] * len(kernel)))
-    counts = np.ones(())
-    for axis, (size, width, step, gap) in enumerate(zip(sizes, kernel, strides, dilations, strict=True)):
-        assert isinstance(size, int)
-        before, after = pads[axis], pads[axis + len(kernel)]
-        starts = np.arange(0, size + before + after - (width - 1) * gap, step) - before
-        taps = starts[:, None] + np.arange(width) * gap
-        counts = np.multiply.outer(counts, ((taps >= 0) & (taps < size)).sum(axis=1))
-    return np.maximum(counts, 1)

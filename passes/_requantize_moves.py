@@ -3,6 +3,7 @@
     D(x) -> Transpose -> Q                 =>    Transpose(x)
     Concat(D(a), D(b)) -> Q                =>    Concat(Requantize(a), b)        each at the scale of the result
     Where(c, D(a), -inf) -> Q              =>    Where(c, a, lowest)
+    ScatterND(D(a), i, D(b)) -> Q          =>    ScatterND(a, i, Requantize(b))
 
 ONNX Runtime has no 16-bit kernels for some of these; they are then done in int32 between two casts, or written as
 others.
@@ -54,15 +55,18 @@ def move(writer: Writer, unit: Unit) -> list[tuple[ir.Value, Target | None]]:
     kind = _INT32 if wide else form.dtype
     inputs[0] = writer.cast(source.value, kind)
     op_type, attributes = node.op_type, dict(node.attributes)
+    if op_type == "TopK":
+        attributes["sorted"] = ir.AttrInt64("sorted", 1)  # else their order is the runtime's own
     if op_type == "Pad":
         inputs = _padding(writer, node, form, kind, inputs)
     elif op_type == "GlobalMaxPool":
         op_type, inputs, attributes = _over_space(writer, unit, inputs[0])
-    real = [is_float(value) for value in node.outputs]
     new = writer.node(op_type, inputs, kind, attributes, outputs=len(node.outputs))
     results: list[tuple[ir.Value, Target | None]] = []
-    for value, before, is_real in zip(new.outputs, node.outputs, real, strict=True):
-        if not is_real:
+    for value, before in zip(new.outputs, node.outputs, strict=True):
+        if not before.name:
+            continue
+        if not is_float(before):
             value.dtype = before.dtype or _INT64
             results.append((value, None))
         else:
@@ -177,6 +181,9 @@ def join(writer: Writer, unit: Unit, target: Target) -> ir.Value:
         result = functools.reduce(lambda one, other: writer.op(node.op_type, [one, other], dtype), terms)
     elif node.op_type == "Where":
         result = writer.op("Where", [node.inputs[0], *terms], dtype)
+    elif node.op_type in ("ScatterElements", "ScatterND"):
+        data, updates = terms
+        result = writer.op(node.op_type, [data, node.inputs[1], updates], dtype, dict(node.attributes))
     else:
         result = writer.op("Concat", terms, dtype, dict(node.attributes))
     return writer.cast(result, target.dtype)

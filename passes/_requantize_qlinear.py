@@ -67,6 +67,8 @@ def _result(writer: Writer, target: Target) -> list[ir.Value]:
 def _layer(writer: Writer, unit: Unit, target: Target) -> ir.Value | None:
     node = unit.main
     read = layers.read_layer(writer, unit)
+    if read.rest is not None:
+        return None
     weight_scale = read.scale / read.source.form.scale
     if np.ptp(weight_scale) == 0:
         weight_scale = weight_scale[0]

@@ -22,6 +22,7 @@ LIMIT = (1 << 31) - 1
 _LEAST = 2.0**-32
 _BITS = {ir.DataType.UINT8: (0, 255), ir.DataType.INT8: (-128, 127), ir.DataType.INT16: (-32768, 32767),
          ir.DataType.INT4: (-8, 7), ir.DataType.UINT4: (0, 15)}  # fmt: skip
+_INT32_BOUNDS = (-(1 << 31), LIMIT)
 
 Attributes = Mapping[str, ir.Attr | int | float | str | Sequence[int]]
 
@@ -40,7 +41,7 @@ class Target(NamedTuple):
     @property
     def bounds(self) -> tuple[int, int]:
         """The least and the largest integer."""
-        return _BITS[self.dtype]
+        return _INT32_BOUNDS if self.dtype is ir.DataType.INT32 else _BITS[self.dtype]
 
     @property
     def reach(self) -> int:

@@ -10,6 +10,9 @@
     LpNormalization(x)                         =>    x / Clip(norm, min=least)      norm as ReduceL1 or ReduceL2
     LogSoftmax(x)                              =>    d - Log(ReduceSum(Exp(d)))     d = x - ReduceMax(x)
     ReduceLogSumExp(x)                         =>    m + Log(ReduceSum(Exp(x - m))) m = ReduceMax(x)
+    ReduceLogSum(x)                            =>    Log(ReduceSum(x))
+    LRN(x)                                     =>    x * Pow(bias + alpha * AveragePool over channels (x * x), -beta)
+    LpPool<p=2>(x)                             =>    Sqrt(count * AveragePool(x * x))
     PRelu(x, slopes of channels)               =>    Max(x, slopes * x)             where no slope exceeds 1
 
 LogSoftmax is not written as Log(Softmax(x)): what is improbable would be the logarithm of a probability that has
@@ -17,7 +20,7 @@ underflowed. `least` is the smallest normal number: a vector of zeros stays zero
 GroupNormalization is one number for each group before opset 21, and one for each channel since.
 
 Does not fire, with the reason in the report, for a computed scale, for sizes that are not known, for a reduction that
-may reduce nothing, and for LRN, whose sums over neighbouring channels are none of the plain operators.
+may reduce nothing, and for an LpPool that may reach beyond the border (ceil_mode).
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.passes._plain_operators import Emitter, PlainAlready, Rewriting, UnfitError, rewrite, static_sizes
+from qgraph.passes._plain_windows import local_response, pooled_norm
 from qgraph.pipeline import Context, Pass, Report
 
 __all__ = ["DecomposeNorms"]
@@ -167,9 +171,11 @@ def _reduced(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
 
 
 def _norm(emit: Emitter, op_type: str, value: ir.Value | None, axes: ir.Value | None, keepdims: int) -> ir.Value:
-    terms = emit("Abs", value) if op_type == "ReduceL1" else emit("Mul", value, value)
-    total = emit("ReduceSum", *([terms] if axes is None else [terms, axes]), keepdims=keepdims)
-    return emit("Sqrt", total) if op_type == "ReduceL2" else total
+    if op_type != "ReduceLogSum":
+        value = emit("Abs", value) if op_type == "ReduceL1" else emit("Mul", value, value)
+    total = emit("ReduceSum", *([value] if axes is None else [value, axes]), keepdims=keepdims)
+    behind = {"ReduceL2": "Sqrt", "ReduceLogSum": "Log"}.get(op_type)
+    return total if behind is None else emit(behind, total)
 
 
 def _lp(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
@@ -200,16 +206,12 @@ def _log_sum_exp(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
     return [emit("Add", largest, emit("Log", emit("ReduceSum", emit("Exp", below), axes)))]
 
 
-def _local_response(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
-    del node, emit
-    raise UnfitError("its sums over neighbouring channels are none of the plain operators")
-
-
 _REWRITINGS: Mapping[str, Rewriting] = {
     "InstanceNormalization": _instance,
     "GroupNormalization": _group,
     "ReduceL1": _reduced,
     "ReduceL2": _reduced,
+    "ReduceLogSum": _reduced,
     "ReduceSumSquare": _reduced,
     "LpNormalization": _lp,
     "LayerNormalization": _layer,
@@ -217,5 +219,6 @@ _REWRITINGS: Mapping[str, Rewriting] = {
     "PRelu": _channel_slopes,
     "LogSoftmax": _log_softmax,
     "ReduceLogSumExp": _log_sum_exp,
-    "LRN": _local_response,
+    "LRN": local_response,
+    "LpPool": pooled_norm,
 }

@@ -18,6 +18,11 @@ Activations have 8 bits, or 16 (int16, zero point 0) where 8 would hurt and no p
 
 A product of two activations always reads 8 bits; so does a layer, unless its input is one of those last.
 
+Where gradients cannot tell what the outputs feel (before a logarithm, say), every tensor that may has 16 bits, which
+then reach a quarter further than what was seen: what is clipped there costs more than a bit. A weight whose rounding to
+8 bits alone makes a tenth of the noise that `sqnr` allows, as measured, has 16 bits then too (`wide_weights`), which
+`integer-requantize` multiplies as two halves of 8.
+
 Masks (what is computed from integers alone and reaches far below what a softmax can see) are cut off where the softmax
 is zero anyway. Left alone: weights that were rounded before, tensors that are quantized already, what `exclude` names,
 and operators without an integer form, each with the reason. A second run changes nothing.
@@ -62,6 +67,9 @@ class FullQdq(Pass):
         default="minmax", metadata={"help": "how the ranges of 8-bit activations are chosen"}
     )
     wide: Literal["auto", "none"] = field(default="auto", metadata={"help": "auto: 16 bits where 8 would hurt"})
+    wide_weights: Literal["auto", "none", "all"] = field(
+        default="auto", metadata={"help": "16 bits for weights, in two halves; auto: where 8 are measured to hurt"}
+    )
     sqnr: float = field(
         default=30.0, metadata={"help": "dB at the outputs for which tensors get 16 bits; 0: by operators alone"}
     )

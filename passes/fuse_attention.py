@@ -10,7 +10,8 @@
     mask with the lowest float in it     =>       Max(mask, lowest / 2)
 
 This is how both torch exporters write eager and scaled-dot-product attention once identities are removed and shapes
-are known. Attention is of opset 23; a model of opset 21 or 22 is raised, which changes no other operator.
+are known. Attention is of opset 23; a model of an earlier one is raised where there is something to fuse, and only
+there. From 21 on that changes no other operator.
 
 ONNX Runtime's Attention takes minus infinity and the lowest float both as masked, and gives zeros for a query that has
 no other keys. That is what a guard against NaN does for minus infinity; where the lowest float marks what is masked,
@@ -32,6 +33,7 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.shapes import Shapes, shapes_of
 from qgraph.analysis.symbols import Dim
+from qgraph.passes import _opsets
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
 __all__ = ["FuseAttention"]
@@ -98,14 +100,16 @@ class FuseAttention(Pass):
                 block = _Matcher(shapes).block(softmax)
                 if block is None:
                     continue
-                if opset < _COMPATIBLE_SINCE:
-                    raise _NoMatchError(f"the model is of opset {opset}; convert it to {_COMPATIBLE_SINCE} first")
             except _NoMatchError as reason:
                 skipped.append(Skipped(qgraph.ir.node_label(softmax), str(reason)))
                 continue
             blocks.append(block)
         if not blocks:
             return Report(skipped=skipped)
+        if opset < _COMPATIBLE_SINCE:
+            _opsets.convert(model, _COMPATIBLE_SINCE)
+            context.forget()
+            return self.apply(model, context)
         rewriter = _Rewriter(model, shapes)
         for block in blocks:
             rewriter.fuse(block)

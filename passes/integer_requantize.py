@@ -45,7 +45,9 @@ from qgraph.passes import _requantize_elementwise as elementwise
 from qgraph.passes import _requantize_functions as functions
 from qgraph.passes import _requantize_layers as layers
 from qgraph.passes import _requantize_moves as moves
+from qgraph.passes import _requantize_pools as pools
 from qgraph.passes import _requantize_qlinear as qlinear
+from qgraph.passes._requantize_compare import compare
 from qgraph.passes._requantize_writer import Codes, Target, UnfitError, Writer
 from qgraph.passes._weight_options import FLOAT_KEY
 from qgraph.pipeline import Context, Pass, Report, Skipped
@@ -61,7 +63,7 @@ _COMPARED = 8
 _FORMS: Mapping[Form, Callable[[Writer, Unit, Target], ir.Value]] = {
     Form.LAYER: layers.layer,
     Form.MATMUL: layers.matmul,
-    Form.POOL: layers.pool,
+    Form.POOL: pools.pool,
     Form.SUM: elementwise.add,
     Form.PRODUCT: elementwise.multiply,
     Form.QUOTIENT: elementwise.divide,
@@ -179,9 +181,8 @@ class _Rewriter:
             return
         value = unit.outputs[0]
         if not is_float(value):
-            self._stand_for(
-                value, functions.predicate(self._writer, unit), spared=self._functions.get(unit.main, set())
-            )
+            write = compare if unit.form is Form.COMPARE else functions.choices
+            self._stand_for(value, write(self._writer, unit), spared=self._functions.get(unit.main, set()))
             return
         for reader, target in self._targets(value):
             fast = qlinear.write(self._writer, unit, target) if self._fast else None

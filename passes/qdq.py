@@ -17,6 +17,15 @@ is. With `weights=int4`, others are rounded to 4 bits, but for those that the me
     HardSigmoid(x)       =>    D'(Q(x)) + D(beta) -> Q      D' has alpha times the scale; Q saturates at 0 and 1
     Gather(table, i)     =>    D(Gather(table8, i))
 
+TensorRT has other rules (`placement=tensorrt`; see `qgraph.analysis.tensorrt_plan`): only what layers, residual Adds
+and poolings between layers read is quantized, behind the Relu of the layer before, symmetric; biases stay in float.
+
+    x -> Conv(W, b) -> Relu -> MaxPool -> Conv
+    =>
+    x -> Q -> D -> Conv(D(W8), b) -> Relu -> MaxPool -> Q -> D -> Conv
+
+There, activations and weights may be float8e4m3fn as well.
+
 What stays in float, each with the reason in the report: layers whose weights are not constant, what `exclude` names,
 operators of which no layer in integers is the neighbour on both sides, so that quantizing them would cost more than
 it saves, what comes after the last layer, tensors that cannot be calibrated, and nodes inside subgraphs (If, Loop,
@@ -35,10 +44,11 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.calibration import calibrate
-from qgraph.analysis.integer_plan import IntegerPlan, integer_plan
+from qgraph.analysis.integer_plan import Allowed, IntegerPlan, integer_plan
 from qgraph.analysis.integer_rules import OPERATORS, QUANTIZED_ALREADY, Kind
+from qgraph.analysis.tensorrt_plan import tensorrt_plan
 from qgraph.errors import UserError, nearest
-from qgraph.numerics.schemes import INT8_WEIGHT, UINT8_WEIGHT, Scheme
+from qgraph.numerics.schemes import FLOAT8, INT8_WEIGHT, UINT8_WEIGHT, Scheme
 from qgraph.passes._qdq_nodes import rewrite
 from qgraph.passes._qdq_values import Schemes
 from qgraph.passes._weight_options import FLOAT_KEY, chosen_bits, forget_bits
@@ -48,7 +58,8 @@ __all__ = ["FLOAT_KEY", "Qdq"]
 
 _FIRST_OPSET = 13
 """The first whose DequantizeLinear knows channels, and whose movers all take integers."""
-_FOUR_BITS_OPSET = 21
+_OPSETS = {"float8e4m3fn": 19, "int4": 21}
+_TENSORRT = (("int8", "int8"), ("float8e4m3fn", "float8e4m3fn"))
 _LARGEST = 1e15
 """What reaches further is a mask rather than a number; its scale times that of a weight would overflow."""
 
@@ -61,13 +72,20 @@ class Qdq(Pass):
 
     name: ClassVar[str] = "qdq"
     per_channel: bool = field(default=True, metadata={"help": "one weight scale for each output channel"})
-    weights: Literal["int8", "uint8", "int4"] = field(default="int8", metadata={"help": "integers of weights"})
+    weights: Literal["int8", "uint8", "int4", "float8e4m3fn"] = field(
+        default="int8", metadata={"help": "integers, or floats, of weights"}
+    )
     clip: Literal["auto", "minmax", "mse"] = field(
         default="auto",
         metadata={"help": "ranges of weights: full ones, or those of least squared error; auto: mse for 4 bits"},
     )
-    activations: Literal["uint8", "int8"] = field(default="uint8", metadata={"help": "integers of activations"})
+    activations: Literal["uint8", "int8", "float8e4m3fn"] = field(
+        default="uint8", metadata={"help": "integers, or floats, of activations"}
+    )
     symmetric: bool = field(default=False, metadata={"help": "activations around zero, without a zero point"})
+    placement: Literal["onnxruntime", "tensorrt"] = field(
+        default="onnxruntime", metadata={"help": "whose rules say where quantizers stand"}
+    )
     reduce_range: bool = field(default=False, metadata={"help": "7-bit weights, for x86 processors without VNNI"})
     method: Literal["minmax", "moving-average", "percentile", "entropy", "mse"] = field(
         default="minmax", metadata={"help": "how the ranges of activations are chosen"}
@@ -80,10 +98,17 @@ class Qdq(Pass):
         for op in self.ops:
             if op not in OPERATORS:
                 raise ValueError(f"{op} cannot be quantized.{nearest(op, OPERATORS)} What can: {', '.join(OPERATORS)}")
+        forms = (self.activations, self.weights)
+        if self.placement == "tensorrt" and (forms not in _TENSORRT or not self.symmetric or self.reduce_range):
+            raise ValueError(
+                "placement=tensorrt takes symmetric=true with activations=int8, or activations and weights=float8e4m3fn"
+            )
+        if self.placement != "tensorrt" and "float8e4m3fn" in forms:
+            raise ValueError("float8e4m3fn needs placement=tensorrt: ONNX Runtime's own kernels multiply integers")
 
     def apply(self, model: ir.Model, context: Context) -> Report:
         """Quantize; `skipped` has every node that might have been expected to run in integers and does not."""
-        needed = _FOUR_BITS_OPSET if self.weights == "int4" else _FIRST_OPSET
+        needed = _OPSETS.get(self.weights, _FIRST_OPSET)
         opset = model.graph.opset_imports.get("", 0)
         if opset < needed:
             raise UserError(f"qdq needs opset {needed}, and the model has {opset}: put convert-opset before it")
@@ -99,13 +124,15 @@ class Qdq(Pass):
         return Report(len(plan.nodes), [*skipped, *_inside_subgraphs(model)], self._notes(plan, model))
 
     def _schemes(self) -> Schemes:
-        weight = UINT8_WEIGHT if self.weights == "uint8" else INT8_WEIGHT
+        weight = {"uint8": UINT8_WEIGHT, "float8e4m3fn": FLOAT8}.get(self.weights, INT8_WEIGHT)
+        activation = Scheme(signed=self.activations == "int8", symmetric=self.symmetric)
         return Schemes(
-            activation=Scheme(signed=self.activations == "int8", symmetric=self.symmetric),
+            activation=FLOAT8 if self.activations == "float8e4m3fn" else activation,
             weight=Scheme(7, signed=weight.signed, narrow=weight.narrow) if self.reduce_range else weight,
             per_channel=self.per_channel,
             four_bits=self.weights == "int4",
             clip="mse" if self.clip == "mse" or (self.clip == "auto" and self.weights == "int4") else "minmax",
+            inputs_only=self.placement == "tensorrt",
         )
 
     def _plan(self, model: ir.Model, context: Context) -> tuple[IntegerPlan, Ranges]:
@@ -117,7 +144,7 @@ class Qdq(Pass):
             return self._excluded(node) or banned.get(node)
 
         while True:
-            plan = integer_plan(model.graph, allowed)
+            plan = self._planned(model.graph, allowed)
             wanted = [value for values in plan.observed.values() for value in values if value not in found]
             unfit = self._observe(model, context, plan, wanted, found)
             if not unfit:
@@ -126,6 +153,11 @@ class Qdq(Pass):
             for node in plan.nodes:
                 groups = [plan.group[value] for value in (*node.inputs, *node.outputs) if value and value in plan.group]
                 banned.update((node, reasons[group]) for group in groups if group in reasons)
+
+    def _planned(self, graph: ir.Graph, allowed: Allowed) -> IntegerPlan:
+        if self.placement == "tensorrt":
+            return tensorrt_plan(graph, allowed, float8=self.activations == "float8e4m3fn")
+        return integer_plan(graph, allowed)
 
     def _observe(
         self, model: ir.Model, context: Context, plan: IntegerPlan, wanted: Iterable[ir.Value], found: Ranges
@@ -165,7 +197,8 @@ class Qdq(Pass):
 
     def _notes(self, plan: IntegerPlan, model: ir.Model) -> list[str]:
         layers = Counter(node.op_type for node, kind in plan.nodes.items() if kind in (Kind.CONVOLUTION, Kind.PRODUCT))
-        notes = [f"{count} {op_type} in integers" for op_type, count in sorted(layers.items())]
+        form = "8-bit floats" if self.weights == "float8e4m3fn" else "integers"
+        notes = [f"{count} {op_type} in {form}" for op_type, count in sorted(layers.items())]
         labels = [qgraph.ir.node_label(node) for node in qgraph.ir.walk(model)] + [
             qgraph.ir.node_label(node) for node in plan.nodes
         ]

@@ -11,7 +11,9 @@ powers and what normalizes with them; angles computed from positions (rotary emb
 away; what came within half of 65504 on the calibration samples, where there are some; operators that have no float16;
 subgraphs, and what they read; what `exclude` names. A mask's large negative constants become -16384. Casts stand where
 float16 and float32 meet, one for each value. Compressed weights keep their integers and get float16 scales; those that
-overflow, or vanish, are an error when they are computed, which names the node to exclude.
+overflow, or vanish, are an error when they are computed, which names the node to exclude. What quantizes activations
+stays in float32, unless `quantizers` says otherwise: a strongly typed network of TensorRT takes the type of a
+dequantized tensor from its scale, and float8's own scales are held by float16.
 """
 
 from __future__ import annotations
@@ -36,6 +38,9 @@ class ToFp16(Pass):
     name: ClassVar[str] = "to-fp16"
     keep_io: bool = field(default=True, metadata={"help": "inputs and outputs of the model stay float32"})
     measure: bool = field(default=True, metadata={"help": "look at the calibration samples, where there are some"})
+    quantizers: bool = field(
+        default=False, metadata={"help": "what quantizes and dequantizes activations too, from opset 19 on"}
+    )
     exclude: tuple[str, ...] = field(default=(), metadata={"help": "patterns (*, ?) of names of nodes to leave alone"})
 
     def apply(self, model: ir.Model, context: Context) -> Report:
@@ -43,6 +48,6 @@ class ToFp16(Pass):
         opsets = model.graph.opset_imports
 
         def decide(graph: ir.Graph, kept: Kept, ranges: Ranges) -> None:
-            keep(graph, opsets, ranges, FLOAT16, kept)
+            keep(graph, opsets, ranges, FLOAT16, kept, quantizers=self.quantizers)
 
         return narrow(model, context, FLOAT16, decide, keep_io=self.keep_io, measure=self.measure, exclude=self.exclude)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qgraph.artifact import Artifact
     from qgraph.artifact import open_artifact as open  # noqa: A004 - qgraph.open reads like the builtin on purpose
+    from qgraph.builder import Build, build
     from qgraph.compiler import compile  # noqa: A004 - qgraph.compile is the main entry point
     from qgraph.errors import UserError
     from qgraph.ir import load, save
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Artifact",
+    "Build",
     "Context",
     "Pass",
     "Pipeline",
@@ -27,6 +29,7 @@ __all__ = [
     "Skipped",
     "Target",
     "UserError",
+    "build",
     "compile",
     "load",
     "open",
@@ -37,6 +40,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Artifact": ("qgraph.artifact", "Artifact"),
+    "Build": ("qgraph.builder", "Build"),
     "Context": ("qgraph.pipeline", "Context"),
     "Pass": ("qgraph.pipeline", "Pass"),
     "Pipeline": ("qgraph.pipeline", "Pipeline"),
@@ -44,6 +48,7 @@ _HOMES = {
     "Skipped": ("qgraph.pipeline", "Skipped"),
     "Target": ("qgraph.targets.base", "Target"),
     "UserError": ("qgraph.errors", "UserError"),
+    "build": ("qgraph.builder", "build"),
     "compile": ("qgraph.compiler", "compile"),
     "load": ("qgraph.ir", "load"),
     "open": ("qgraph.artifact", "open_artifact"),

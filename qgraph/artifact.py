@@ -14,24 +14,33 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from qgraph.errors import UserError
+from qgraph.manifest import FORMAT, MANIFEST, checked_manifest, read_json, sha256
 from qgraph.report.terminal import before_after
 from qgraph.target_options import target_of
 from qgraph.targets.base import Session, Target
 
-__all__ = ["Artifact", "ArtifactReport", "open_artifact", "sha256", "staging", "write_manifest"]
+__all__ = [
+    "INDEX",
+    "INDEX_PAGE",
+    "Artifact",
+    "ArtifactReport",
+    "open_artifact",
+    "refuse_existing",
+    "staging",
+    "write_manifest",
+]
 
-FORMAT = 1
-MANIFEST = "manifest.json"
+INDEX, INDEX_PAGE = "index.json", "index.html"
+"""What lists the artifacts of a build, in the folder that holds theirs."""
 UNHASHED = frozenset({MANIFEST, "report.html", "bench.json"})
 
 
@@ -68,7 +77,7 @@ class Artifact:
     def report(self) -> ArtifactReport:
         """The figures, with the timings of bench.json where there is one."""
         bench = self.path / "bench.json"
-        return ArtifactReport(self.manifest, _read_json(bench) if bench.is_file() else None)
+        return ArtifactReport(self.manifest, read_json(bench) if bench.is_file() else None)
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values: path, whether it is verified, manifest, and timings where there are any."""
@@ -86,12 +95,6 @@ class Artifact:
     def run(self, output_names: list[str] | None, feeds: Mapping[str, Any]) -> list[Any]:
         """Run one feed in a new session; open `session()` once to run many."""
         return self.session().run(output_names, feeds)
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
@@ -207,15 +210,30 @@ def refuse_existing(output: Path, *, force: bool, source: Path | None = None) ->
 
 
 def _written_files(folder: Path) -> frozenset[str] | None:
-    """Return the names of the files that the artifact in `folder` was written with, or None if there is none."""
+    """Return the names of the files that the artifact or the build in `folder` was written with, or None."""
+    if (folder / INDEX).is_file():
+        return _written_by_build(folder)
     try:
-        manifest = _read_json(folder / MANIFEST)
+        manifest = read_json(folder / MANIFEST)
     except UserError:
         return None
     files = manifest.get("files")
     if not isinstance(manifest.get("format"), int) or not isinstance(files, dict):
         return None
     return UNHASHED.union(files)
+
+
+def _written_by_build(folder: Path) -> frozenset[str] | None:
+    try:
+        entries = read_json(folder / INDEX).get("targets")
+        inner = [entry["folder"] for entry in entries or () if entry["folder"] is not None]
+    except (UserError, TypeError, KeyError):
+        return None
+    names = {INDEX, INDEX_PAGE}
+    for one in inner:
+        files = _written_files(folder / str(one)) if (folder / str(one)).parent == folder else None
+        names.update(f"{one}/{name}" for name in files or ())
+    return frozenset(names)
 
 
 def _replace(folder: Path, output: Path) -> None:
@@ -263,51 +281,4 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
         UserError: it is no artifact, was written by a newer version, names files outside its folder, or a file is
             missing or differs from its hash.
     """
-    folder = Path(path)
-    if not folder.exists():
-        raise UserError(f"{folder} does not exist")
-    if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} is no qgraph artifact: it has no {MANIFEST}")
-    manifest = _read_json(folder / MANIFEST)
-    _check_shape(folder, manifest)
-    for name, entry in manifest["files"].items():
-        _check_file(folder, name, entry)
-    return Artifact(folder, manifest)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
-    return document
-
-
-def _check_shape(folder: Path, manifest: Mapping[str, Any]) -> None:
-    version = manifest.get("format")
-    if not isinstance(version, int):
-        raise UserError(f"{folder / MANIFEST} is damaged: it names no format version")
-    if version > FORMAT:
-        raise UserError(f"{folder} has format {version}, newer than this qgraph understands ({FORMAT}). Update qgraph.")
-    needed = {"target": str, "files": dict, "verified": bool, "source": dict, "inputs": list, "outputs": list}
-    for key, kind in needed.items():
-        if not isinstance(manifest.get(key), kind):
-            raise UserError(f"{folder / MANIFEST} is damaged: '{key}' is missing or of the wrong kind")
-    for name, entry in manifest["files"].items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str) or "bytes" not in entry:
-            raise UserError(f"{folder / MANIFEST} is damaged: '{name}' has no hash")
-
-
-def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
-    relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts or "\\" in name or ":" in name:
-        raise UserError(f"{folder / MANIFEST} names '{name}', which leaves the artifact's folder: do not trust it")
-    path = folder / relative
-    if not path.is_file():
-        raise UserError(f"{folder} is incomplete: {name} is missing")
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{folder}: {name} is a link that leaves the artifact's folder: do not trust it")
-    if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
-        raise UserError(f"{folder}: {name} was changed after it was compiled (its hash differs). Compile it again.")
+    return Artifact(Path(path), checked_manifest(path))

@@ -1,4 +1,4 @@
-"""From a prepared model to deployable files: compress, lower, check, write."""
+"""From a lowered model to deployable files: check, write."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import qgraph
 import qgraph.ir
 from qgraph.analysis.compressed_weights import weight_facts
 from qgraph.errors import UserError
-from qgraph.pipeline import Context, Pipeline, Report
+from qgraph.pipeline import Report
 from qgraph.targets.base import Target
 
 __all__ = ["Built", "write"]
@@ -46,25 +46,22 @@ class Built:
 def write(
     model: ir.Model,
     target: Target,
-    context: Context,
     compress: Report,
-    lower: Pipeline,
+    lower: Report,
     folder: Path,
 ) -> Built:
-    """Lower a compressed model and write its files into `folder`.
+    """Write the files of a lowered model into `folder`.
 
     Args:
         model: is changed.
         target: for which it is.
-        context: that the compress part ran with.
-        compress: report of that part.
-        lower: the passes of the lower part.
+        compress: report of the compress part.
+        lower: of the lower part.
         folder: exists and is empty.
 
     Raises:
         UserError: the target cannot run the model.
     """
-    lowered = lower.run(model, context=context)
     weights = weight_facts(model)
     model.producer_name, model.producer_version = "qgraph", qgraph.__version__
     refused = target.check(model)
@@ -73,4 +70,4 @@ def write(
         more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
         raise UserError(f"{target.name} cannot run this model: {first}{more}.")
     files = target.lower(model, folder)
-    return Built(compress, lowered, weights, qgraph.ir.count_nodes(model), tuple(files))
+    return Built(compress, lower, weights, qgraph.ir.count_nodes(model), tuple(files))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 import qgraph
+from qgraph.cli_build import build
 from qgraph.cli_compare import compare
 from qgraph.cli_options import PATH, Common, data_options, memory, output_options, pass_common, run_options
 from qgraph.cli_options import shapes as read_shapes
@@ -100,6 +101,7 @@ def commands() -> None:
 )
 @click.option("--strict", is_flag=True, help="Refuse a model of which anything stays in float (target integer).")
 @click.option("--resume", is_flag=True, help="Go on from the layers that a run which was stopped has finished.")
+@click.option("--cache", metavar="DIR", type=PATH, help="Keep the model behind long passes here, for the next time.")
 @run_options
 @output_options
 @pass_common
@@ -126,8 +128,10 @@ def compile_command(
     emit: tuple[str, ...],
     strict: bool,
     resume: bool,
+    cache: Path | None,
 ) -> int:
     """Compile MODEL.onnx for a target into a verified artifact."""
+    from qgraph.cache import Cache
     from qgraph.compiler import compile as compile_model
     from qgraph.runtime.tolerances import parse_budget, parse_tolerance
     from qgraph.target_options import read_target, with_option
@@ -160,6 +164,7 @@ def compile_command(
                 trials=tune or 0,
                 resume=resume,
                 emit=emit,
+                cache=None if cache is None else Cache(cache, tell=display.warn),
                 observer=display.event,
                 on_rung=display.rung,
             )
@@ -170,6 +175,9 @@ def compile_command(
     if failure is not None:
         raise failure
     return 0
+
+
+commands.add_command(build)
 
 
 @commands.command()

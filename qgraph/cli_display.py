@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from qgraph.report.terminal import (
@@ -86,6 +87,16 @@ class Display:
         self._rungs += 1
         self._metrics |= dict.fromkeys(rung.figures)
         self.step(f"search {self._rungs}", rung_text(rung, self._metrics))
+
+    def warn(self, text: str) -> None:
+        """Show a line about what is not as it should be, and costs nothing but time."""
+        self.line(f"warning: {' '.join(text.split())}")
+
+    def done(self, path: Path) -> None:
+        """Show what was written, and how long all took."""
+        files = "  ".join(sorted(one.name for one in path.iterdir()))
+        self.line()
+        self.line(f"{path}/   {files}   done in {seconds_text(time.perf_counter() - self._opened)}")
 
     def table(self, table: Table) -> None:
         """Show a table, which takes the place of the step that led to it."""

@@ -121,7 +121,8 @@ def outputs_table(outputs: Outputs) -> Table:
     """Return what the outputs of a run look like."""
     rows = tuple((one.name, one.dtype, "x".join(map(str, one.shape)) or "scalar") for one in outputs.arrays)
     written = f", written to {outputs.path}" if outputs.path is not None else "; -o Y.npz writes the outputs"
-    note = f"{outputs.samples} samples in {seconds_text(outputs.seconds)}{written}"
+    where = f" on {outputs.stand_in}" if outputs.stand_in else ""
+    note = f"{outputs.samples} samples in {seconds_text(outputs.seconds)}{where}{written}"
     return Table(("output", "type", "shape"), rows, note=note)
 
 

@@ -20,7 +20,7 @@ from qgraph.runtime.session import TensorSpec, open_session, random_feeds
 from qgraph.runtime.verification import Verification
 from qgraph.stages import Data, source_facts
 
-__all__ = ["compare_artifacts", "refuse_existing_page", "write_page"]
+__all__ = ["compare_artifacts", "contender", "refuse_existing_page", "write_page"]
 
 _SOURCE = "source"
 _FEEDS = 16
@@ -55,7 +55,7 @@ def compare_artifacts(
     _refuse_strangers(opened)
     timed = _timed(opened, data, seconds, context or Context()) if bench else None
     source = opened[0].manifest["source"]
-    contenders = [_contender(one, label, timed) for one, label in zip(opened, _labels(opened), strict=True)]
+    contenders = [contender(one, label, timed) for one, label in zip(opened, _labels(opened), strict=True)]
     before = timed is not None and any(one.name == _SOURCE for one in timed.candidates)
     return SideBySide(
         source=str(source["name"]),
@@ -131,7 +131,12 @@ def _feeds(artifact: Artifact, data: Data | str | Path | Iterable[Feeds] | None,
     return [feed for feed, _ in zip(iter(samples), range(_FEEDS), strict=False)]
 
 
-def _contender(artifact: Artifact, label: str, timed: Benchmark | None) -> Contender:
+def contender(artifact: Artifact, label: str, timed: Benchmark | None) -> Contender:
+    """Return the figures of an artifact, with its timing of `timed`, or its own where that is None.
+
+    Raises:
+        UserError: its manifest or bench.json is damaged.
+    """
     manifest = artifact.manifest
     seconds, speedup = _speed(artifact, label, timed)
     try:

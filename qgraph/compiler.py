@@ -22,6 +22,7 @@ import qgraph.ir
 from qgraph import building
 from qgraph.analysis.index_limits import index_limits
 from qgraph.artifact import Artifact, open_artifact, refuse_existing, staging
+from qgraph.cache import Cache
 from qgraph.errors import SearchInterrupted, ToleranceError, UserError
 from qgraph.pipeline import Context, Feeds, Pipeline
 from qgraph.plan import Override, Plan, override, parse_settings, refuse_unused
@@ -33,12 +34,13 @@ from qgraph.runtime.verification import verify as verify_sessions
 from qgraph.samples import signature
 from qgraph.search import Search, Searched, can_climb
 from qgraph.search_executors import parse_executor
+from qgraph.sharing import Sharing
 from qgraph.stages import RANDOM_SAMPLES, Bounds, Data, Event, Run, source_facts, told
 from qgraph.target_options import read_target, with_option
 from qgraph.targets.base import Session, Target
 from qgraph.work_folder import work_folder
 
-__all__ = ["Data", "Event", "Plan", "compile", "default_output", "verify"]
+__all__ = ["Data", "Event", "Plan", "compile", "default_output", "run_passes", "verify"]
 
 
 def default_output(model: Path, target: str) -> Path:
@@ -54,7 +56,7 @@ def compile(  # noqa: A001 - the name that users look for
     calibration: Data | str | Path | Iterable[Feeds] | None = None,
     verify_data: Data | str | Path | Iterable[Feeds] | None = None,
     passes: str | Pipeline | None = None,
-    recipe: str | Path | None = None,
+    recipe: str | Path | Plan | None = None,
     settings: Sequence[str] = (),
     tolerance: Mapping[str, float] | None = None,
     evaluation: str | Callable[[Session], float] | None = None,
@@ -67,6 +69,8 @@ def compile(  # noqa: A001 - the name that users look for
     trials: int = 0,
     resume: bool = False,
     emit: Sequence[str] = (),
+    cache: str | Path | Cache | None = None,
+    sharing: Sharing | None = None,
     observer: Callable[[Event], None] | None = None,
     on_rung: Callable[[Rung], None] | None = None,
 ) -> Artifact:
@@ -79,7 +83,7 @@ def compile(  # noqa: A001 - the name that users look for
         calibration: samples for the passes that need activations; a fifth of them is held back for verification.
         verify_data: samples to verify on instead of held-back ones; with labels, accuracy is measured.
         passes: replaces the target's compress part.
-        recipe: a recipe file that replaces the parts it names.
+        recipe: a recipe file, or what one holds, that replaces the parts it names.
         settings: "pass.option=value" texts that override single options, in any part.
         tolerance: metric -> bound, such as {"sqnr": 30.0, "top1": 0.005}. Where the target's first pipeline does not
             meet them, better ones are searched for (see `qgraph.search`); a recipe is taken as it is.
@@ -96,6 +100,8 @@ def compile(  # noqa: A001 - the name that users look for
         trials: how many kernels a target that searches for its kernels may time; 0 for its own choice.
         resume: go on from the layers that a run which was stopped has finished, in `output` + '.work'.
         emit: code to write beside the model, for targets that write any: "c", "so".
+        cache: a folder where the model is kept behind passes that take long, for the next compilation of it.
+        sharing: what several compilations of a model share (see `qgraph.sharing`), instead of `cache`.
         observer: called when each stage ends.
         on_rung: called with each candidate of a search when it is decided on.
 
@@ -116,7 +122,9 @@ def compile(  # noqa: A001 - the name that users look for
     overrides = parse_settings(settings)
     bounds = Bounds(dict(tolerance or {}), dict(budget or {}))
     address = parse_executor(executor)
-    run = Run(chosen, context or Context(), observer or _ignore, source_path)
+    if sharing is None and cache is not None:
+        sharing = Sharing(cache if isinstance(cache, Cache) else Cache(cache), memory=False)
+    run = Run(chosen, context or Context(), observer or _ignore, source_path, sharing)
     run.metric = _metric(evaluation, bounds.tolerance)
     with (
         staging(folder, force=force) as stage,
@@ -124,17 +132,17 @@ def compile(  # noqa: A001 - the name that users look for
         work_folder(folder, resume=resume) as work,
     ):
         run.context = dataclasses.replace(run.context, work_folder=run.context.work_folder or work, _analyses={})
-        prepared = run.load(source, shapes or {}, calibration, verify_data)
+        run.load(source, shapes or {}, calibration, verify_data)
         if bounds:
             run.open_source(source)
             run.refuse_unmeasurable(bounds.tolerance)
-        plan = _filled(plan, run, prepared, overrides, tune=tune)
+        plan = _filled(plan, run, overrides, tune=tune)
         if bounds and recipe is None and not run.sliced and can_climb(chosen, plan):
             run.record_source()
-            search = Search(run, prepared, plan, bounds, overrides, executor=address, observer=on_rung or _ignore)
+            search = Search(run, run.line.model, plan, bounds, overrides, executor=address, observer=on_rung or _ignore)
             result = search.into(stage, work)
         else:
-            result = _straight(run, prepared, plan, stage)
+            result = _straight(run, plan, stage)
             if run.before is None:
                 run.open_source(source)
         manifest = run.finish(stage, result.plan, result.built, bounds, result.tested)
@@ -153,13 +161,40 @@ def compile(  # noqa: A001 - the name that users look for
     return artifact
 
 
-def _filled(plan: Plan, run: Run, model: ir.Model, overrides: Sequence[Override], *, tune: bool) -> Plan:
+def run_passes(
+    model: Path,
+    target: Target,
+    *,
+    sharing: Sharing,
+    context: Context,
+    calibration: Data | None = None,
+    verify_data: Data | None = None,
+    passes: Pipeline | None = None,
+    recipe: Plan | None = None,
+    settings: Sequence[str] = (),
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> None:
+    """Run all that `compile` does up to the lowered model, for what that leaves in `sharing`; see there.
+
+    Raises:
+        UserError, PassError: as `compile` does.
+        BusyError: another process runs the next pass over the same model.
+    """
+    run = Run(target, context, _ignore, model, sharing)
+    run.load(model, shapes or {}, calibration, verify_data)
+    plan = _filled(Plan.of(passes, recipe), run, parse_settings(settings), tune=False)
+    run.line.run(plan.compress or Pipeline())
+    run.line.run(plan.lower or Pipeline())
+
+
+def _filled(plan: Plan, run: Run, overrides: Sequence[Override], *, tune: bool) -> Plan:
     """Prepare the model, and return the plan with all three parts."""
     target = run.target
     prepare = override(plan.prepare if plan.prepare is not None else target.prepare_passes(), overrides)
-    run.prepare(model, prepare)
+    run.prepare(prepare)
     compress = plan.compress
     if compress is None:
+        model = run.line.model
         compress = target.compress_passes(model, run.context)
         compress = target.tune(model, run.context, compress) if tune else compress
     compress = override(compress, overrides)
@@ -168,11 +203,12 @@ def _filled(plan: Plan, run: Run, model: ir.Model, overrides: Sequence[Override]
     return Plan(prepare, compress, lower)
 
 
-def _straight(run: Run, model: ir.Model, plan: Plan, stage: Path) -> Searched:
+def _straight(run: Run, plan: Plan, stage: Path) -> Searched:
     """Build what the plan says, and nothing else."""
     compress, lower = plan.compress or Pipeline(), plan.lower or Pipeline()
-    report = compress.run(model, context=run.context, after_pass=lambda one: run.event(one.name, told(one)))
-    built = building.write(model, run.target, run.context, report, lower, stage)
+    report = run.line.run(compress, after_pass=lambda one: run.event(one.name, told(one)))
+    lowered = run.line.run(lower)
+    built = building.write(run.line.model, run.target, report, lowered, stage)
     run.event("lower", built.told())
     return Searched(plan, built)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import qgraph
+from qgraph import registry
 from qgraph.catalog import Entry, catalog
 from qgraph.runtime.benchmark import machine
 
@@ -105,7 +106,7 @@ def survey() -> Survey:
 _OTHERS = (
     ("TVM", "tvm", ("apache-tvm",), f"pip install '{DISTRIBUTION}[tvm]'"),
     ("PyTorch", "torch", ("torch",), f"pip install '{DISTRIBUTION}[train]' (only to train the reference models)"),
-    ("Core ML Tools", "coremltools", ("coremltools",), "pip install coremltools"),
+    ("Core ML Tools", "coremltools", ("coremltools",), f"pip install '{DISTRIBUTION}[apple]'"),
 )
 
 
@@ -175,6 +176,8 @@ def _nvidia_devices() -> tuple[str, ...]:
 
 def _readiness(target: Entry, runtimes: Sequence[Runtime]) -> Readiness:
     missing = target.fault or _missing(target.facts["extra"], runtimes)
+    if not missing and target.facts["extra"] == "cuda":
+        missing = registry.find("target", target.name)().stand_in()  # a provider may be there and not start
     return Readiness(target.name, usable=not missing, missing=missing)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from qgraph.errors import UserError
 from qgraph.pipeline import Pipeline, specs_from_tables
 from qgraph.targets.base import Target
 
-__all__ = ["Override", "Plan", "override", "parse_settings", "recipe_text", "refuse_unused"]
+__all__ = ["PARTS", "Override", "Plan", "override", "parse_settings", "recipe_text", "refuse_unused"]
 
 Override = tuple[str, str, spec.Value]
 """Pass, option, value."""
+PARTS = ("prepare", "pass", "lower")
+"""What a recipe calls the parts; `pass` is the compress part."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Plan:
     lower: Pipeline | None = None
 
     @classmethod
-    def of(cls, passes: str | Pipeline | None, recipe: str | Path | None) -> Plan:
+    def of(cls, passes: str | Pipeline | None, recipe: str | Path | Plan | None) -> Plan:
         """Read what `compile` is given.
 
         Raises:
@@ -37,6 +39,8 @@ class Plan:
         """
         if passes is not None and recipe is not None:
             raise UserError("pass either passes or a recipe, not both: a recipe holds the passes")
+        if isinstance(recipe, Plan):
+            return recipe
         if recipe is not None:
             try:
                 return cls.from_recipe(Path(recipe).read_text(encoding="utf-8"))
@@ -57,14 +61,24 @@ class Plan:
             document = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise UserError(f"the recipe is not valid TOML: {error}") from None
-        unknown = sorted(set(document) - {"prepare", "pass", "lower", "target"})
+        unknown = sorted(set(document) - {*PARTS, "target"})
         if unknown:
+            hint = " (a recipe of several targets is for `qgraph build`)" if "targets" in document else ""
             raise UserError(
-                f"the recipe has an unknown key '{unknown[0]}'; it may have prepare, pass, lower and target"
+                f"the recipe has an unknown key '{unknown[0]}'; it may have prepare, pass, lower and target{hint}"
             )
+        return cls.from_tables(document)
+
+    @classmethod
+    def from_tables(cls, document: Mapping[str, Any]) -> Plan:
+        """Read the parts among what a recipe holds.
+
+        Raises:
+            UserError: one is no array of tables, or names a pass or an option that there is not.
+        """
         parts = {
             name: Pipeline.from_specs(specs_from_tables(document[name], name)) if name in document else None
-            for name in ("prepare", "pass", "lower")
+            for name in PARTS
         }
         return cls(parts["prepare"], parts["pass"], parts["lower"])
 

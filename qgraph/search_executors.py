@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pickle
 import queue
@@ -35,7 +36,7 @@ from qgraph.pipeline import Context, Feeds, Pipeline, Samples
 from qgraph.runtime.recorded import replay
 from qgraph.search_workshop import Job, Made, Workplace, Workshop
 
-__all__ = ["Executor", "Here", "Processes", "Ray", "in_order", "parse_executor", "portable"]
+__all__ = ["Executor", "Here", "Processes", "Ray", "Worker", "in_order", "parse_executor", "portable", "serve"]
 
 _TRIES = 2
 _PICKLE = 5
@@ -225,8 +226,8 @@ class Processes:
         self.workers = workers
         self._parcel = pickle.dumps(_Parcel.pack(place, folder, threads=threads, whole=False), _PICKLE)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="qgraph-search")
-        self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
-        self._all: list[_Worker] = []
+        self._idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
+        self._all: list[Worker] = []
         self._environment = _environment(threads)
         self._closed = False
         for _ in range(workers):
@@ -250,7 +251,7 @@ class Processes:
                 if self._closed:
                     return Made(job.folder, error="the search has ended")
                 worker = worker or self._start()
-                answer = worker.ask(job)
+                answer: Made | None = worker.ask(job)
                 if answer is not None:
                     return _inexact(answer)
                 worker.end()
@@ -259,8 +260,8 @@ class Processes:
         finally:
             self._idle.put(worker)
 
-    def _start(self) -> _Worker:
-        worker = _Worker(self.COMMAND, self._parcel, self._environment)
+    def _start(self) -> Worker:
+        worker = Worker(self.COMMAND, self._parcel, self._environment)
         self._all.append(worker)
         return worker
 
@@ -275,8 +276,14 @@ def _environment(threads: int) -> dict[str, str]:
     return {**os.environ, **counts, "PYTHONPATH": path}
 
 
-class _Worker:
-    """A process that makes candidates."""
+class Worker:
+    """A process that answers jobs, one after the other.
+
+    Args:
+        command: starts it; ends in `serve`.
+        parcel: pickled, what all jobs share.
+        environment: of the process.
+    """
 
     def __init__(self, command: list[str], parcel: bytes, environment: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
@@ -291,10 +298,11 @@ class _Worker:
 
     @property
     def status(self) -> int | None:
+        """Its exit status, once it has ended."""
         return self._process.returncode
 
-    def ask(self, job: Job) -> Made | None:
-        """Return what was made of a job, or None if the worker has died."""
+    def ask(self, job: Any) -> Any:
+        """Return the answer to a job, or None if the worker has died."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -302,12 +310,12 @@ class _Worker:
             self._process.stdin.write(parcel)
             pickle.dump(job, self._process.stdin, _PICKLE)
             self._process.stdin.flush()
-            answer: Made = pickle.load(self._process.stdout)
+            return pickle.load(self._process.stdout)
         except (OSError, EOFError, ValueError, pickle.UnpicklingError):
             return None
-        return answer
 
     def end(self) -> None:
+        """End it, whatever it is doing."""
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
@@ -320,21 +328,21 @@ def work() -> None:
     """Be a worker: read the workplace and jobs from standard input, and write what was made to standard output."""
     source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what anybody prints must not get between the answers
-    _serve(source, sink, lambda parcel: Workshop(parcel.unpack()).make)
+    serve(source, sink, lambda parcel: functools.partial(_attempt, Workshop(parcel.unpack()).make))
 
 
-def _serve(source: BinaryIO, sink: BinaryIO, set_up: Callable[[_Parcel], Callable[[Job], Made]]) -> None:
-    make: Callable[[Job], Made] | None = None
+def serve(source: BinaryIO, sink: BinaryIO, set_up: Callable[[Any], Callable[[Any], Any]]) -> None:
+    """Answer jobs until there are no more: what comes first is the parcel, of which `set_up` makes who answers."""
+    make: Callable[[Any], Any] | None = None
     while True:
         try:
             read = pickle.load(source)
         except EOFError:
             return
-        if isinstance(read, _Parcel):
+        if make is None:
             make = set_up(read)
             continue
-        assert make is not None
-        pickle.dump(_attempt(make, read), sink, _PICKLE)
+        pickle.dump(make(read), sink, _PICKLE)
         sink.flush()
 
 

@@ -15,7 +15,7 @@ import dataclasses
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from qgraph.errors import UserError
 from qgraph.numerics.schemes import UINT8, Scheme
 from qgraph.pipeline import Context, Pass, PassError, Pipeline, Report, Samples
 from qgraph.runtime.verification import Verification, verify
+from qgraph.sharing import joined
 from qgraph.targets.base import Session, Target
 
 __all__ = ["Job", "Made", "Ranges", "SharingContext", "Workplace", "Workshop", "closeness"]
@@ -245,7 +246,8 @@ class Workshop:
         """
         model, context, report = self.compress(pipeline, told=told)
         folder.mkdir(parents=True, exist_ok=True)
-        return building.write(model, self.place.target, context, report, self.place.lower, folder), context
+        lowered = self.place.lower.run(model, context=context)
+        return building.write(model, self.place.target, report, lowered, folder), context
 
     def compare(self, folder: Path) -> float:
         """Run a candidate on the tuning samples, and return its closeness to the source."""
@@ -291,7 +293,7 @@ class Workshop:
             summed = Pipeline().run(model, context=context)
         else:
             summed = Pipeline(rest).run(model, context=context, after_pass=after)
-        return model, context, _joined(summed, reports)
+        return model, context, joined(summed, reports)
 
     def _longest(self, pipeline: Pipeline) -> tuple[int, _State]:
         """Return how many passes of the pipeline have run already, and the model behind them."""
@@ -306,19 +308,6 @@ class Workshop:
         self._states[passes] = state
         while len(self._states) > _STATES:
             self._states.popitem(last=False)
-
-
-def _joined(summed: Report, parts: Sequence[Report]) -> Report:
-    """Return the report of a whole pipeline of which the last passes ran now."""
-    return dataclasses.replace(
-        summed,
-        changed=sum(one.changed for one in parts),
-        skipped=tuple(skipped for one in parts for skipped in one.skipped),
-        notes=tuple(note for one in parts for note in one.notes),
-        nodes_before=parts[0].nodes_before if parts else summed.nodes_before,
-        seconds=sum(one.seconds for one in parts),
-        parts=tuple(parts),
-    )
 
 
 def closeness(verification: Verification) -> float:

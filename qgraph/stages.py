@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -24,8 +25,9 @@ import qgraph
 import qgraph.ir
 from qgraph.analysis.index_limits import index_limits
 from qgraph.analysis.sliced_session import SlicedSession
-from qgraph.artifact import sha256, write_manifest
+from qgraph.artifact import write_manifest
 from qgraph.building import Built
+from qgraph.manifest import sha256
 from qgraph.pipeline import Context, Feeds, Pipeline, Report, Samples, Skipped
 from qgraph.plan import Plan, recipe_text
 from qgraph.report.data import ReportData
@@ -36,11 +38,13 @@ from qgraph.report.units import bytes_text, count_text
 from qgraph.runtime.benchmark import Benchmark, compare
 from qgraph.runtime.placement import Placement
 from qgraph.runtime.recorded import Recorded
+from qgraph.runtime.serving import session_facts
 from qgraph.runtime.session import input_signature, open_session, random_feeds
 from qgraph.runtime.user_metric import UserMetric
 from qgraph.runtime.verification import Verification, refuse_unmeasurable
 from qgraph.runtime.verification import verify as verify_sessions
 from qgraph.samples import open_samples, signature, split
+from qgraph.sharing import Line, Sharing
 from qgraph.target_options import options_of
 from qgraph.targets.base import Kernels, Session, Target
 
@@ -151,11 +155,39 @@ def bytes_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+@dataclasses.dataclass(frozen=True)
+class _Loaded:
+    """A source and its data, as every compilation of it begins with.
+
+    Attributes:
+        model: with fixed shapes; is not to be changed.
+        calibration: samples for the passes, or None.
+        given: see `Run`.
+        held_back: see `Run`.
+        data_kind: what the verification samples are, in words.
+        labels: of the verification samples, or None.
+        facts: see `source_facts`.
+        limits: see `index_limits`.
+        weight_bytes: of all weights.
+    """
+
+    model: ir.Model
+    calibration: Samples | None
+    given: Samples | None
+    held_back: Samples | None
+    data_kind: str
+    labels: np.ndarray | None
+    facts: Mapping[str, Any]
+    limits: dict[str, int]
+    weight_bytes: int
+
+
 class Run:
     """One compilation.
 
     Attributes:
         context: what the passes share; has the calibration samples once `load` is done.
+        line: takes the model through the passes.
         before: the source's session, once it was opened.
         sliced: whether it runs in slices, for its size.
         given: samples to verify on, or None for random ones.
@@ -163,9 +195,15 @@ class Run:
     """
 
     def __init__(
-        self, target: Target, context: Context, observer: Callable[[Event], None], source: Path | None
+        self,
+        target: Target,
+        context: Context,
+        observer: Callable[[Event], None],
+        source: Path | None,
+        sharing: Sharing | None = None,
     ) -> None:
         self.target = target
+        self.sharing = sharing
         self.context = context
         self.observer = observer
         self.source_name = source.name if source is not None else "model.onnx"
@@ -185,6 +223,8 @@ class Run:
         self.sliced = False
         self.samples: Samples = ()
         self.metric: UserMetric | None = None
+        self.line = Line(ir.Model(ir.Graph((), (), nodes=()), ir_version=10), context)
+        self._root = ""
 
     def event(self, stage: str, text: str) -> None:
         """Tell the observer that a stage has ended."""
@@ -198,43 +238,58 @@ class Run:
         shapes: Mapping[str, Sequence[int]],
         calibration: Data | str | Path | Iterable[Feeds] | None,
         verify_data: Data | str | Path | Iterable[Feeds] | None,
-    ) -> ir.Model:
-        """Load the model and open the data."""
-        model = qgraph.ir.load(source)
-        self.shapes = shapes
-        for name, dims in shapes.items():
-            qgraph.ir.set_input_shape(model, name, dims)
-        self._open_data(model, calibration, verify_data)
-        self.limits = index_limits(model)
-        self.source_facts = source_facts(self.source_name, source, model)
-        self.source_weight_bytes = qgraph.ir.weight_bytes(model)
-        self.event("load", _loaded(self.source_facts, model))
-        return model
+    ) -> None:
+        """Load the model and open the data; of a source that was loaded before, nothing is read again."""
+        read = functools.partial(self._read, source, shapes, calibration, verify_data)
+        if self.sharing is None:
+            loaded: _Loaded = read()
+        else:
+            data = (self.sharing.token(calibration), self.sharing.token(verify_data))
+            loaded = self.sharing.once(("load", source, _fixed(shapes), data, self.context.seed), read)
+        self.shapes, self.limits, self.source_facts = shapes, loaded.limits, dict(loaded.facts)
+        self.given, self.held_back = loaded.given, loaded.held_back
+        self.data_kind, self.labels = loaded.data_kind, loaded.labels
+        self.source_weight_bytes = loaded.weight_bytes
+        self.context = dataclasses.replace(self.context, calibration=loaded.calibration, _analyses={})
+        if self.sharing is None:
+            self.line = Line(loaded.model, self.context)
+        else:
+            self._root = self.sharing.root(loaded.facts, shapes, self.context)
+            self.line = Line(loaded.model.clone(), self.context, self.sharing, self._root)
+            self.context = self.line.context
+        self.event("load", _loaded(self.source_facts, self.line.model))
 
-    def _open_data(
+    def _read(
         self,
-        model: ir.Model,
+        source: Path,
+        shapes: Mapping[str, Sequence[int]],
         calibration: Data | str | Path | Iterable[Feeds] | None,
         verify_data: Data | str | Path | Iterable[Feeds] | None,
-    ) -> None:
+    ) -> _Loaded:
+        model = qgraph.ir.load(source)
+        for name, dims in shapes.items():
+            qgraph.ir.set_input_shape(model, name, dims)
         inputs = signature(model)
+        calibrating, given, held_back, labels = self.context.calibration, None, None, None
+        kind = self.data_kind
         if calibration is not None:
             data = Data.of(calibration)
             opened = data.open(inputs)
-            calibrating, held_back = split(opened, HELD_BACK, self.context.seed)
-            self.context = dataclasses.replace(self.context, calibration=calibrating, _analyses={})
-            self.given, self.held_back = held_back, held_back if len(opened) > 1 else None
-            self.data_kind = "held-back samples" if len(opened) > 1 else "calibration sample, none held back"
-            self.labels = held_back.labels(data.labels)
+            calibrating, given = split(opened, HELD_BACK, self.context.seed)
+            held_back = given if len(opened) > 1 else None
+            kind = "held-back samples" if len(opened) > 1 else "calibration sample, none held back"
+            labels = given.labels(data.labels)
         if verify_data is not None:
             data = Data.of(verify_data)
-            opened = data.open(inputs)
-            self.given, self.data_kind = opened, "samples of the verification data"
-            self.labels = opened.labels(data.labels)
+            given, kind = data.open(inputs), "samples of the verification data"
+            labels = given.labels(data.labels)
+        facts = source_facts(self.source_name, source, model)
+        limits, weights = index_limits(model), qgraph.ir.weight_bytes(model)
+        return _Loaded(model, calibrating, given, held_back, kind, labels, facts, limits, weights)
 
-    def prepare(self, model: ir.Model, pipeline: Pipeline) -> None:
+    def prepare(self, pipeline: Pipeline) -> None:
         """Clean up what exporters write."""
-        self.prepared = pipeline.run(model, context=self.context)
+        self.prepared = self.line.run(pipeline)
         self.event("prepare", told(self.prepared))
 
     def open_source(self, source: Path) -> None:
@@ -242,17 +297,34 @@ class Run:
         self.source = source
         room = self.context.calibration_memory
         if self.source_weight_bytes <= room // _WHOLE:
-            self.before = open_session(source, threads=self.context.threads)
-            self.samples = self._verification_samples(self.before)
+            self.before, self.samples = self._opened(source)
             return
         model = qgraph.ir.load(source)
         self.samples = self._verification_samples(SlicedSession(model, (), self.context, room=room // _SLICE))
         self.before = SlicedSession(model, self.samples, self.context, room=room // _SLICE)
         self.sliced = True
 
+    def _opened(self, source: Path) -> tuple[Any, Samples]:
+        """Return the source's session and the samples; where compilations share them, its outputs are recorded."""
+
+        def open_it() -> tuple[Any, Samples]:
+            session = open_session(source, threads=self.context.threads)
+            samples = self._verification_samples(session)
+            if self.sharing is None:
+                return session, samples
+            recorded = Recorded(session, len(samples), self.context.calibration_memory // _RECORDED)
+            return self.sharing.recorded(self._root, samples, recorded), samples
+
+        if self.sharing is None:
+            return open_it()
+        key = ("source", source, self.sharing.token(self.given), self._root)
+        found: tuple[Any, Samples] = self.sharing.once(key, open_it)
+        return found
+
     def record_source(self) -> None:
         """Keep the source's outputs from its next run on, so that it runs once however many results are compared."""
-        self.before = Recorded(self.before, len(self.samples), self.context.calibration_memory // _RECORDED)
+        if not isinstance(self.before, Recorded):
+            self.before = Recorded(self.before, len(self.samples), self.context.calibration_memory // _RECORDED)
 
     def refuse_unmeasurable(self, tolerance: Mapping[str, float]) -> None:
         """Raise a UserError for a bound on a metric that the source's outputs do not have."""
@@ -283,6 +355,8 @@ class Run:
         verification = verify_sessions(
             self.before, after, self.samples, labels=self.labels, progress=None if quiet else self.context.progress
         )
+        if self.sharing is not None and isinstance(self.before, Recorded):
+            self.sharing.keep_outputs(self._root, self.samples, self.before)
         if self.metric is not None:
             figures = self.metric.source(self.before), self.metric(after)
             verification = dataclasses.replace(verification, eval_before=figures[0], eval_after=figures[1])
@@ -325,7 +399,11 @@ class Run:
         footprint = self.target.footprint(folder)
         if footprint is not None and "library" in footprint:
             self.event("library", str(footprint["library"]))
-        facts = self._facts(plan, built, (kernels, placement), verification, bounds, failures, footprint)
+        runtime = self.target.runtime(folder)
+        if runtime is not None and runtime.get("told"):
+            self.event("placement", str(runtime["told"]))
+        told_of = (footprint, runtime)
+        facts = self._facts(plan, built, (kernels, placement), verification, bounds, failures, told_of)
         manifest = write_manifest(folder, facts)
         if speedup is not None:
             self.event("bench", f"{speedup:.2f}x the speed of the source")
@@ -339,9 +417,10 @@ class Run:
         verification: Verification,
         bounds: Bounds,
         failures: Sequence[str],
-        footprint: Mapping[str, Any] | None,
+        told_of: tuple[Mapping[str, Any] | None, Mapping[str, Any] | None],
     ) -> dict[str, Any]:
         kernels, placement = runs
+        footprint, runtime = told_of
         reports = {"prepare": self.prepared, "compress": built.compress, "lower": built.lower}
         left = [*built.compress.skipped, *built.lower.skipped]
         options = options_of(self.target)
@@ -372,8 +451,10 @@ class Run:
             "kernels": None if kernels is None else _kernels_json(kernels),
             **({} if placement is None else {"placement": placement.summary()}),
             **({} if footprint is None else {"footprint": footprint}),
+            **({} if runtime is None else {"runtime": runtime}),
             **({"shapes": {name: list(sizes) for name, sizes in self.shapes.items()}} if self.shapes else {}),
             **({"emit": list(self.target.emits)} if self.target.emits else {}),
+            **session_facts(self.target.providers(), self.target.disabled),
             "stand_in": self.target.stand_in(),
             "verification": {"data": self.data_kind, **verification.to_json()},
             "tolerance": dict(bounds.tolerance),
@@ -435,6 +516,10 @@ def source_facts(name: str, source: Path, model: ir.Model) -> dict[str, Any]:
     return {"name": name, "bytes": sum(path.stat().st_size for path in files), "sha256": digest}
 
 
+def _fixed(shapes: Mapping[str, Sequence[int]]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple(sorted((name, tuple(sizes)) for name, sizes in shapes.items()))
+
+
 def _text(pipeline: Pipeline | None) -> str:
     return "" if pipeline is None else pipeline.describe()
 
@@ -455,7 +540,16 @@ def _loaded(facts: Mapping[str, Any], model: ir.Model) -> str:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("numpy", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "apache-tvm"):
+    for name in (
+        "numpy",
+        "onnx",
+        "onnx-ir",
+        "onnxscript",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "apache-tvm",
+        "coremltools",
+    ):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

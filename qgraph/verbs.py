@@ -60,6 +60,7 @@ class Outputs:
         arrays: the outputs as they are written.
         path: where they were written, or None.
         values: output name -> array; the samples lie along the first axis.
+        stand_in: what it ran on, where that is not the target's own device or runtime; '' where it is.
     """
 
     samples: int
@@ -67,6 +68,7 @@ class Outputs:
     arrays: tuple[OutputArray, ...]
     path: Path | None
     values: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
+    stand_in: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values, without the outputs themselves."""
@@ -75,6 +77,7 @@ class Outputs:
             "seconds": self.seconds,
             "outputs": [dataclasses.asdict(one) for one in self.arrays],
             "path": None if self.path is None else str(self.path),
+            **({"stand_in": self.stand_in} if self.stand_in else {}),
         }
 
 
@@ -160,7 +163,7 @@ def run(
     if output is not None:
         _write_npz(output, values)
     arrays = tuple(OutputArray(name, array.dtype.name, array.shape) for name, array in values.items())
-    return Outputs(len(results), seconds, arrays, output, values)
+    return Outputs(len(results), seconds, arrays, output, values, opened.target.stand_in())
 
 
 def _inputs(artifact: Artifact) -> Sequence[InputSpec]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-__all__ = ["HERE", "WireError", "length_delimited", "skeleton", "varint"]
+__all__ = ["HERE", "WireError", "length_delimited", "read_varint", "skeleton", "varint"]
 
 HERE = "\x00here"
 """The location of external data that stands for the model file itself; no file can have this name."""
@@ -87,16 +87,16 @@ def _fields(data: memoryview, start: int, end: int) -> Iterator[tuple[int, int, 
     position = start
     while position < end:
         tag_at = position
-        tag, position = _read_varint(data, position, end)
+        tag, position = read_varint(data, position, end)
         kind = tag & 7
         if kind == _DELIMITED:
-            length, position = _read_varint(data, position, end)
+            length, position = read_varint(data, position, end)
             if length > end - position:
                 raise WireError("it is cut off")
             yield tag_at, tag >> 3, position, position + length
             position += length
         elif kind == _VARINT:
-            position = _read_varint(data, position, end)[1]
+            position = read_varint(data, position, end)[1]
         elif kind in (_FIXED64, _FIXED32):
             position += 8 if kind == _FIXED64 else 4
             if position > end:
@@ -105,7 +105,12 @@ def _fields(data: memoryview, start: int, end: int) -> Iterator[tuple[int, int, 
             raise WireError("its bytes are no protobuf message")
 
 
-def _read_varint(data: memoryview, position: int, end: int) -> tuple[int, int]:
+def read_varint(data: memoryview, position: int, end: int) -> tuple[int, int]:
+    """Return an unsigned integer at `position` of `data`, and where it ends.
+
+    Raises:
+        WireError: it goes on behind `end`, or is longer than 64 bits.
+    """
     value = 0
     for shift in range(0, 70, 7):
         if position >= end:

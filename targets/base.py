@@ -114,6 +114,8 @@ class Target(abc.ABC):
     """Whether its default pipeline needs calibration data for every model."""
     opset: ClassVar[int] = 21
     """The default-domain opset that models are converted up to."""
+    disabled: ClassVar[Sequence[str]] = ()
+    """Optimizers of ONNX Runtime that would undo what the target promises."""
 
     @abc.abstractmethod
     def prepare_passes(self) -> Pipeline:
@@ -165,6 +167,14 @@ class Target(abc.ABC):
         qgraph.ir.save(model, folder / "model.onnx")
         return sorted(path.name for path in folder.iterdir())
 
+    def providers(self) -> Sequence[tuple[str, Mapping[str, str]]] | None:
+        """Return the providers of ONNX Runtime that run model.onnx, with their options, the most wanted first.
+
+        The manifest keeps them, so that a server opens the artifact without this module, with those that it has. None
+        where nothing but `session` can open it. Options may hold no paths.
+        """
+        return None
+
     @abc.abstractmethod
     def session(self, folder: Path, *, threads: int = 0) -> Session:
         """Open the files that `lower` wrote.
@@ -190,6 +200,14 @@ class Target(abc.ABC):
 
     def footprint(self, folder: Path) -> Mapping[str, Any] | None:
         """Return what the code in `folder` needs on a device, as JSON values; None where there is none."""
+        del folder
+        return None
+
+    def runtime(self, folder: Path) -> Mapping[str, Any] | None:
+        """Return how the runtime is to be opened for the files in `folder`, as JSON values that do not vary.
+
+        Providers and their options, and what is known of where nodes run; None for a runtime without such options.
+        """
         del folder
         return None
 

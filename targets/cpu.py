@@ -39,7 +39,7 @@ from qgraph.pipeline import Context, Feeds, Pass, Pipeline
 from qgraph.runtime.benchmark import compare
 from qgraph.runtime.placement import Placement
 from qgraph.runtime.placement_reading import read_placement
-from qgraph.runtime.session import input_signature, open_session, random_feeds
+from qgraph.runtime.session import CPU_PROVIDER, input_signature, open_session, random_feeds
 from qgraph.targets.base import Kernels, Session, Step, Target
 from qgraph.targets.cpu_costs import better_in_float, graph_cost, kernel_cost
 
@@ -110,6 +110,10 @@ class Product:
 
 
 class _OnnxRuntimeCpu(Target):
+    def providers(self) -> Sequence[tuple[str, Mapping[str, str]]]:
+        """Return the CPU provider."""
+        return [(CPU_PROVIDER, {})]
+
     def prepare_passes(self) -> Pipeline:
         """Return the clean-up passes, which keep every value."""
         return Pipeline.parse(_PREPARE)

@@ -1,28 +1,39 @@
-"""ONNX Runtime on NVIDIA GPUs.
+"""ONNX Runtime on NVIDIA GPUs, through its CUDA provider.
 
-`cuda-int4` stores the weights of linear layers and embeddings in 4 bits (any width of 2 to 8 through `--passes`) and
-computes in float16, keeping in float32 what overflows. Where the installed ONNX Runtime has no CUDA provider, the same
-operators are run on the CPU to verify the result, and the artifact says so.
+    cuda-fp16    float16, float32 where float16 overflows or loses sums
+    cuda-int8    linear layers and embeddings in 8 bits, read by a float16 kernel (MatMulNBits)
+    cuda-int4    the same in 4 bits; any width of 2 to 8 through `--passes`
+    cuda-fp8     linear layers in float8e4m3fn, dequantized to float16 at every run
+
+`cuda-int8` is weight-only by what the provider has: it runs no integer convolution and no product of a quantized graph
+(QLinearConv, QLinearMatMul, a MatMul between DequantizeLinear), and its MatMulInteger takes int8 by int8, while
+DynamicQuantizeLinear makes uint8, and on the CPU: every layer would be copied there and back. A model whose work is in
+convolutions is refused, with the targets that serve it. `cuda-fp8` is weight-only too: a product of two 8-bit floats
+is GemmFloat8, which exists on the device alone (compute capability 8.9 and 9.0), so that nothing could be verified;
+TensorRT multiplies in 8-bit floats (`tensorrt-fp8`).
+
+Where the installed ONNX Runtime has no CUDA provider, or its libraries do not load, the same operators are run on the
+CPU to verify the result, and the artifact says so.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import ClassVar
 
 import onnx_ir as ir
 
 import qgraph.ir
+from qgraph.analysis.cost import cost
+from qgraph.analysis.linear_layers import linear_layers
+from qgraph.errors import UserError
 from qgraph.pipeline import Context, Pipeline, Skipped
-from qgraph.runtime.session import CPU_PROVIDER, installed_providers, open_session
-from qgraph.targets.base import Kernels, Session
-from qgraph.targets.cpu import CpuFp32
-from qgraph.targets.cpu_int4 import refused_blocks, weight_kernels, weight_passes
+from qgraph.targets.cpu_int4 import refused_blocks, weight_passes
+from qgraph.targets.nvidia import NvidiaTarget, cleaned_up, once_each, work_of
 
-__all__ = ["CudaInt4"]
+__all__ = ["CudaFp8", "CudaFp16", "CudaInt4", "CudaInt8"]
 
-_PROVIDER = "CUDAExecutionProvider"
+_CONVOLUTIONS = ("Conv", "ConvTranspose")
 _NO_KERNEL = {
     **dict.fromkeys(
         ("ConvInteger", "QLinearConv"), "the CUDA provider has no integer convolution: it would run on the CPU"
@@ -34,15 +45,35 @@ _NO_KERNEL = {
     "DynamicQuantizeLSTM": "the CUDA provider has no integer LSTM: it would run on the CPU",
 }
 _QUANTIZED = "the CUDA provider fuses no quantized activations: it would quantize and dequantize, and compute in float"
+_WEIGHT_OPSET = 21
+"""Weights between passes stand behind a DequantizeLinear of 4 bits or of blocks."""
+_FEWEST = 1024
+"""Weights of fewer elements stay in float, as `rtn` leaves them."""
 
 
 @dataclasses.dataclass(frozen=True)
-class CudaInt4(CpuFp32):
+class CudaFp16(NvidiaTarget):
+    """float16 on an NVIDIA GPU."""
+
+    name: ClassVar[str] = "cuda-fp16"
+    summary: ClassVar[str] = "float16 in ONNX Runtime on an NVIDIA GPU, float32 where float16 would overflow"
+
+    def lower_passes(self) -> Pipeline:
+        """Return the passes that end in float16."""
+        return Pipeline.parse("to-fp16,remove-unused")
+
+    def check(self, model: ir.Model) -> list[Skipped]:
+        """Return what the CUDA provider would hand to the CPU, or compute in float although it is quantized."""
+        return once_each([*_refused(model), *self.without_kernels(model)])
+
+
+@dataclasses.dataclass(frozen=True)
+class CudaInt4(NvidiaTarget):
     """Weights of few bits on an NVIDIA GPU, activations in float16."""
 
     name: ClassVar[str] = "cuda-int4"
     summary: ClassVar[str] = "weights of 2 to 8 bits and float16 activations in ONNX Runtime on an NVIDIA GPU"
-    extra: ClassVar[str] = "cuda"
+    opset: ClassVar[int] = _WEIGHT_OPSET
 
     def compress_passes(self, model: ir.Model, context: Context) -> Pipeline:
         """Return AWQ and GPTQ where there are calibration data, else rounding to nearest."""
@@ -55,32 +86,80 @@ class CudaInt4(CpuFp32):
 
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return what the CUDA provider would hand to the CPU, or compute in float although it is quantized."""
-        return [*refused_blocks(model), *_refused(model)]
+        return once_each([*refused_blocks(model), *_refused(model), *self.without_kernels(model)])
 
-    def stand_in(self) -> str:
-        """Return a note where ONNX Runtime is installed without its CUDA provider."""
-        installed = installed_providers()
-        if not installed or _PROVIDER in installed:
-            return ""
-        return "the CPU provider (same operators; not run on CUDA here)"
 
-    def session(self, folder: Path, *, threads: int = 0) -> Session:
-        """Open model.onnx with the CUDA provider, or with the CPU provider where there is none.
+@dataclasses.dataclass(frozen=True)
+class CudaInt8(CudaInt4):
+    """Weights of 8 bits on an NVIDIA GPU, activations in float16."""
+
+    name: ClassVar[str] = "cuda-int8"
+    summary: ClassVar[str] = "linear layers with 8-bit weights and float16 activations in ONNX Runtime on an NVIDIA GPU"
+
+    def compress_passes(self, model: ir.Model, context: Context) -> Pipeline:
+        """Return rounding to 8 bits, which loses next to nothing without data.
 
         Raises:
-            UserError: ONNX Runtime is not installed.
+            UserError: convolutions do most of the work, or there is no linear layer.
         """
-        wanted = [_PROVIDER, CPU_PROVIDER] if not self.stand_in() else [CPU_PROVIDER]
-        session: Session = open_session(folder / "model.onnx", threads=threads, providers=wanted)
-        return session
+        del context
+        _require_linear(model, self.name, "integer", "tensorrt-int8")
+        return Pipeline.parse("rtn{bits=8,group=128}")
 
-    def placement(self, folder: Path) -> None:
-        """Return None: what the provider takes is known on its device alone."""
-        del folder
 
-    def kernels(self, folder: Path) -> Kernels:
-        """Count the operators as they are written: the provider fuses none of those with weights."""
-        return weight_kernels(qgraph.ir.load(folder / "model.onnx"), integers=False)
+@dataclasses.dataclass(frozen=True)
+class CudaFp8(NvidiaTarget):
+    """Weights in 8-bit floats on an NVIDIA GPU, activations in float16."""
+
+    name: ClassVar[str] = "cuda-fp8"
+    summary: ClassVar[str] = "linear layers with float8e4m3fn weights and float16 activations on an NVIDIA GPU"
+    opset: ClassVar[int] = _WEIGHT_OPSET
+
+    def prepare_passes(self) -> Pipeline:
+        """Return the clean-up passes without attention, whose opset has no DequantizeLinear on the GPU."""
+        return cleaned_up(self.opset, "")
+
+    def compress_passes(self, model: ir.Model, context: Context) -> Pipeline:
+        """Return rounding to float8e4m3fn, one scale for each output.
+
+        Raises:
+            UserError: convolutions do most of the work, or there is no linear layer.
+        """
+        del context
+        _require_linear(model, self.name, "float8", "tensorrt-fp8")
+        return Pipeline.parse("rtn{format=fp8e4m3,group=0}")
+
+    def lower_passes(self) -> Pipeline:
+        """Return the passes that end in float16."""
+        return Pipeline.parse("to-fp16,remove-unused")
+
+    def check(self, model: ir.Model) -> list[Skipped]:
+        """Return what the CUDA provider would hand to the CPU: layers, and the weights that they read."""
+        dequantizers = {qgraph.ir.node_label(node) for node in work_of(model, "DequantizeLinear")}
+        left = [one for one in self.split(model).left if one.node in dequantizers]
+        return once_each([*_refused(model), *self.without_kernels(model), *left])
+
+
+def _require_linear(model: ir.Model, target: str, kind: str, instead: str) -> None:
+    """Raise a UserError unless linear layers do at least half of the multiplying."""
+    works = {one.name: one.multiply_adds or 0 for one in cost(model).nodes}
+    convolutions = work_of(model, *_CONVOLUTIONS)
+    large = [
+        layer
+        for layer in linear_layers(model).layers
+        if layer.kind == "linear" and layer.inputs * layer.outputs >= _FEWEST
+    ]
+    in_convolutions = sum(works.get(qgraph.ir.node_label(node), 0) for node in convolutions)
+    if convolutions and (not large or in_convolutions > sum(works.get(layer.name, 0) for layer in large)):
+        told = f"{len(convolutions)} Conv node{'s' * (len(convolutions) > 1)}"
+        what = f"ONNX Runtime's CUDA provider has no {kind} Conv"
+    elif not large:
+        told, what = f"it has no linear layer of {_FEWEST} weights or more", "there is nothing to store in 8 bits"
+    else:
+        return
+    raise UserError(
+        f"{target} cannot run this model: {told}, and {what}. Use --target {instead}, or --target cuda-fp16."
+    )
 
 
 def _refused(model: ir.Model) -> list[Skipped]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,26 +22,22 @@ import qgraph.ir
 from qgraph.analysis.sparse_weights import sparse_weights
 from qgraph.numerics.sparsity import follows
 from qgraph.pipeline import Context, Pipeline, Skipped
-from qgraph.runtime.session import CPU_PROVIDER, installed_providers, open_session
-from qgraph.targets.base import Kernels, Session
-from qgraph.targets.cpu import CpuFp32
+from qgraph.targets.base import Kernels
+from qgraph.targets.tensorrt import TensorrtTarget
 
 __all__ = ["CudaSparse24"]
 
-_TENSORRT = "TensorrtExecutionProvider"
-_CUDA = "CUDAExecutionProvider"
-_OPTIONS = {"trt_sparsity_enable": "1", "trt_fp16_enable": "1"}
 _LAYERS = ("Attention", "Conv", "ConvTranspose", "GRU", "Gemm", "GroupQueryAttention", "LSTM", "MatMul",
            "MultiHeadAttention", "RNN")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class CudaSparse24(CpuFp32):
+class CudaSparse24(TensorrtTarget):
     """Two of four neighbouring inputs zero, float16, in TensorRT."""
 
     name: ClassVar[str] = "cuda-sparse24"
     summary: ClassVar[str] = "weights that are 2:4 sparse, and float16, in ONNX Runtime's TensorRT provider"
-    extra: ClassVar[str] = "cuda"
+    flags: ClassVar[Mapping[str, str]] = {"trt_fp16_enable": "1", "trt_sparsity_enable": "1"}
 
     def compress_passes(self, model: ir.Model, context: Context) -> Pipeline:
         """Return SparseGPT where there are calibration data, else the choice by magnitude."""
@@ -52,8 +49,11 @@ class CudaSparse24(CpuFp32):
         return Pipeline.parse("to-fp16,remove-unused")
 
     def check(self, model: ir.Model) -> list[Skipped]:
-        """Return the layers that were made sparse and whose stored weights are not 2:4 along the right axis."""
-        refused = []
+        """Return the layers that were made sparse and whose stored weights are not 2:4 along the right axis.
+
+        What breaks TensorRT's rules, and layers that would run on the CPU, are among them.
+        """
+        refused = super().check(model)
         for one in sparse_weights(model):
             label = qgraph.ir.node_label(one.node)
             if str(one.pattern) != "2:4":
@@ -63,30 +63,6 @@ class CudaSparse24(CpuFp32):
             elif not follows(one.matrix, one.pattern):
                 refused.append(Skipped(label, "its weight has more than two of four neighbouring inputs"))
         return refused
-
-    def stand_in(self) -> str:
-        """Return a note where ONNX Runtime is installed without its TensorRT provider."""
-        installed = installed_providers()
-        if not installed or _TENSORRT in installed:
-            return ""
-        instead = "CUDA" if _CUDA in installed else "CPU"
-        return f"the {instead} provider (same operators, zeros multiplied; not run on TensorRT here)"
-
-    def session(self, folder: Path, *, threads: int = 0) -> Session:
-        """Open model.onnx with the TensorRT provider told to look for zeros, or with what is installed.
-
-        Raises:
-            UserError: ONNX Runtime is not installed.
-        """
-        installed = installed_providers()
-        wanted: list[str | tuple[str, dict[str, str]]] = [(_TENSORRT, _OPTIONS)] if _TENSORRT in installed else []
-        wanted += [_CUDA] if _CUDA in installed else []
-        session: Session = open_session(folder / "model.onnx", threads=threads, providers=[*wanted, CPU_PROVIDER])
-        return session
-
-    def placement(self, folder: Path) -> None:
-        """Return None: what the provider takes is known on its device alone."""
-        del folder
 
     def kernels(self, folder: Path) -> Kernels:
         """Count the layers, sparse ones apart; TensorRT picks its kernels on the device itself."""

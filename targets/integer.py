@@ -32,7 +32,7 @@ from qgraph.codegen.tvm_lowering import require_tvm
 from qgraph.errors import UserError
 from qgraph.passes.integer_requantize import BOUNDARY_KEY
 from qgraph.pipeline import Context, Pipeline, Skipped
-from qgraph.runtime.session import open_session
+from qgraph.runtime.session import CPU_PROVIDER, open_session
 from qgraph.targets.base import Kernels, Session, Step, Target
 
 __all__ = ["Integer", "code_form"]
@@ -43,7 +43,8 @@ _FORMS = {"c": "c", "so": "tvm"}
 _PREPARE = (
     "inline-functions,lift-constants,convert-opset{version=21},fold-constants,remove-identity,fold-batch-norm,"
     "deduplicate-initializers,merge-duplicates,remove-unused,infer-shapes,unroll-recurrent,conv-transpose-to-conv,"
-    "resize-to-matmul,decompose-norms,infer-shapes,remove-unused"
+    "resize-to-matmul,einsum-to-matmul,grid-sample-to-gather,decompose-norms,decompose-operators,fold-constants,"
+    "infer-shapes,root-magnitudes,remove-unused"
 )
 _LADDER = (
     Step("activation ranges", ("full-qdq.method=percentile", "full-qdq.method=mse"), "activations"),
@@ -59,8 +60,9 @@ _LADDER = (
 """What a search tries, the cheapest first."""
 _MOVES = frozenset({
     "Cast", "Concat", "Constant", "ConstantOfShape", "DepthToSpace", "DequantizeLinear", "Expand", "Flatten", "Gather",
-    "GatherElements", "GatherND", "Identity", "If", "Pad", "QuantizeLinear", "Reshape", "Resize", "Shape", "Size",
-    "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Trilu", "Unsqueeze", "Where",
+    "GatherElements", "GatherND", "Identity", "If", "Pad", "QuantizeLinear", "Reshape", "Resize", "ScatterElements",
+    "ScatterND", "Shape", "Size", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "TopK", "Transpose", "Trilu",
+    "Unsqueeze", "Where",
 })  # fmt: skip
 
 
@@ -148,6 +150,10 @@ class Integer(Target):
             if path.is_file():
                 found.update(json.loads(path.read_text(encoding="utf-8")))
         return found or None
+
+    def providers(self) -> Sequence[tuple[str, Mapping[str, str]]]:
+        """Return the CPU provider, which computes the same integers as what the graph is meant for."""
+        return [(CPU_PROVIDER, {})]
 
     def session(self, folder: Path, *, threads: int = 0) -> Session:
         """Open model.onnx in ONNX Runtime, which executes the functions by their bodies.

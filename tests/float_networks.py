@@ -61,10 +61,16 @@ class Network:
         inputs: Sequence[ir.Value | None],
         shape: Sequence[int],
         dtype: ir.DataType | None = None,
+        *,
+        count: int = 1,
         **attributes: Any,
     ) -> Tensor:
-        node = ir.node(op_type, inputs, attributes)
-        output = node.outputs[0]
+        """Append a node, and return the first of its outputs; the others are of whole numbers."""
+        node = ir.node(op_type, inputs, attributes, num_outputs=count)
+        output, *others = node.outputs
+        for other in others:
+            other.name, other.dtype = qgraph.ir.fresh_name(self.model.graph, "other"), ir.DataType.INT64
+            other.shape = ir.Shape(shape)
         output.name = qgraph.ir.fresh_name(self.model.graph, op_type.lower())
         output.shape, output.dtype = ir.Shape(shape), dtype or ir.DataType.FLOAT
         self.model.graph.append(node)
@@ -162,6 +168,33 @@ def choice_of_two(n: Network, x: Tensor) -> Tensor | None:
     return n.node("Where", [truth.value, x.value, n.like(x).value], x.shape)
 
 
+def comparison(n: Network, x: Tensor) -> Tensor | None:
+    op_type, other = n.choice(["Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"]), n.like(x)
+    truth = n.node(op_type, [x.value, other.value], x.shape, ir.DataType.BOOL)
+    return n.node("Where", [truth.value, x.value, other.value], x.shape)
+
+
+def order(n: Network, x: Tensor) -> Tensor | None:
+    axis = n.between(1, len(x.shape) - 1)
+    count = n.between(1, x.shape[axis])
+    shape = (*x.shape[:axis], count, *x.shape[axis + 1 :])
+    attributes = {"axis": axis, "largest": n.between(0, 1)}
+    return n.node("TopK", [x.value, n.constant([count], np.int64)], shape, count=2, **attributes)
+
+
+def scattering(n: Network, x: Tensor) -> Tensor | None:
+    axis = n.between(1, len(x.shape) - 1)
+    places = n.random.permutation(x.shape[axis]).reshape(-1, *[1] * (len(x.shape) - axis - 1))
+    indices = n.constant(np.broadcast_to(places, x.shape), np.int64)
+    other = n.node("Neg", [n.like(x).value], x.shape)
+    return n.node("ScatterElements", [x.value, indices, other.value], x.shape, axis=axis)
+
+
+def running_sum(n: Network, x: Tensor) -> Tensor | None:
+    axis = n.constant(n.between(1, len(x.shape) - 1), np.int64)
+    return n.node("CumSum", [x.value, axis], x.shape, reverse=n.between(0, 1), exclusive=n.between(0, 1))
+
+
 def normalization(n: Network, x: Tensor) -> Tensor | None:
     inputs = [x.value, n.weight(x.shape[-1]), n.weight(x.shape[-1])]
     return n.node("LayerNormalization", inputs[: n.between(2, 3)], x.shape)
@@ -214,9 +247,9 @@ def padding(n: Network, x: Tensor) -> Tensor | None:
 
 
 OPERATIONS: tuple[Operation, ...] = (
-    convolution, convolution, convolution, product, product, product, classifier, attention, function, function, gate,
-    arithmetic, arithmetic, with_constant, quotient, choice_of_two, normalization, softmax, pool, reduction,
-    concatenation, transposition, part, padding,
+    convolution, convolution, convolution, convolution, product, product, product, product, classifier, attention,
+    function, function, gate, arithmetic, arithmetic, with_constant, quotient, choice_of_two, normalization, softmax,
+    pool, reduction, concatenation, transposition, part, padding, comparison, order, scattering, running_sum,
 )  # fmt: skip
 
 

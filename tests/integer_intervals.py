@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 import numpy as np
 import onnx_ir as ir
@@ -12,9 +13,9 @@ import qgraph.ir
 
 Interval = tuple[int, int]
 MOVED = {
-    "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "MaxPool", "Pad",
-    "ReduceMax", "ReduceMin", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Trilu",
-    "Unsqueeze", "Where",
+    "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Max",
+    "MaxPool", "Min", "Pad", "ReduceMax", "ReduceMin", "Reshape", "ScatterElements", "ScatterND", "Slice",
+    "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Trilu", "Unsqueeze", "Where",
 }  # fmt: skip
 
 
@@ -142,6 +143,12 @@ def reduce_sum(known: Intervals, node: ir.Node) -> Interval:
     return low * count, high * count
 
 
+def running_sum(known: Intervals, node: ir.Node) -> Interval:
+    axis = qgraph.ir.constant(node.inputs[1])
+    count = node.inputs[0].shape[int(axis.item())]
+    return hull([(0, 0), times((1, count), known.of(node.inputs[0]))])
+
+
 def softmax(known: Intervals, node: ir.Node) -> Interval:
     return 0, known.of(node.inputs[3])[1]
 
@@ -164,6 +171,17 @@ def integer_sqrt(known: Intervals, node: ir.Node) -> Interval:
     return 0, math.isqrt(high)
 
 
+def requantize(known: Intervals, node: ir.Node) -> Interval:
+    """Of 32 bits with a half that goes up, by the largest multiplier; fewer bits have the bounds that are given."""
+    least, most = known.of(node.inputs[4])[0], known.of(node.inputs[5])[1]
+    if node.outputs[0].dtype is not ir.DataType.INT32:
+        return least, most
+    multipliers, shifts = (qgraph.ir.constant(value).astype(object) for value in node.inputs[1:3])
+    largest = max(Fraction(m, 1 << s) for m, s in np.broadcast(multipliers, shifts))
+    low, high = (math.floor(end * largest + Fraction(1, 2)) for end in known.of(node.inputs[0]))
+    return max(low - 1, least), min(high + 1, most)
+
+
 def interpolate(known: Intervals, node: ir.Node) -> Interval:
     low, high = known.of(node.inputs[1])
     return (low * 128 + (1 << 13)) >> 14, (high * 128 + (1 << 13)) >> 14
@@ -171,7 +189,7 @@ def interpolate(known: Intervals, node: ir.Node) -> Interval:
 
 RULES: dict[str, Callable[[Intervals, ir.Node], Interval]] = {
     "Add": add, "Sub": add, "Mul": multiply, "Div": divide, "Neg": negate, "Clip": clip, "Cast": same,
-    "ConvInteger": layer, "MatMulInteger": layer, "ReduceSum": reduce_sum, "Softmax": softmax,
+    "ConvInteger": layer, "MatMulInteger": layer, "CumSum": running_sum, "ReduceSum": reduce_sum, "Softmax": softmax,
     "LayerNormalize": normalize, "RMSNormalize": normalize, "RoundedDivide": rounded_divide,
-    "IntegerSqrt": integer_sqrt, "TableInterpolate": interpolate,
+    "IntegerSqrt": integer_sqrt, "TableInterpolate": interpolate, "Requantize": requantize,
 }  # fmt: skip

@@ -39,13 +39,20 @@ class Tensor:
 
 
 class Builder:
-    """A model that grows by one operation at a time."""
+    """A model that grows by one operation at a time.
 
-    def __init__(self, seed: int) -> None:
+    Args:
+        seed: of all that is random.
+        bare: the share of accumulators that are outputs of the model as they are.
+    """
+
+    def __init__(self, seed: int, bare: float = 0.0) -> None:
+        self.bare = bare
         self.random = np.random.default_rng(seed)
         self.model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 21}, name="random"), ir_version=10)
         self.rounding = self.choice(list(ROUNDINGS))
         self.tensors: list[Tensor] = []
+        self.ends: list[Tensor] = []
 
     def choice(self, options: Sequence[Any]) -> Any:
         return options[int(self.random.integers(len(options)))]
@@ -99,6 +106,8 @@ class Builder:
 
     def requantize(self, x: Tensor, size: float, dtype: np.dtype | None = None, axis: int | None = None) -> Tensor:
         """Bring int32 of about `size` to 8 or 16 bits, with a scale of its own for each index along `axis`."""
+        if self.bare and self.random.random() < self.bare:
+            return x
         dtype = self.choice([U8, I8, U8, I8, I16]) if dtype is None else dtype
         limits = np.iinfo(dtype)
         channels = [1] * len(x.shape) if axis is None else [n if i == axis else 1 for i, n in enumerate(x.shape)]
@@ -121,7 +130,8 @@ class Builder:
         result = self.choice(operations)(self, source)
         if result is None or np.prod(result.shape) > MOST_ELEMENTS:
             return False
-        self.tensors.append(result)
+        # Nothing else takes accumulators, which are proven not to overflow for one operation.
+        (self.ends if result.dtype == I32 else self.tensors).append(result)
         return True
 
 
@@ -416,25 +426,62 @@ def greatest(b: Builder, x: Tensor) -> Tensor | None:
     return b.node(b.choice(["ReduceMax", "ReduceMin"]), [x.value, b.constant([axis])], shape, x)
 
 
+def order(b: Builder, x: Tensor) -> Tensor | None:
+    """TopK: the elements, and where they were."""
+    axis = b.between(0, len(x.shape) - 1)
+    count = b.between(1, x.shape[axis])
+    attributes = {"axis": axis, "largest": b.between(0, 1)}
+    node = ir.node("TopK", [x.value, b.constant([count])], attributes, num_outputs=2)
+    shape = tuple(count if i == axis else n for i, n in enumerate(x.shape))
+    places = node.outputs[1]
+    places.name = qgraph.ir.fresh_name(b.model.graph, "places")
+    places.shape, places.dtype = ir.Shape(shape), ir.DataType.INT64
+    b.ends.append(Tensor(places, shape, np.dtype(np.int64)))
+    return b.append(node, shape, x.dtype, x.zero_point)
+
+
+def scattered_elements(b: Builder, x: Tensor) -> Tensor | None:
+    """ScatterElements of one tensor into another along an axis; the last of several at one place stays."""
+    other = b.choice([tensor for tensor in b.tensors if (tensor.shape, tensor.dtype) == (x.shape, x.dtype)])
+    axis = b.between(0, len(x.shape) - 1)
+    indices = b.numbers(x.shape, -x.shape[axis], x.shape[axis] - 1, np.int64)
+    return b.node("ScatterElements", [x.value, indices, other.value], x.shape, x, axis=axis)
+
+
+def scattered_parts(b: Builder, x: Tensor) -> Tensor | None:
+    """ScatterND of a tensor's parts at other places of it."""
+    places = b.numbers((x.shape[0], 1), -x.shape[0], x.shape[0] - 1, np.int64)
+    return b.node("ScatterND", [x.value, places, x.value], x.shape, x)
+
+
+def running_sum(b: Builder, x: Tensor) -> Tensor | None:
+    axis = b.between(0, len(x.shape) - 1)
+    attributes = {"exclusive": b.between(0, 1), "reverse": b.between(0, 1)}
+    total = b.int32("CumSum", [b.wide(x).value, b.constant(axis)], x.shape, **attributes)
+    return b.requantize(total, float(np.iinfo(x.dtype).max) * x.shape[axis] ** 0.5)
+
+
 OPERATIONS: Mapping[str, Operation] = {
     operation.__name__: operation
     for operation in (
         convolution, average_pool, max_pool, global_sum, product, attention_product, table, interpolated_table,
         sum_of_two, difference_of_two, product_of_two, concatenation, softmax, layer_norm, rms_norm, change_of_type,
         transposition, reshape, cut, picked, padding, repetition, enlargement, limits, choice_of_two, greatest,
+        order, scattered_elements, scattered_parts, running_sum,
     )
 }  # fmt: skip
 """By name, for tests of what does not know them all."""
 
 
-def random_integer_model(seed: int, operations: Sequence[str] = tuple(OPERATIONS)) -> ir.Model:
+def random_integer_model(seed: int, operations: Sequence[str] = tuple(OPERATIONS), bare: float = 0.0) -> ir.Model:
     """Return a model of one or two inputs and three to ten operations; what nothing reads are its outputs.
 
     Args:
         seed: the same seed and operations give the same model.
         operations: the names of those that may occur, of `OPERATIONS`.
+        bare: the share of accumulators that are outputs as they are, which spares the many nodes of Requantize's body.
     """
-    b = Builder(seed)
+    b = Builder(seed, bare)
     rank = b.choice([2, 3, 4, 4])
     shape = (b.between(1, 2), *(b.between(1, 6 if axis == 0 else 9) for axis in range(rank - 1)))
     b.tensors.extend(b.input(shape, b.choice([U8, I8, U8, I8, I16])) for _ in range(b.between(1, 2)))
@@ -450,7 +497,7 @@ def random_integer_model(seed: int, operations: Sequence[str] = tuple(OPERATIONS
 
 def _finish(b: Builder) -> None:
     """Make outputs of the tensors that nothing reads, and drop the rest."""
-    ends = [tensor for tensor in b.tensors if not tensor.value.uses()]
+    ends = [tensor for tensor in [*b.tensors, *b.ends] if not tensor.value.uses()]
     outputs = [tensor.value for tensor in ends if not tensor.value.is_graph_input()] or [
         b.node("Identity", [b.tensors[0].value], b.tensors[0].shape, b.tensors[0]).value
     ]

@@ -24,7 +24,7 @@ from qgraph.numerics.packing import pack_bits, unpack_bits
 from qgraph.numerics.weights import QuantizedWeight, WeightScheme
 from qgraph.pipeline import Context
 
-__all__ = ["Finished", "FinishedLayers"]
+__all__ = ["Finished", "FinishedLayers", "fingerprint"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -50,7 +50,7 @@ class FinishedLayers:
         self._prefix = ""
         if self._folder is not None:
             self._make_folder(self._folder)
-            self._prefix = _fingerprint(model, context, settings)
+            self._prefix = fingerprint(model, context, settings)
 
     @staticmethod
     def _make_folder(folder: Path) -> None:
@@ -139,8 +139,8 @@ def _removed(folder: Path) -> UserError:
     )
 
 
-def _fingerprint(model: ir.Model, context: Context, settings: str) -> str:
-    """Return 32 hexadecimal digits that change with anything that the quantized weights depend on."""
+def fingerprint(model: ir.Model, context: Context, settings: str) -> str:
+    """Return 32 hexadecimal digits that change with the nodes and weights of a model, the samples and `settings`."""
     digest = hashlib.blake2b(settings.encode(), digest_size=16)
     for node in qgraph.ir.walk(model):
         parts = [node.domain, node.op_type, *(value.name or "" if value is not None else "" for value in node.inputs)]
@@ -148,6 +148,9 @@ def _fingerprint(model: ir.Model, context: Context, settings: str) -> str:
         parts += [f"{name}={one.value}" for name, one in node.attributes.items() if _is_plain(one)]
         parts += [f"{name}={one}" for name, one in sorted(node.metadata_props.items())]
         digest.update("\0".join(parts).encode())
+        for attribute in node.attributes.values():
+            if not attribute.is_ref() and attribute.type == ir.AttributeType.TENSOR:
+                _add(digest, attribute.as_tensor().numpy())
     for graph in qgraph.ir.all_graphs(model):
         for name, value in graph.initializers.items():
             digest.update(name.encode())

@@ -26,7 +26,7 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.integer_rules import Kind, data_inputs, kind_of, obstacle
 
-__all__ = ["Candidate", "IntegerPlan", "integer_candidates", "integer_plan"]
+__all__ = ["Allowed", "Candidate", "IntegerPlan", "integer_candidates", "integer_plan"]
 
 _LOGARITHM = "a logarithm follows, for which 8 bits are too coarse"
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.integer_rules import output_axis
 
-__all__ = ["Tail", "clamp_behind", "follow_layer"]
+__all__ = ["Tail", "clamp_behind", "follow_factors", "follow_layer"]
 
 _MATRIX = 2
 
@@ -54,6 +54,31 @@ def follow_layer(node: ir.Node, *, per_channel: bool) -> tuple[Tail, tuple[ir.No
     clamp, rest = clamp_behind(nodes[-1])
     tail.low, tail.high = clamp.low, clamp.high
     return tail, (*nodes, *rest)
+
+
+def follow_factors(node: ir.Node) -> tuple[Tail, list[ir.Node]]:
+    """Follow a sum through positive numbers that multiply or divide it, as in a mean, and a clamp.
+
+    Returns:
+        what is done, and the nodes that do it.
+    """
+    tail, nodes = Tail(), [node]
+    while True:
+        after = qgraph.ir.only_consumer(nodes[-1].outputs[0])
+        if after is None or after.graph is not node.graph or not qgraph.ir.is_op(after, "Mul", "Div"):
+            break
+        position = 0 if after.inputs[0] is nodes[-1].outputs[0] else 1
+        array = qgraph.ir.constant(after.inputs[1 - position])
+        if array is None or array.size != 1 or array.ndim > 1 or (after.op_type == "Div" and position == 1):
+            break
+        number = float(array.item())
+        if not 0 < number < math.inf:
+            break
+        tail.factor = tail.factor * (number if after.op_type == "Mul" else 1.0 / number)
+        nodes.append(after)
+    clamp, rest = clamp_behind(nodes[-1])
+    tail.low, tail.high = clamp.low, clamp.high
+    return tail, [*nodes[1:], *rest]
 
 
 def _follow(tail: Tail, after: ir.Node, value: ir.Value, layer: ir.Node, *, per_channel: bool) -> bool:

@@ -16,7 +16,6 @@ What belongs to no unit (operators without an integer form, what subgraphs hold)
 from __future__ import annotations
 
 import dataclasses
-import enum
 from collections.abc import Iterable, Mapping, Sequence, Set
 
 import numpy as np
@@ -24,62 +23,13 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.elementwise import ELEMENTWISE
+from qgraph.analysis.integer_forms import FLOATS, Form, Unit, computes_floats, is_float, real_outputs
 from qgraph.analysis.integer_patterns import PATTERNS
 from qgraph.analysis.integer_rules import is_constant, is_stored
-from qgraph.analysis.integer_tails import Tail, clamp_behind, follow_layer
+from qgraph.analysis.integer_single import COMPARISONS, JOINERS, MOVERS, cast, comparison, joiner, mover
+from qgraph.analysis.integer_tails import clamp_behind, follow_factors, follow_layer
 
-__all__ = ["FLOATS", "Form", "Unit", "Units", "computes_floats", "integer_units", "is_float", "layer_weight"]
-
-FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
-
-
-class Form(enum.Enum):
-    """What a unit computes, and so how integers do it."""
-
-    LAYER = "layer"
-    MATMUL = "product of activations"
-    SUM = "sum"
-    PRODUCT = "product"
-    QUOTIENT = "quotient"
-    TABLE = "function of one tensor"
-    MOVE = "movement"
-    JOIN = "several tensors brought to one scale"
-    POOL = "average pooling"
-    REDUCE = "reduction"
-    SOFTMAX = "softmax"
-    NORM = "normalization"
-    HYPOT = "root of a sum of squares"
-    CAST = "integers as numbers"
-
-
-@dataclasses.dataclass(eq=False)
-class Unit:
-    """One part of the graph.
-
-    Attributes:
-        form: what it computes.
-        main: the node that names it.
-        nodes: its nodes in topological order, the main one among them.
-        inputs: the tensors that it reads and that integers must stand for, or, for CAST, the integers.
-        outputs: the tensors that it makes, of which the first is what it rounds to.
-        tail: what is done before rounding (LAYER, MATMUL, SUM, PRODUCT).
-        signs: of the addends of a SUM, in the order of `terms`.
-        terms: the addends of a SUM: tensors and constants; the operands of a PRODUCT or QUOTIENT.
-    """
-
-    form: Form
-    main: ir.Node
-    nodes: tuple[ir.Node, ...]
-    inputs: tuple[ir.Value, ...]
-    outputs: tuple[ir.Value, ...]
-    tail: Tail = dataclasses.field(default_factory=Tail)
-    signs: tuple[int, ...] = ()
-    terms: tuple[ir.Value, ...] = ()
-
-    @property
-    def label(self) -> str:
-        """The name of the main node."""
-        return qgraph.ir.node_label(self.main)
+__all__ = ["FLOATS", "MOVERS", "Form", "Unit", "Units", "computes_floats", "integer_units", "is_float", "layer_weight"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,29 +40,9 @@ class Units:
     refused: Mapping[ir.Node, str]
 
 
-MOVERS = frozenset({
-    "ArgMax", "ArgMin", "DepthToSpace", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "GlobalMaxPool",
-    "Identity", "MaxPool", "Pad", "ReduceMax", "ReduceMin", "Reshape", "Resize", "Shape", "Size", "Slice",
-    "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Trilu", "Unsqueeze", "ConstantOfShape",
-})  # fmt: skip
-"""Operators whose results are some of the elements of their first input, or know nothing of their values."""
-_JOINERS = {"Concat": 0, "Where": 1, "Max": 0, "Min": 0}
-"""Operators of several tensors that end up at one scale, and how many inputs come before these."""
-_REDUCTIONS = ("ReduceSum", "ReduceMean", "GlobalAveragePool")
+_REDUCTIONS = ("CumSum", "ReduceSum", "ReduceMean", "GlobalAveragePool")
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-
-
-def is_float(value: ir.Value | None) -> bool:
-    """Tell whether a value holds floating-point numbers, or something of which nothing is known."""
-    return value is not None and (value.dtype is None or value.dtype in FLOATS)
-
-
-def computes_floats(node: ir.Node) -> bool:
-    """Tell whether a node reads or makes floats, but for the constant scales of ONNX Runtime's quantized operators."""
-    values = (*node.inputs, *node.outputs)
-    if node.op_type.startswith(("QLinear", "QGemm")):
-        values = tuple(value for value in values if not is_constant(value))
-    return any(value is not None and value.dtype in FLOATS for value in values)
+_MATRIX = 2
 
 
 def layer_weight(node: ir.Node) -> tuple[int, ir.Value] | None:
@@ -212,7 +142,7 @@ class _Cutter:
             if not inside and not is_float(value):
                 return False
             roots.add(root)
-        if len(roots) != 1:
+        if len(roots) != 1 or (node.op_type == "Cast" and not _counts_elements(node)):
             return False
         self._root[node.outputs[0]] = roots.pop()
         self._taken.add(node)
@@ -265,11 +195,13 @@ class _Cutter:
         if op_type in ("Mul", "Div"):
             return self._product(node)
         if op_type in MOVERS:
-            return _mover(node)
-        if op_type in _JOINERS:
-            return _joiner(node, _JOINERS[op_type])
+            return mover(node)
+        if op_type in JOINERS:
+            return joiner(node)
+        if op_type in COMPARISONS:
+            return comparison(node)
         if op_type == "Cast":
-            return _cast(node)
+            return cast(node)
         single = {"AveragePool": Form.POOL, **dict.fromkeys(_REDUCTIONS, Form.REDUCE), "Softmax": Form.SOFTMAX,
                   "LayerNormalization": Form.NORM, "RMSNormalization": Form.NORM}  # fmt: skip
         form = single.get(op_type)
@@ -280,7 +212,7 @@ class _Cutter:
         source = node.inputs[0]
         if source is None or is_constant(source):
             return "it reads only constants"
-        return Unit(form, node, (node,), (source,), _outputs(node)[:1])
+        return Unit(form, node, (node,), (source,), real_outputs(node)[:1])
 
     def _layer(self, node: ir.Node) -> Unit | str:
         weight = layer_weight(node)
@@ -325,7 +257,7 @@ class _Cutter:
         if not dynamic:
             return "it reads only constants"
         values, signs = zip(*terms, strict=True)
-        tail, rest_nodes = clamp_behind(nodes[-1])
+        tail, rest_nodes = follow_factors(nodes[-1])
         inside = (*nodes, *rest_nodes)
         return Unit(Form.SUM, nodes[-1], inside, dynamic, tuple(inside[-1].outputs), tail, signs, values)
 
@@ -363,56 +295,21 @@ def _other_floats(node: ir.Node) -> ir.DataType | None:
     return next((kind for kind in kinds if kind in FLOATS and kind is not ir.DataType.FLOAT), None)
 
 
-def _outputs(node: ir.Node) -> tuple[ir.Value, ...]:
-    return tuple(value for value in node.outputs if value.name)
-
-
 def _is_scalar(value: ir.Value) -> bool:
     array = qgraph.ir.constant(value)
     return array is not None and array.size == 1 and array.ndim <= 1
 
 
+def _counts_elements(node: ir.Node) -> bool:
+    """Tell whether a Cast makes truth values, floats, or whole numbers of elements rather than of sizes.
+
+    Sizes that are computed in float must stay exact; these are numbers, or lists of numbers.
+    """
+    value = node.outputs[0]
+    sizes = value.shape is None or len(value.shape) < _MATRIX
+    return value.dtype in (ir.DataType.FLOAT, ir.DataType.BOOL) or not sizes
+
+
 def _array(value: ir.Value) -> np.ndarray:
     array = qgraph.ir.constant(value)
     return np.ones(()) if array is None else array
-
-
-def _cast(node: ir.Node) -> Unit | str:
-    source = node.inputs[0]
-    if source is None or is_float(source) or node.outputs[0].dtype is not ir.DataType.FLOAT:
-        return "numbers of another type than float32 have no integer form"
-    return Unit(Form.CAST, node, (node,), (source,), _outputs(node))
-
-
-def _mover(node: ir.Node) -> Unit | str:
-    if node.op_type == "ConstantOfShape":
-        return Unit(Form.MOVE, node, (node,), (), _outputs(node))
-    reason = _unmovable(node)
-    if reason is not None:
-        return reason
-    source = node.inputs[0]
-    assert source is not None
-    return Unit(Form.MOVE, node, (node,), (source,), _outputs(node))
-
-
-def _unmovable(node: ir.Node) -> str | None:
-    if node.op_type == "Resize" and node.attributes.get_string("mode", "nearest") != "nearest":
-        return "it interpolates, which has an integer form only where the shapes are known"
-    if (
-        node.op_type == "Resize"
-        and node.attributes.get_string("coordinate_transformation_mode") == "tf_crop_and_resize"
-    ):
-        return "it may fill in a number from outside"
-    if node.op_type == "Pad" and len(node.inputs) > 2 and node.inputs[2] is not None:
-        return None if qgraph.ir.constant(node.inputs[2]) is not None else "the number that it pads with is computed"
-    if node.op_type == "MaxPool" and any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
-        return "its second output is used"
-    return None
-
-
-def _joiner(node: ir.Node, first: int) -> Unit | str:
-    values = [value for value in node.inputs[first:] if value is not None]
-    dynamic = tuple(dict.fromkeys(value for value in values if not is_stored(value)))
-    if not dynamic and node.op_type != "Where":
-        return "it reads only constants"
-    return Unit(Form.JOIN, node, (node,), dynamic, _outputs(node), terms=tuple(values))

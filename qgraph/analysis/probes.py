@@ -42,6 +42,7 @@ AddOutputs = Callable[[ir.Model, Mapping[str, ir.Value]], list[ir.Value]]
 
 _INLINE_BELOW = 1024
 _FATAL_ONLY = 4
+_FLOAT8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)
 _NUMBERS = {
     "float": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
@@ -157,7 +158,9 @@ class Probe:
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.enable_mem_pattern = False  # it plans one block for all shapes seen, and doubles the peak
-        if not optimise:
+        # The runtime's rules for quantizers take 8-bit floats for integers: they drop a Relu that is needed, and fuse
+        # what has no kernel.
+        if not optimise or any(value.dtype in _FLOAT8 for value in graph.initializers.values()):
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self._weights, folder = _detach_weights(copy)
         if folder:

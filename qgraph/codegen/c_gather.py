@@ -14,7 +14,7 @@ from qgraph.codegen.c_kernel import Index, Kernel
 from qgraph.codegen.c_movement import axis_map
 from qgraph.codegen.c_rules import Access, Kind, Read, Reads, register
 
-__all__: list[str] = []
+__all__ = ["index_of"]
 
 
 def _pair(node: ir.Node) -> tuple[ir.Value, ir.Value]:
@@ -42,7 +42,7 @@ def _indices_read(access: Access) -> Reads:
 @register(Kind.ELEMENT, "Gather", reads=_indices_read(Access.BROADCAST), when=_is_table)
 def _look_up(kernel: Kernel, value: ir.Value, index: Index) -> str:
     table, indices = _pair(producer_of(value))
-    return _picked(kernel, table, (_index(kernel, indices, index, kernel.graph.size(table)),))
+    return _picked(kernel, table, (index_of(kernel, indices, index, kernel.graph.size(table)),))
 
 
 @register(Kind.MOVE, "Gather", reads=_indices_read(Access.MANY))
@@ -57,7 +57,7 @@ def _gather(kernel: Kernel, value: ir.Value, index: Index) -> str:
         sources = array.reshape(-1).astype(np.int64) % shape[axis]
         picked = axis_map(kernel, sources, inner[0] if inner else "0", f"{value.name}_indices")
     else:
-        picked = _index(kernel, indices, inner, shape[axis])
+        picked = index_of(kernel, indices, inner, shape[axis])
     return _picked(kernel, data, (*index[:axis], picked, *index[axis + rank :]))
 
 
@@ -67,7 +67,7 @@ def _gather_at(kernel: Kernel, value: ir.Value, index: Index) -> str:
     data, indices = _pair(node)
     shape = kernel.graph.shape(data)
     axis = node.attributes.get_int("axis", 0) % len(shape)
-    picked = _index(kernel, indices, index, shape[axis])
+    picked = index_of(kernel, indices, index, shape[axis])
     return _picked(kernel, data, (*index[:axis], picked, *index[axis + 1 :]))
 
 
@@ -81,7 +81,7 @@ def _picked(kernel: Kernel, data: ir.Value, index: Index) -> str:
     return f"(int64_t){element}" if array.dtype == np.int64 else element
 
 
-def _index(kernel: Kernel, indices: ir.Value, index: Index, size: int) -> str:
+def index_of(kernel: Kernel, indices: ir.Value, index: Index, size: int) -> str:
     """Return an element of `indices`, counted from the front."""
     atom = kernel.element(indices, index)
     if not _may_be_negative(kernel.graph, indices):

@@ -17,7 +17,8 @@ from qgraph.codegen.c_runtime import FUNCTIONS, runtime_text
 
 __all__ = ["Program"]
 
-for _module in ("c_convolutions", "c_elementwise", "c_gather", "c_matrices", "c_movement", "c_reductions"):
+for _module in ("c_convolutions", "c_elementwise", "c_gather", "c_matrices", "c_movement", "c_reductions",
+                "c_scatter"):  # fmt: skip
     importlib.import_module(f"qgraph.codegen.{_module}")  # for the operators that it registers
 
 

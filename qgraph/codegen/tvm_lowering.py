@@ -18,7 +18,7 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.shape_facts import UnknownShapeError
 from qgraph.analysis.shapes import attribute_values
-from qgraph.codegen import tvm_elementwise, tvm_functions, tvm_layers, tvm_movement, tvm_reductions
+from qgraph.codegen import tvm_elementwise, tvm_functions, tvm_layers, tvm_movement, tvm_reductions, tvm_scatter
 from qgraph.codegen.tvm_edges import Edge, Signature
 from qgraph.codegen.tvm_site import RULES, Operand, Site, Tensor, Variable, broadcast, dims, expression_of, refusal
 from qgraph.errors import UserError
@@ -26,7 +26,7 @@ from qgraph.numerics import operators
 
 __all__ = ["build_module", "require_tvm"]
 
-_RULE_MODULES = (tvm_elementwise, tvm_functions, tvm_layers, tvm_movement, tvm_reductions)
+_RULE_MODULES = (tvm_elementwise, tvm_functions, tvm_layers, tvm_movement, tvm_reductions, tvm_scatter)
 """Imported for the rules that they register."""
 _TYPES = ("bool", "uint8", "int8", "int16", "int32", "int64")
 _FOR_FLOAT = "only integer arithmetic can be compiled: see what the model's boundaries are, or run it as an ONNX model"

@@ -170,7 +170,7 @@ def mse_range(values: np.ndarray, counts: np.ndarray, low: float, high: float, s
         counts: how often each occurs, (n,).
         low: not above zero.
         high: not below zero.
-        scheme: the integer format.
+        scheme: the format.
     """
     coarse = np.linspace(1.0, _LEAST_FACTOR, 19)
     fine = np.linspace(0.04, -0.04, 9)
@@ -192,5 +192,5 @@ def _squared_errors(
 ) -> np.ndarray:
     """Return the squared error of `values` for each range (low, high), all float64."""
     scale, zero_point = (one.astype(np.float64)[:, None] for one in scale_and_zero_point(low, high, scheme))
-    levels = np.clip(np.rint(values / scale) + zero_point, scheme.qmin, scheme.qmax)
+    levels = np.clip(scheme.rounded(values / scale) + zero_point, scheme.qmin, scheme.qmax)
     return np.asarray(((levels - zero_point) * scale - values) ** 2 @ counts.astype(np.float64))

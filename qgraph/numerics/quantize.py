@@ -2,6 +2,7 @@
 
     integer = saturate(round_half_even(real / scale) + zero_point)        in float32
     real    = (integer - zero_point) * scale
+    float8  = saturate(nearest float8, half to even, of real / scale)
 
 Source: the ONNX operator specification, QuantizeLinear-23 and DequantizeLinear-23. Scales are positive normal float32
 numbers; zero is always represented exactly; a block of zeros gets scale 1. NaN and infinite elements are refused.
@@ -59,7 +60,8 @@ def scale_and_zero_point(low: ArrayLike, high: ArrayLike, scheme: Scheme) -> Par
     """Return scale and zero point that let `scheme` represent low..high (widened to hold zero), elementwise.
 
     Symmetric schemes get the smallest scale at which neither end saturates. An empty range (zero to zero) gets scale
-    1; a range so small that its scale would be denormal gets the least normal scale.
+    1; a range so small that its scale would be denormal gets the least normal scale. Scales of floats are raised to
+    the next that float16 holds, from its least normal number on: small floats lose nothing by a little more room.
 
     Args:
         low: real numbers of any shape.
@@ -80,11 +82,21 @@ def scale_and_zero_point(low: ArrayLike, high: ArrayLike, scheme: Scheme) -> Par
     else:
         exact = (highs - lows) / (scheme.qmax - scheme.qmin)
     scale = np.where(exact == 0.0, 1.0, np.maximum(exact, _TINY)).astype(np.float32)
+    if scheme.is_float:
+        scale = _held_by_float16(scale)
     if scheme.symmetric:
         zero_point = np.full(scale.shape, scheme.centre)
     else:
         zero_point = np.clip(np.rint(scheme.qmin - lows / scale.astype(np.float64)), scheme.qmin, scheme.qmax)
     return Parameters(scale, zero_point.astype(scheme.dtype))
+
+
+def _held_by_float16(scale: np.ndarray) -> np.ndarray:
+    """Return scales raised to numbers of float16; those beyond its largest stay."""
+    limits = np.finfo(np.float16)
+    near = np.clip(scale, limits.tiny, limits.max).astype(np.float16)
+    above = np.where(near < np.minimum(scale, limits.max), np.nextafter(near, np.float16(np.inf)), near)
+    return np.where(scale > limits.max, scale, above.astype(np.float32)).astype(np.float32)
 
 
 def minmax_parameters(array: np.ndarray, scheme: Scheme) -> Parameters:
@@ -147,7 +159,7 @@ def quantize(array: np.ndarray, scheme: Scheme, parameters: Parameters | None = 
         )
     with np.errstate(over="ignore"):
         work = np.asarray(checked / _spread(np.asarray(scale, np.float32), scheme, checked.shape))
-    np.rint(work, out=work)
+    work = scheme.rounded(work)
     work += _spread(zero_point, scheme, checked.shape).astype(np.float32)
     np.clip(work, scheme.qmin, scheme.qmax, out=work)
     return Quantized(work.astype(scheme.dtype), np.asarray(scale, np.float32), np.asarray(zero_point), scheme)
@@ -314,7 +326,7 @@ def _squared_error(rows: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, 
     zero = zero_point.astype(np.float32)[:, None]
     with np.errstate(over="ignore"):
         work = rows / scale[:, None]
-    np.rint(work, out=work)
+    work = scheme.rounded(work)
     np.clip(work, scheme.qmin - zero, scheme.qmax - zero, out=work)
     work *= scale[:, None]
     work -= rows

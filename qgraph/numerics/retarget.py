@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from qgraph.numerics.hessian import Triangle, factorize
+from qgraph.numerics.products import product, steady
 
 __all__ = ["Drift", "retarget", "solve"]
 
@@ -36,7 +37,8 @@ class Drift:
 
     def add(self, moved: np.ndarray, inputs: np.ndarray) -> None:
         """Count samples in: float32 [n, M] and [n, K]. Products are float32, their sum is float64."""
-        self._sum += moved.T @ inputs
+        with steady():  # the last bits depend on the number of threads otherwise
+            self._sum += product(moved.T, inputs)
         self.rows += len(inputs)
 
     def mean(self) -> np.ndarray:
@@ -45,7 +47,8 @@ class Drift:
 
     def through(self, weight: np.ndarray) -> np.ndarray:
         """Return the same of what `weight` [N, M] makes of it: float64 [N, K]."""
-        return np.asarray(np.asarray(weight, np.float64) @ self.mean())
+        with steady():
+            return product(np.asarray(weight, np.float64), self.mean())
 
 
 def retarget(weight: np.ndarray, pull: np.ndarray, hessian: np.ndarray, damping: float) -> np.ndarray:
@@ -68,6 +71,7 @@ def retarget(weight: np.ndarray, pull: np.ndarray, hessian: np.ndarray, damping:
     return np.asarray(weight + solve(factorize(alive, damping, np.float64), pull), np.float32)
 
 
+@steady()
 def solve(triangle: Triangle, right: np.ndarray) -> np.ndarray:
     """Return right H^-1, float64 [N, K], for the damped H that was factorized; `right` is [N, K].
 

@@ -1,6 +1,7 @@
-"""Quantization schemes as data: how integers stand for real numbers, and which elements share a scale.
+"""Quantization schemes as data: how integers or small floats stand for real numbers, and which elements share a scale.
 
-    real = (integer - zero_point) * scale
+    real = (integer - zero_point) * scale        integers
+    real = float8 * scale                        float8_e4m3fn, the finite values of which end at 448
 
 A block is the set of neighbouring elements that share one scale and one zero point. `Scheme.block_shape` has one
 entry for each dimension of the array: n > 0 means n consecutive elements (the last block may be ragged), -1 means the
@@ -15,22 +16,30 @@ whole dimension. The empty tuple stands for per tensor at any rank.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 
-__all__ = ["INT8", "INT8_ACTIVATION", "INT8_WEIGHT", "UINT8", "UINT8_WEIGHT", "Scheme"]
+__all__ = ["FLOAT8", "INT8", "INT8_ACTIVATION", "INT8_WEIGHT", "UINT8", "UINT8_WEIGHT", "Scheme"]
+
+_FLOAT8: np.dtype[Any] = np.dtype(ml_dtypes.float8_e4m3fn)
+_FLOAT8_BITS = 8
+_FLOAT8_LARGEST = 448
+"""Of float8_e4m3fn (Micikevicius et al. 2022, FP8 Formats for Deep Learning, table 1)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """An integer format and the blocks that share a scale.
+    """An integer or float format and the blocks that share a scale.
 
     Attributes:
-        bits: 2 to 8.
+        bits: 2 to 8; 8 of a float.
         signed: two's complement integers rather than unsigned ones.
         symmetric: zero stands for the integer 0 (signed) or 2^(bits-1) (unsigned); otherwise the zero point is free.
         narrow: leave out the lowest integer, so that signed ones are -127..127.
         block_shape: see the module's docstring.
+        format: "int", or "float8e4m3fn", which is signed and symmetric: there is no zero point but zero.
     """
 
     bits: int = 8
@@ -38,8 +47,11 @@ class Scheme:
     symmetric: bool = True
     narrow: bool = False
     block_shape: tuple[int, ...] = ()
+    format: Literal["int", "float8e4m3fn"] = "int"
 
     def __post_init__(self) -> None:
+        if self.is_float and (self.bits, self.signed, self.symmetric, self.narrow) != (_FLOAT8_BITS, True, True, False):
+            raise ValueError("float8 has 8 bits, and is signed, symmetric and not narrow")
         if not 2 <= self.bits <= 8:
             raise ValueError(f"a scheme has 2 to 8 bits, not {self.bits}")
         if any(entry != -1 and entry < 1 for entry in self.block_shape):
@@ -48,13 +60,22 @@ class Scheme:
             )
 
     @property
+    def is_float(self) -> bool:
+        """Whether elements are small floats rather than integers."""
+        return self.format != "int"
+
+    @property
     def qmin(self) -> int:
-        """The lowest integer in use."""
+        """The lowest integer (or finite float) in use."""
+        if self.is_float:
+            return -_FLOAT8_LARGEST
         return (-(1 << (self.bits - 1)) if self.signed else 0) + int(self.narrow)
 
     @property
     def qmax(self) -> int:
-        """The highest integer in use."""
+        """The highest integer (or finite float) in use."""
+        if self.is_float:
+            return _FLOAT8_LARGEST
         return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
 
     @property
@@ -63,8 +84,10 @@ class Scheme:
         return 0 if self.signed else 1 << (self.bits - 1)
 
     @property
-    def dtype(self) -> np.dtype[np.int8] | np.dtype[np.uint8]:
-        """The array type that holds the integers, one to an element, before any packing."""
+    def dtype(self) -> np.dtype[Any]:
+        """The array type that holds the integers or floats, one to an element, before any packing."""
+        if self.is_float:
+            return _FLOAT8
         return np.dtype(np.int8) if self.signed else np.dtype(np.uint8)
 
     @property
@@ -83,6 +106,15 @@ class Scheme:
     def block_size(self) -> int:
         """The `block_size` of an ONNX QuantizeLinear: elements of a group along `axis`, 0 unless per group."""
         return 0 if self.axis is None or self.block_shape[self.axis] == 1 else self.block_shape[self.axis]
+
+    def rounded(self, values: np.ndarray) -> np.ndarray:
+        """Return numbers that are divided by their scale, rounded half to even as the format does.
+
+        Integers are not saturated, since a zero point may follow; floats are, at their last finite value.
+        """
+        if not self.is_float:
+            return np.asarray(np.rint(values))
+        return np.asarray(np.clip(values, self.qmin, self.qmax)).astype(self.dtype).astype(values.dtype)
 
     def per_tensor(self) -> Scheme:
         """Return the scheme with one scale for everything."""
@@ -147,3 +179,5 @@ UINT8 = Scheme(signed=False, symmetric=False)
 """Asymmetric 0..255: the activations of the CPU's integer kernels."""
 UINT8_WEIGHT = Scheme(signed=False)
 """Symmetric around 128."""
+FLOAT8 = Scheme(format="float8e4m3fn")
+"""float8_e4m3fn: four bits of exponent, three of mantissa."""

@@ -19,6 +19,7 @@ from qgraph.runtime.verification import OutputFigures, Verification
 __all__ = ["Comparison", "PassFacts", "ReportData", "comparisons", "deployable_bytes", "target_text"]
 
 _FOOTPRINT = {"flash": ("flash", "constants of the C code"), "ram": ("RAM", "activations of the C code")}
+_PACKAGE = ".mlpackage/"
 _NOT_DEPLOYED = frozenset({"recipe.toml"})
 
 
@@ -164,10 +165,11 @@ def _command(manifest: Mapping[str, Any]) -> str:
 def deployable_bytes(manifest: Mapping[str, Any]) -> int:
     """Return the bytes of the files that are deployed: all that the manifest hashes but the recipe.
 
-    Folders hold the same model once more, as code.
+    A package (`model.mlpackage/`) is the model where there is one; other folders hold it once more, as code.
     """
-    files = {name: entry for name, entry in manifest["files"].items() if name not in _NOT_DEPLOYED and "/" not in name}
-    return sum(int(entry["bytes"]) for entry in files.values())
+    files = {name: int(entry["bytes"]) for name, entry in manifest["files"].items() if name not in _NOT_DEPLOYED}
+    packaged = [size for name, size in files.items() if _PACKAGE in name]
+    return sum(packaged or (size for name, size in files.items() if "/" not in name))
 
 
 def comparisons(manifest: Mapping[str, Any], bench: Mapping[str, Any] | None) -> list[Comparison]:

@@ -13,7 +13,7 @@ from qgraph.report.parts import document, name_cell, number, section, table
 from qgraph.report.search_page import front_figure
 from qgraph.report.terminal import Table
 
-__all__ = ["Contender", "SideBySide", "render", "terminal_table"]
+__all__ = ["Contender", "SideBySide", "columns_of", "fronts", "render", "terminal_table"]
 
 _MOST = 60
 _ROUNDING_DB = 80.0
@@ -123,7 +123,7 @@ class SideBySide:
         return found
 
 
-def _columns(found: SideBySide) -> list[tuple[str, list[str]]]:
+def columns_of(found: SideBySide) -> list[tuple[str, list[str]]]:
     """Return title and texts of the columns of figures that at least one has."""
     every = found.contenders
     columns: list[tuple[str, list[str]]] = [
@@ -163,7 +163,7 @@ def _accuracy(one: Contender) -> str:
 
 def terminal_table(found: SideBySide) -> Table:
     """Return the comparison as a table of texts, a row for each artifact."""
-    columns = _columns(found)
+    columns = columns_of(found)
     rows = [
         (
             f"{one.label}{'' if one.verified else ' (not verified)'}",
@@ -191,7 +191,7 @@ def render(found: SideBySide) -> str:
         f"{clip(found.source)}, {count} artifacts",
         header,
         section("Side by side", _table(found), *(element("p", clip(text), class_="note") for text in found.remarks)),
-        _fronts(found),
+        fronts(found),
         _kernels(found),
         _made(found),
         element("footer", "Compared by qgraph."),
@@ -199,7 +199,7 @@ def render(found: SideBySide) -> str:
 
 
 def _table(found: SideBySide) -> Markup:
-    columns = _columns(found)
+    columns = columns_of(found)
     rows = []
     for i, one in enumerate(found.contenders[:_MOST]):
         state = None if one.verified else element("span", "outside its tolerance", class_="note wrong")
@@ -227,7 +227,7 @@ def _made(found: SideBySide) -> Markup:
     return section("How each was made", table(("", "passes that compress", ">nodes left alone"), rows, kind="ladder"))
 
 
-def _fronts(found: SideBySide) -> Markup | None:
+def fronts(found: SideBySide) -> Markup | None:
     """Return what each loses against what it takes: accuracy where all have labels, else SQNR."""
     every = list(enumerate(found.contenders[:_MOST]))
     labelled = all(one.loss is not None for _, one in every)

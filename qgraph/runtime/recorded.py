@@ -29,6 +29,11 @@ class Recorded:
         self._kept: list[list[Any]] | None = []
         self._place = 0
 
+    @property
+    def outputs(self) -> list[list[Any]] | None:
+        """What was recorded, one list a sample, once a whole round has run; else None."""
+        return self._kept if self._kept is not None and len(self._kept) == self._samples else None
+
     def get_inputs(self) -> list[Any]:
         """Return the inputs as the session describes them."""
         return list(self.session.get_inputs())  # type: ignore[attr-defined]

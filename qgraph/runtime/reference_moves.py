@@ -64,6 +64,28 @@ def _arg_min(attributes: Attributes, inputs: Inputs) -> np.ndarray:
     return _arg_max(attributes, [-inputs[0].astype(np.int64)])
 
 
+def _top_k(attributes: Attributes, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """TopK: of equal elements the one with the lower index comes first."""
+    data, axis, count = inputs[0], int(attributes.get("axis", -1)), int(inputs[1].item())
+    if not 0 <= count <= data.shape[axis]:
+        raise NotFoldedError(f"{count} of {data.shape[axis]} elements are not there")
+    wide = data.astype(np.int64)
+    order = np.argsort(-wide if attributes.get("largest", 1) else wide, axis=axis, kind="stable")
+    indices = np.take(order, np.arange(count), axis=axis)
+    return np.take_along_axis(data, indices, axis), indices.astype(np.int64)
+
+
+def _scatter_elements(attributes: Attributes, inputs: Inputs) -> np.ndarray:
+    """ScatterElements: where an index comes several times, the last update stays."""
+    data, indices, updates = inputs
+    if attributes.get("reduction", "none") != "none":
+        raise NotFoldedError("reduction")
+    result, places = data.copy(), list(np.indices(indices.shape))
+    places[int(attributes.get("axis", 0))] = indices
+    result[tuple(places)] = updates
+    return np.asarray(result)
+
+
 def _depth_to_space(attributes: Attributes, inputs: Inputs) -> np.ndarray:
     data, block = inputs[0], int(attributes["blocksize"])
     batch, depth, height, width = data.shape
@@ -124,7 +146,9 @@ MOVES: Mapping[str, Operator] = {
     "DepthToSpace": _depth_to_space,
     "Pad": _pad,
     "Resize": _resize,
+    "ScatterElements": _scatter_elements,
     "SpaceToDepth": _space_to_depth,
     "Split": _split,
+    "TopK": _top_k,
 }
 """Operators whose results are among their inputs, truth values or sizes."""

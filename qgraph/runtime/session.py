@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import functools
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qgraph.errors import UserError
-from qgraph.pipeline import Feeds
 
 if TYPE_CHECKING:
     import onnxruntime
+
+    from qgraph.pipeline import Feeds
 
 __all__ = [
     "CPU_PROVIDER",
@@ -24,11 +28,14 @@ __all__ = [
     "installed_providers",
     "open_session",
     "output_signature",
+    "provider_fault",
     "random_feeds",
 ]
 
 CPU_PROVIDER = "CPUExecutionProvider"
 
+_NO_FALLBACK = 0
+"""Falling back, it would print to standard output, where --json promises nothing else than a document."""
 _FATAL_ONLY = 4  # its errors are raised as exceptions as well
 _BATCH = 1
 _LENGTH = 16
@@ -36,6 +43,11 @@ _LARGEST_INTEGER = 8
 _NUMPY_NAMES = {"float": "float32", "double": "float64"}
 _PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _MAPPED_ABOVE = 1024
+_ONE_RELU = bytes.fromhex(
+    "08083a330a0c0a0178120179220452656c751201675a0f0a0178120a0a080"
+    "80112040a020801620f0a0179120a0a08080112040a02080142040a00100d"
+)
+"""A model y = Relu(x) of one element, opset 13, so that serving needs no other package to write it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +75,7 @@ def open_session(
     optimised_path: Path | None = None,
     profile: Path | None = None,
     providers: Sequence[str | tuple[str, Mapping[str, str]]] = (CPU_PROVIDER,),
+    disabled: Sequence[str] = (),
 ) -> onnxruntime.InferenceSession:
     """Open a model in ONNX Runtime, on the CPU unless said otherwise; the runtime's own log is silenced.
 
@@ -75,6 +88,7 @@ def open_session(
             `optimised_path` + '.data'.
         profile: what the names of the files begin with into which every run is written, node by node.
         providers: of ONNX Runtime, the most wanted first; with options, a name and these.
+        disabled: names of the runtime's optimizers that are not to run.
 
     Raises:
         UserError: ONNX Runtime is not installed, or refuses the model.
@@ -96,9 +110,10 @@ def open_session(
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     name = "the model" if isinstance(model, bytes) else str(model)
+    source = model if isinstance(model, bytes) else str(model)
     try:
         return ort.InferenceSession(
-            model if isinstance(model, bytes) else str(model), options, providers=list(providers)
+            source, options, providers=list(providers), disabled_optimizers=list(disabled), enable_fallback=_NO_FALLBACK
         )
     except MemoryError:
         raise
@@ -113,6 +128,49 @@ def installed_providers() -> list[str]:
     except ImportError:
         return []
     return list(ort.get_available_providers())
+
+
+@functools.cache
+def provider_fault(provider: str) -> str:
+    """Return why a provider that the installed ONNX Runtime was built with cannot be used here; '' where it can.
+
+    ONNX Runtime falls back to the CPU without an exception where a provider's libraries do not load or there is no
+    device, so a session of one node is opened and asked which providers it has.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = _FATAL_ONLY
+    cause = ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            session = ort.InferenceSession(
+                _ONE_RELU, options, providers=[provider, CPU_PROVIDER], enable_fallback=_NO_FALLBACK
+            )
+        found = session.get_providers()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the provider is of no use
+        found, cause = [], first_line(error)
+    if provider in found:
+        return ""
+    return (
+        f"{provider} is installed but does not start ({cause or _missing_library(provider)}): install the CUDA, cuDNN "
+        f"and driver (and TensorRT) that ONNX Runtime {ort.__version__} wants, such as "
+        "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+    )
+
+
+def _missing_library(provider: str) -> str:
+    """Return what the dynamic linker says of a provider's library, or that there seems to be no device."""
+    import onnxruntime as ort
+
+    name = f"libonnxruntime_providers_{provider.removesuffix('ExecutionProvider').lower()}.so"
+    path = Path(ort.__file__).parent / "capi" / name
+    try:
+        ctypes.CDLL(str(path))
+    except OSError as error:
+        return str(error).partition("\n")[0].rpartition("/")[2]
+    return "its libraries load, but there is no device that it can use"
 
 
 def _write_optimised(options: onnxruntime.SessionOptions, path: Path) -> None:

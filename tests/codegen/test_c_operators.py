@@ -137,6 +137,17 @@ one("gather_one", "Gather", IMAGE, scalar(2, "int64"), axis=3)
 one("gather_grid", "Gather", IMAGE, np.array([[1, 2], [-1, 0]]), axis=2)
 two("gather_dynamic", "Gather", integers("int8", 4, 5, 3), integers("int64", 2, 3, low=-5, high=4), axis=1)
 two("gather_elements", "GatherElements", integers("int32", 4, 5), integers("int64", 4, 2, low=-5, high=4), axis=1)
+for _axis in (0, 1):
+    _graph = Graph(x=integers("int16", 4, 5), i=integers("int64", 2, 3, low=-4, high=3), u=integers("int16", 2, 3))
+    CASES[f"scatter_elements_{_axis}"] = _graph.gives(_graph.op("ScatterElements", "x", "i", "u", axis=_axis))
+for _depth, _rest in ((1, (3, 5)), (2, (5,)), (3, ())):
+    _places = integers("int64", 2, 3, _depth, low=-3, high=2)
+    _graph = Graph(x=integers("uint8", 4, 3, 5), i=_places, u=integers("uint8", 2, 3, *_rest))
+    CASES[f"scatter_nd_{_depth}"] = _graph.gives(_graph.op("ScatterND", "x", "i", "u"))
+    _graph = Graph(x=integers("int32", 4, 3, 5), u=integers("int32", 2, 3, *_rest))
+    _sum = _graph.op("Add", "x", scalar(3))
+    _put = _graph.op("ScatterND", _sum, _places, _graph.op("Neg", "u"))
+    CASES[f"scatter_nd_known_{_depth}"] = _graph.gives(_graph.op("Abs", _put))
 for _mode in ("DCR", "CRD"):
     one(f"depth_to_space_{_mode.lower()}", "DepthToSpace", integers("uint8", 2, 8, 3, 2), blocksize=2, mode=_mode)
 
@@ -211,6 +222,12 @@ for _op in ("ArgMax", "ArgMin"):
     for _last in (0, 1):
         _few = integers("int8", 3, 9, 2, low=-2, high=2)
         one(f"{_op.lower()}_{_last}", _op, _few, axis=1, keepdims=_last, select_last_index=_last)
+for _largest in (0, 1):
+    for _axis in (0, 1, -1):
+        _graph = Graph(x=integers("int8", 3, 9, 2, low=-3, high=3))
+        _first = _graph.op("TopK", "x", i64(2), count=2, axis=_axis, largest=_largest)
+        _more = _graph.op("Add", _first.producer().outputs[1], scalar(1, "int64"))
+        CASES[f"top_k_{_largest}_{_axis % 3}"] = _graph.gives(_first, _more)
 for _exclusive in (0, 1):
     for _reverse in (0, 1):
         _how = {"exclusive": _exclusive, "reverse": _reverse}

@@ -118,6 +118,21 @@ reductions (int32[2,3,5] a, uint8[1,3,7,6] u, int8[1,2,9] s, int64[2,6] w) => (
 }
 """
 
+PLACES = """
+<ir_version: 10, opset_import: ["" : 21]>
+places (uint8[4,3,5] x, int16[2,3] n, int64[2,1] i, int64[2,2,2] p, uint8[2,3,5] rows, uint8[2,2,5] lines, int8[3,4] s,
+    int16[2,1] put) => (
+    int16[2,3] elements, int16[2,3] columns, uint8[4,3,5] by_row, uint8[4,3,5] by_line, uint8[4,3,5] known,
+    int8[3,2] most, int64[3,2] where, int8[2,4] least, int64[2,4] there)
+<int64[1] two = {2}, int64[2,1] fixed = {3, -3}>
+{
+    elements = ScatterElements <axis = 0> (n, i, put)       columns = ScatterElements <axis = -1> (n, i, put)
+    by_row = ScatterND (x, i, rows)                         by_line = ScatterND (x, p, lines)
+    known = ScatterND (x, fixed, rows)
+    most, where = TopK (s, two)                             least, there = TopK <axis = 0, largest = 0> (s, two)
+}
+"""
+
 
 def random_array(type_: str, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
     if type_ == "bool":
@@ -145,7 +160,9 @@ def assert_same(model: ir.Model, folder: Path, **changed: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [ELEMENTWISE, MOVEMENT, REDUCTIONS, PRODUCTS], ids=["elementwise", "movement", "reductions", "products"]
+    "text",
+    [ELEMENTWISE, MOVEMENT, REDUCTIONS, PRODUCTS, PLACES],
+    ids=["elementwise", "movement", "reductions", "products", "places"],
 )
 def test_standard_operators_give_the_bits_of_onnxruntime(text: str, tmp_path: Path):
     changed = {}
@@ -154,6 +171,12 @@ def test_standard_operators_give_the_bits_of_onnxruntime(text: str, tmp_path: Pa
             "i": np.array([[0, -1], [3, -4]]),
             "j": np.array([[0, 3], [-1, 1], [2, -4]], np.int32),
             "one": np.array(-1),
+        }
+    if text is PLACES:
+        changed = {
+            "i": np.array([[1], [-1]]),
+            "p": np.array([[[0, 2], [3, 1]], [[-1, -3], [0, 2]]]),  # the first place twice: the last update stays
+            "s": np.random.default_rng(0).integers(-2, 3, (3, 4)).astype(np.int8),
         }
     assert_same(parsed(text), tmp_path, **changed)
 

@@ -14,7 +14,8 @@ FOLDERS = {"qgraph": "qgraph", "passes": "qgraph.passes", "targets": "qgraph.tar
 
 LAYERS = (
     ("errors", "wire", "lazy_tensors"),
-    ("user_code",),
+    ("user_code", "manifest"),
+    ("cache",),
     ("spec", "registry", "numerics", "capabilities", "onnx_file", "signatures"),
     ("ir", "safetensors", "work_folder"),
     ("pipeline", "runtime.placement"),
@@ -27,13 +28,14 @@ LAYERS = (
     ("samples",),
     ("runtime.session", "runtime.metrics"),
     ("analysis",),
-    ("codegen",),
+    ("codegen", "coreml"),
     ("passes",),
     ("runtime",),
     ("targets",),
     ("report",),
     ("artifact",),
-    ("plan", "building"),
+    ("plan", "building", "stored_states"),
+    ("sharing",),
     ("stages",),
     ("search_edits", "search_precision", "search_ranking", "search_workshop"),
     ("search_candidates", "search_executors"),
@@ -41,7 +43,10 @@ LAYERS = (
     ("compiler",),
     ("catalog", "evaluation", "float_form"),
     ("verbs", "doctor", "comparison"),
-    ("cli", "cli_commands", "cli_compare", "cli_display", "cli_options", "cli_pages", "__main__"),
+    ("build_recipe",),
+    ("build_workers",),
+    ("builder",),
+    ("cli", "cli_build", "cli_commands", "cli_compare", "cli_display", "cli_options", "cli_pages", "__main__"),
 )
 """From the bottom up: a module imports from layers below its own, and from its own component."""
 HEAVY = {"onnxruntime", "torch", "tvm", "coremltools", "tokenizers", "PIL", "sklearn", "ray"}

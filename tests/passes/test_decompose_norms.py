@@ -96,7 +96,9 @@ def test_logarithms_of_what_is_improbable(axis: int):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (single("LRN", [4, 3, 3], size=3), "neighbouring"),
+        (single("LRN", [4, "h", 3], size=3), "not known"),
+        (single("LpPool", [4, 3, 3], kernel_shape=[2, 2], ceil_mode=1), "beyond the border"),
+        (single("ReduceLogSum", [4], noop_with_empty_axes=1), "may reduce nothing"),
         (single("ReduceL2", [4], noop_with_empty_axes=1), "may reduce nothing"),
         (single("InstanceNormalization", [4, "w"], per_channel(4)), "not known"),
         (single("ReduceL2", [4], {"axes": np.array([1], np.int64)}, opset=17), "convert-opset"),
@@ -152,3 +154,36 @@ def test_slopes_of_channels():
 @pytest.mark.parametrize("axes", [[1], [-1, 1]])
 def test_logarithms_of_sums_of_exponentials(axes: list[int]):
     assert_kept(single("ReduceLogSumExp", [4, 5], {"axes": np.array(axes, np.int64)}), numbers([4, 5]) * 30)
+
+
+@pytest.mark.parametrize("axes", [None, [1], [-1, 1]])
+@pytest.mark.parametrize("keepdims", [0, 1])
+def test_logarithms_of_sums(axes: list[int] | None, keepdims: int):
+    constants = {} if axes is None else {"axes": np.array(axes, np.int64)}
+    assert_kept(single("ReduceLogSum", [4, 5], constants, keepdims=keepdims), np.abs(numbers([4, 5])) + 0.1)
+
+
+@pytest.mark.parametrize("shape", [[7, 5], [7, 3, 4], [2, 3, 4]])
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_local_response(shape: list[int], size: int):
+    options = {"alpha": 0.7, "beta": 0.6, "bias": 2.0}
+    model, x = single("LRN", shape, size=size, **options), numbers(shape)
+    if len(shape) == 3:  # ONNX Runtime knows no others
+        assert_kept(model, x)
+    else:
+        assert Pipeline.parse("decompose-norms").run(model).changed == 1
+    expected = np.zeros_like(x, dtype=np.float64)
+    for channel in range(shape[0]):
+        window = x[:, max(channel - (size - 1) // 2, 0) : channel + size // 2 + 1].astype(np.float64)
+        total = options["bias"] + options["alpha"] / size * (window**2).sum(axis=1)
+        expected[:, channel] = x[:, channel] / total ** options["beta"]
+    np.testing.assert_allclose(run(model, x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize(
+    "options", [{}, {"strides": [2, 1]}, {"pads": [1, 0, 0, 1]}, {"auto_pad": "SAME_UPPER"}, {"dilations": [2, 1]}]
+)
+def test_norms_of_windows(order: int, options: dict[str, Any]):
+    model = single("LpPool", [2, 6, 5], kernel_shape=[2, 3], p=order, **options)
+    assert_kept(model, numbers([2, 6, 5]), 1e-5)

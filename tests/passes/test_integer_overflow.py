@@ -20,7 +20,7 @@ from integer_compilation import assert_reference_agrees, compiled
 from integer_intervals import Intervals
 
 LIMIT = (1 << 31) - 1
-OPTIONS = ("", "wide=none", "activations=int8,symmetric=true", "scales=pow2")
+OPTIONS = ("", "wide=none", "activations=int8,symmetric=true", "scales=pow2", "wide_weights=all")
 
 
 @pytest.mark.parametrize("chunk", range(4))
@@ -29,7 +29,7 @@ def test_intervals_of_random_networks(chunk: int):
     for seed in range(1000 + chunk * 20, 1020 + chunk * 20):
         model = random_network(seed)
         Pipeline.parse("remove-unused").run(model)
-        integer = compiled(model, OPTIONS[seed % 4], count=2).integer
+        integer = compiled(model, OPTIONS[seed % len(OPTIONS)], count=2).integer
         Pipeline.parse("infer-shapes").run(integer)
         found += Intervals(integer).accumulators
     assert found > 100
@@ -45,20 +45,22 @@ def test_the_proof_finds_what_overflows():
         Intervals(model)
 
 
-def layer(weight: np.ndarray, bits: int = 8, bias: float | None = None) -> tuple[ir.Model, Report]:
-    """Return x [1, inputs] times an int8 weight [inputs, outputs] in integers; scales are 1, 1 and 2^20."""
+def layer(
+    weight: np.ndarray, bits: int = 8, bias: float | None = None, stored_as: str = "int8"
+) -> tuple[ir.Model, Report]:
+    """Return x [1, inputs] times a weight [inputs, outputs] in integers; scales are 1, 1 and 2^20."""
     kind, zero = ("uint8", 100) if bits == 8 else ("int16", 0)
     inputs, outputs = weight.shape
     added, result = ("", "m") if bias is None else ("b = Add(m, c)", "b")
     model = ir.from_onnx_text(
         f'<ir_version: 10, opset_import: ["" : 21]>\ng (float[1,{inputs}] x) => (float[1,{outputs}] y)\n'
-        f"<float s = {{1}}, {kind} z = {{{zero}}}, int8[1] w = {{0}}, float t = {{1048576}}, int16 o = {{0}},"
+        f"<float s = {{1}}, {kind} z = {{{zero}}}, {stored_as}[1] w = {{0}}, float t = {{1048576}}, int16 o = {{0}},"
         f" float c = {{{bias or 0}}}>\n"
         "{ q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) e = DequantizeLinear(w, s)"
         f" [layer] m = MatMul(d, e) {added} r = QuantizeLinear({result}, t, o) y = DequantizeLinear(r, t, o) }}"
     )
     stored = model.graph.initializers["w"]
-    stored.const_value, stored.shape = ir.tensor(weight.astype(np.int8), name="w"), ir.Shape(weight.shape)
+    stored.const_value, stored.shape = ir.tensor(weight.astype(stored_as), name="w"), ir.Shape(weight.shape)
     report = Pipeline.parse("infer-shapes,integer-requantize").run(model)
     return model, report
 
@@ -66,6 +68,48 @@ def layer(weight: np.ndarray, bits: int = 8, bias: float | None = None) -> tuple
 def weight_of(model: ir.Model) -> np.ndarray:
     (product, *_) = [node for node in model.graph if node.op_type == "MatMulInteger"]
     return qgraph.ir.constant(product.inputs[1]).astype(np.int64)
+
+
+def halves_of(model: ir.Model, bits: int) -> list[np.ndarray]:
+    """Return the upper and the lower half of a 16-bit weight, each of which reads both halves of 16-bit inputs."""
+    found = [node for node in model.graph if node.op_type == "MatMulInteger"]
+    return [qgraph.ir.constant(node.inputs[1]).astype(np.int64) for node in found[:: 1 if bits == 8 else 2]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_weights_in_two_halves(seed: int):
+    """The halves are the weight where they fit; no input leads beyond int32; the result is the exact one, rounded."""
+    random = np.random.default_rng(seed)
+    bits = int(random.choice([8, 16]))
+    inputs = int(random.choice([3, 200, 508, 2000] if bits == 16 else [3, 5000, 67000]))
+    weight = random.integers(-32639, 32640, (inputs, 3))
+    weight[:, 0] = 32639 * random.choice([-1, 1], inputs)
+    weight[:, 1] = random.integers(-127, 128, inputs)
+    bias = float(random.choice([0, 1e9, -3e12]))
+    model, report = layer(weight, bits, bias, "int16")
+    Pipeline.parse("infer-shapes").run(model)
+    Intervals(model)
+    upper, lower = halves_of(model, bits)
+    lost = any("could leave int32" in note for note in report.parts[-1].notes)
+    if not lost:
+        np.testing.assert_array_equal(upper * 256 + lower, weight)
+    codes = (-100, 155) if bits == 8 else (-32768, 32767)
+    for output in range(3):
+        for part in (upper, lower):
+            for sign in (1, -1):
+                x = np.where(sign * part[:, output] > 0, codes[1], codes[0]).astype(np.int64)
+                assert np.abs(x @ part).max() <= LIMIT
+                (found,) = assert_reference_agrees(model, {"x": x[None].astype(np.float32)})
+                exact = (x @ weight + bias) / 2**20
+                # Five bits are lost at most, here: a weight is off by half of 32.
+                step = 1 + lost * 16 * np.abs(x).sum() / 2**20
+                assert np.abs(found[0] / 2**20 - np.clip(exact, -32768, 32767)).max() <= step
+
+
+def test_more_weights_of_16_bits_than_int32_has_room_for_stay_in_float():
+    _, report = layer(np.full((17000, 1), 3000), bits=16, stored_as="int16")
+    (skipped,) = report.parts[-1].skipped
+    assert skipped.reason == "each output has 17000 weights of 16 bits, too many for int32: use 8 bits"
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -114,6 +114,8 @@ OPTIONS = {
     "4-bit weights of one scale": ("weights=int4,per_channel=false,wide=none", "half-up"),
     "gemmlowp": ("activations=int8", "gemmlowp"),
     "half-even": ("per_channel=false", "half-even"),
+    "weights in two halves": ("wide_weights=all", "half-up"),
+    "weights in two halves, gemmlowp": ("wide_weights=all,wide=none,scales=pow2", "gemmlowp"),
 }
 
 
@@ -178,6 +180,11 @@ READ = {
     ),
     "one scale": foreign("(w, t)", w=CODES.astype(np.int8), t=np.float32(0.02)),
     "16-bit inputs": foreign("<axis=1>(w, t)", "int16", 0, w=CODES.astype(np.int8), t=SCALES),
+    "more than 8 bits less the zero point": foreign(
+        "(w, t, p)", w=(CODES + 128).astype(np.uint8), t=np.float32(0.02), p=np.uint8(0)
+    ),
+    "16-bit weights": foreign("<axis=1>(w, t)", w=(CODES * 327).astype(np.int16), t=SCALES / 256),
+    "16-bit weights, every bit": foreign("<axis=1>(w, t)", w=np.full((8, 4), -32768, np.int16), t=SCALES / 256),
     "signed inputs": foreign("<axis=-1>(w, t)", "int8", -5, w=CODES.astype(np.int8), t=SCALES),
 }  # fmt: skip
 LEFT = {
@@ -185,7 +192,6 @@ LEFT = {
     "a scale for every group": foreign(
         "<axis=0, block_size=4>(w, t)", w=CODES.astype(np.int8), t=np.ones((2, 4), np.float32)
     ),
-    "does not fit into int8": foreign("(w, t, p)", w=np.full((8, 4), 255, np.uint8), t=np.float32(1), p=np.uint8(0)),
 }
 
 

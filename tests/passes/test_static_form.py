@@ -23,7 +23,11 @@ PASSES = (
     "average-pool-to-conv",
     "conv-transpose-to-conv",
     "decompose-norms",
+    "decompose-operators",
+    "einsum-to-matmul",
+    "grid-sample-to-gather",
     "resize-to-matmul",
+    "root-magnitudes",
     "unroll-recurrent",
 )
 FILES = [path for name in PASSES for path in sorted((GOLDEN / name).glob("*"))]

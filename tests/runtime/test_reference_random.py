@@ -1,4 +1,4 @@
-"""Property test: 1500 random integer models give the same integers in the reference and in ONNX Runtime."""
+"""Property test: 1200 random integer models give the same integers in the reference and in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from integer_models import random_integer_feeds, random_integer_model
 
 MODELS = 100
+BARE = 0.6
+"""Accumulators that are compared as they are: Requantize is in every model all the same, and costs most of the time."""
 
 
-@pytest.mark.parametrize("chunk", range(15))
+@pytest.mark.parametrize("chunk", range(12))
 def test_random_models(chunk: int):
     for seed in range(chunk * MODELS, (chunk + 1) * MODELS):
-        model = random_integer_model(seed)
+        model = random_integer_model(seed, bare=BARE)
         # With its own fusions, and as the model stands, which is opened faster.
         session = open_session(ir.to_proto(model).SerializeToString(), threads=1, optimise=seed % 4 == 0)
         reference = ReferenceSession(model)
@@ -50,9 +52,10 @@ def test_models_are_valid_and_as_announced():
         counts.update(node.op_type for node in qgraph.ir.walk(model))
         trace = ReferenceSession(model).trace(random_integer_feeds(model, seed))
         for node in model.graph:
-            (output,) = node.outputs
-            assert trace[output.name].shape == tuple(output.shape.numpy())
-            assert trace[output.name].dtype == output.dtype.numpy()
+            for output in node.outputs:
+                assert trace[output.name].shape == tuple(output.shape.numpy())
+                assert trace[output.name].dtype == output.dtype.numpy()
+            output = node.outputs[0]
             if node.op_type == "Requantize" and output.dtype != ir.DataType.INT32:
                 values.update(trace[output.name].reshape(-1).tolist())
     assert counts.keys() >= {*FUNCTIONS, "ConvInteger", "MatMulInteger", "MaxPool"} - {"IntegerSqrt", "RoundedDivide"}

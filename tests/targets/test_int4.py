@@ -120,7 +120,7 @@ def test_calibration_data_make_it_awq_and_gptq(source: Path, tmp_path: Path):
 
 
 def test_without_a_gpu_the_operators_run_on_the_cpu_and_it_is_said(source: Path, monkeypatch):
-    monkeypatch.setattr("qgraph.targets.cuda.installed_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr("qgraph.targets.nvidia.installed_providers", lambda: ["CPUExecutionProvider"])
     told = []
     artifact = qgraph.compile(source, "cuda-int4", observer=lambda event: told.append((event.stage, event.text)))
     manifest = artifact.manifest
@@ -140,8 +140,12 @@ def test_without_a_gpu_the_operators_run_on_the_cpu_and_it_is_said(source: Path,
 def test_with_a_gpu_its_provider_comes_first(source: Path, monkeypatch):
     artifact = qgraph.compile(source, "cuda-int4")
     opened = []
-    monkeypatch.setattr("qgraph.targets.cuda.installed_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr("qgraph.targets.cuda.open_session", lambda path, **options: opened.append(options["providers"]))
+    for module in ("qgraph.targets.nvidia", "qgraph.runtime.serving"):
+        monkeypatch.setattr(f"{module}.installed_providers", lambda: ["CUDAExecutionProvider"])
+        monkeypatch.setattr(f"{module}.provider_fault", lambda provider: "")
+    monkeypatch.setattr(
+        "qgraph.runtime.serving.open_session", lambda path, **options: opened.append(options["providers"])
+    )
     CudaInt4().session(artifact.path)
     assert CudaInt4().stand_in() == ""
     assert opened == [["CUDAExecutionProvider", "CPUExecutionProvider"]]

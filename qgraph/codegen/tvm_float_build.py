@@ -1,0 +1,117 @@
+"""From a module of Relax operators to scheduled code: one order of TVM's passes for CPUs, one for GPUs.
+
+    main(inputs, weights)    =>    main_transform_params(weights) -> prepared,  main(inputs, prepared)
+
+What depends on the weights alone (dequantizing, packing, transposing) becomes a function of its own, run once when the
+library is loaded: files hold weights as small as they were, and running them costs nothing of that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from qgraph.codegen.tvm_float_schedule import scheduled_float
+from qgraph.codegen.tvm_packing import Lanes, packed_layers
+from qgraph.errors import UserError
+
+__all__ = ["OPTIONS", "PREPARE", "compiled", "compiled_for_gpu", "fused_for_cpu", "fused_for_gpu", "lanes_of"]
+
+PREPARE = "main_transform_params"
+"""The function that makes of the stored weights what `main` takes."""
+OPTIONS = {"s_tir.LoopPartition": {"partition_const_loop": True}}
+"""Of TVM's passes: what rows leave over is code of its own, so that the rest asks nothing."""
+_NARROW_REGISTERS = 16
+
+
+def lanes_of(target: Any) -> Lanes:
+    """Return the vector registers of a CPU target."""
+    from tvm.target.codegen import llvm_get_vector_width
+
+    bits = int(llvm_get_vector_width(target))
+    wide = bits >= 512 or "aarch64" in str(target) or "arm64" in str(target)
+    return Lanes(max(bits, 128) // 32, 32 if wide else _NARROW_REGISTERS)
+
+
+def fused_for_cpu(module: Any, target: Any) -> Any:
+    """Return the module as functions of fused loops, not scheduled yet."""
+    import tvm
+    from tvm import relax
+
+    passes = [
+        relax.transform.Normalize(),
+        relax.transform.CanonicalizeBindings(),
+        relax.transform.LegalizeOps(packed_layers(lanes_of(target))),
+        *_common(),
+    ]
+    with _reasoned(), target, tvm.transform.PassContext(opt_level=3):
+        return tvm.transform.Sequential(passes)(_channels_last(module))
+
+
+def _channels_last(module: Any) -> Any:
+    """Return the module with the channels of images innermost, or as it is where TVM does not bring that about."""
+    from tvm import relax
+
+    plain = relax.transform.DecomposeOpsForInference()(module)
+    try:
+        return relax.transform.ConvertLayout({"relax.nn.conv2d": ["NHWC", "HWIO"]})(plain)
+    except (RuntimeError, ValueError, AttributeError):
+        return plain
+
+
+@contextlib.contextmanager
+def _reasoned() -> Iterator[None]:
+    """Say in one line what TVM's passes do not compile."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # TVM raises errors of every kind
+        lines = [line for line in str(error).strip().splitlines() if line.strip()]
+        reason = lines[-1].strip()[:200] if lines else type(error).__name__
+        raise UserError(
+            f"TVM imports this model, but cannot compile it: {reason}. Take another target, such as cpu-fp32"
+        ) from error
+
+
+def _common() -> list[Any]:
+    from tvm import relax
+
+    return [
+        relax.transform.LiftTransformParams(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FoldConstant(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+        relax.transform.DeadCodeElimination(),
+    ]
+
+
+def compiled(fused: Any, target: Any) -> Any:
+    """Schedule what is not scheduled yet, and return the executable."""
+    import tvm
+
+    with _reasoned(), tvm.transform.PassContext(opt_level=3, config=OPTIONS):
+        return tvm.compile(scheduled_float(fused, lanes_of(target)), target=target)
+
+
+def fused_for_gpu(module: Any, target: Any) -> Any:
+    """Return the module as functions of fused loops, not scheduled yet."""
+    import tvm
+    from tvm import relax
+
+    passes = [relax.transform.DecomposeOpsForInference(), relax.transform.LegalizeOps(), *_common()]
+    with _reasoned(), target, tvm.transform.PassContext(opt_level=3):
+        return tvm.transform.Sequential(passes)(module)
+
+
+def compiled_for_gpu(fused: Any, target: Any) -> Any:
+    """Give every function the default schedule of its kind, and return the executable."""
+    import tvm
+    from tvm.s_tir import dlight
+
+    gpu = dlight.gpu
+    rules = (gpu.Matmul(), gpu.GEMV(), gpu.Reduction(), gpu.GeneralReduction(), gpu.Fallback())
+    with _reasoned(), target, tvm.transform.PassContext(opt_level=3):
+        return tvm.compile(dlight.ApplyDefaultSchedule(*rules)(fused), target=target)

@@ -1,0 +1,184 @@
+"""What ONNX Runtime's targets for NVIDIA GPUs share: sessions, what the manifest tells of them, and where nodes run.
+
+The providers that a target wants are asked in order, and the CPU at last. Where the first is not installed, or its
+libraries do not load, sessions run on what there is, and the artifact says so, with the remedy.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+
+import qgraph.ir
+from qgraph.analysis.provider_split import Split, split_by_provider
+from qgraph.capabilities import table
+from qgraph.pipeline import Pipeline, Skipped
+from qgraph.runtime.serving import open_with
+from qgraph.runtime.session import CPU_PROVIDER, installed_providers, provider_fault
+from qgraph.targets.base import Kernels, Session
+from qgraph.targets.cpu import CpuFp32
+from qgraph.targets.cpu_int4 import weight_kernels
+
+__all__ = ["CUDA", "TENSORRT", "NvidiaTarget", "cleaned_up", "once_each", "work_of"]
+
+CUDA = "CUDAExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
+_TABLES = {CUDA: "onnxruntime-cuda", TENSORRT: "tensorrt"}
+_NEEDED = {
+    CUDA: "it takes an NVIDIA GPU and pip install 'qgraph-compiler[cuda]'",
+    TENSORRT: "it takes an NVIDIA GPU and pip install 'qgraph-compiler[cuda]' tensorrt",
+}
+_CONTROL = ("If", "Loop", "Scan")
+_COMPUTE = ("Attention", "Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "GroupQueryAttention", "LSTM", "MatMul",
+            "MatMulBnb4", "MatMulNBits", "MultiHeadAttention", "RNN")  # fmt: skip
+"""Operators without whose kernels a GPU is of no use."""
+_MOST_TOLD = 3
+
+
+def cleaned_up(opset: int, last: str = "fuse-attention,remove-unused") -> Pipeline:
+    """Return the clean-up passes, for an opset of which the providers have all kernels, and `last` behind them."""
+    return Pipeline.parse(
+        f"inline-functions,lift-constants,convert-opset{{version={opset}}},fold-constants,remove-identity,"
+        f"fold-batch-norm,deduplicate-initializers,merge-duplicates,remove-unused{',' if last else ''}{last}"
+    )
+
+
+def work_of(model: ir.Model, *operators: str) -> list[ir.Node]:
+    """Return the nodes of some operators, those of subgraphs among them."""
+    return [node for node in qgraph.ir.walk(model) if qgraph.ir.is_op(node, *operators)]
+
+
+def once_each(refused: Sequence[Skipped]) -> list[Skipped]:
+    """Return the first reason of every node."""
+    first: dict[str, Skipped] = {}
+    for one in refused:
+        first.setdefault(one.node, one)
+    return list(first.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class NvidiaTarget(CpuFp32, abc.ABC):
+    """A precision on an NVIDIA GPU, through ONNX Runtime."""
+
+    extra: ClassVar[str] = "cuda"
+    wanted: ClassVar[Sequence[str]] = (CUDA,)
+    """The providers that it wants, the most wanted first; the CPU comes last by itself."""
+    opset: ClassVar[int] = 18
+    """The highest opset at which the CUDA provider has every kernel that it has at all; see its table."""
+
+    def prepare_passes(self) -> Pipeline:
+        """Return the clean-up passes, and attention as one operator."""
+        return cleaned_up(self.opset)
+
+    def options(self) -> Mapping[str, Mapping[str, str]]:
+        """Return provider -> its options."""
+        return {}
+
+    def stand_in(self) -> str:
+        """Return a note where the first provider is not installed, or does not start."""
+        installed, first = installed_providers(), self.wanted[0]
+        fault = provider_fault(first) if first in installed else ""
+        if not installed or (first in installed and not fault):
+            return ""
+        usable = [one for one in self.wanted[1:] if one in installed and not provider_fault(one)]
+        instead = _short(next(iter(usable), CPU_PROVIDER))
+        why = fault or _NEEDED[first]
+        return f"the {instead} provider (same operators; not run on {_short(first)} here: {why})"
+
+    def providers(self) -> Sequence[tuple[str, Mapping[str, str]]]:
+        """Return the providers that are wanted, with their options, the CPU's last."""
+        options = self.options()
+        return [*((name, dict(sorted(options.get(name, {}).items()))) for name in self.wanted), (CPU_PROVIDER, {})]
+
+    def session(self, folder: Path, *, threads: int = 0) -> Session:
+        """Open model.onnx with the providers that are wanted and start here, the CPU last.
+
+        Raises:
+            UserError: ONNX Runtime is not installed.
+        """
+        return open_with(self.providers(), folder, threads=threads, disabled=self.disabled)
+
+    def placement(self, folder: Path) -> None:
+        """Return None: what the provider takes is known on its device alone."""
+        del folder
+
+    def kernels(self, folder: Path) -> Kernels:
+        """Count the operators as they are written: what the provider fuses is known on the device only."""
+        return weight_kernels(qgraph.ir.load(folder / "model.onnx"), integers=False)
+
+    def split(self, model: ir.Model) -> Split:
+        """Return which provider would run what."""
+        return split_by_provider(model, [table(_TABLES[name]) for name in self.wanted])
+
+    def without_kernels(self, model: ir.Model) -> list[Skipped]:
+        """Return the nodes that do the work of a model and would do it on the CPU, each with the reason."""
+        split = self.split(model)
+        on_cpu = {qgraph.ir.node_label(node) for node, one in split.providers.items() if one == CPU_PROVIDER}
+        working = {qgraph.ir.node_label(node) for node in qgraph.ir.walk(model) if node.op_type in _COMPUTE}
+        return [
+            Skipped(node, f"it would run on the CPU: {reason}")
+            for node, reason in split.left
+            if node in on_cpu and node in working
+        ]
+
+    def runtime(self, folder: Path) -> Mapping[str, Any]:
+        """Return whether inputs and the whole graph can stay on the GPU, and where nodes run."""
+        model = qgraph.ir.load(folder / "model.onnx")
+        split = self.split(model)
+        against = _against_cuda_graph(model, split)
+        return {
+            "io_binding": True,
+            "cuda_graph": {"possible": not against, "against": against},
+            "nodes": split.counts(),
+            "parts": split.parts,
+            "copies": split.copies,
+            "elsewhere": [{"node": node, "reason": reason} for node, reason in split.left],
+            "told": _told(split, self.wanted[0]),
+        }
+
+
+def _short(provider: str) -> str:
+    return "TensorRT" if provider == TENSORRT else provider.removesuffix("ExecutionProvider")
+
+
+def _against_cuda_graph(model: ir.Model, split: Split) -> list[str]:
+    """Return what keeps a model from being captured as a CUDA graph, one line each.
+
+    Source: ONNX Runtime, CUDA execution provider, performance tuning, CUDA graphs: no control flow, inputs of one
+    shape, and all nodes on the provider; those that compute shapes may be on the CPU where nothing is copied.
+    """
+    against = [
+        f"input '{value.name}' has a dynamic axis: fix it with --shape {value.name}=..."
+        for value in model.graph.inputs
+        if value.shape is None or not value.shape.is_static()
+    ]
+    control = sorted({node.op_type for node in qgraph.ir.walk(model) if node.op_type in _CONTROL})
+    if control:
+        against.append(f"it has control flow: {', '.join(control)}")
+    on_cpu = [node for node, provider in split.providers.items() if provider == CPU_PROVIDER]
+    counts = Counter(node.op_type for node in on_cpu if node not in split.shapes)
+    if split.copies and not counts:
+        against.append(f"{split.copies} tensors are copied between GPU and CPU")
+    if counts:
+        told = ", ".join(f"{count} {op}" for op, count in sorted(counts.items()))
+        against.append(f"nodes run on the CPU: {told}")
+    return against
+
+
+def _told(split: Split, first: str) -> str:
+    """Return one line: how many nodes run where, why, and what is copied."""
+    counts = Counter(split.providers.values())
+    parts = [
+        f"{count} nodes on {_short(name)}" for name, count in sorted(counts.items(), key=lambda one: one[0] != first)
+    ]
+    others = Counter(reason for _, reason in split.left)
+    why = "; ".join(f"{count}: {reason}" for reason, count in others.most_common(_MOST_TOLD))
+    shapes = f" ({len(split.shapes)} of them compute shapes)" if split.shapes else ""
+    copies = f"   {split.copies} copies between GPU and CPU" if split.copies else ""
+    return f"{', '.join(parts)}{shapes}{copies}{f'   ({why})' if why else ''}, as predicted from the tables"
