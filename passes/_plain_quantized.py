@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.passes._plain_operators import Emitter, PlainAlready, Rewriting, UnfitError
+from qgraph.passes._plain_operators import Emitter, PlainAlready, Rewriting, UnfitError, static_sizes
 
 __all__ = ["MICROSOFT", "STANDARD", "integer_product"]
 
@@ -98,10 +99,8 @@ def _concat(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
 
 def _conv_integer(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
     """Write sums of integers as sums of floats that are exact: in two halves of each number where they are long."""
-    weight = node.inputs[1]
-    if weight is None or weight.shape is None or not weight.shape.is_static():
-        raise UnfitError("the shape of its weight is not known")
-    longest = int(np.prod([int(size) for size in weight.shape][1:]))
+    sizes = static_sizes(node.inputs[1], slice(None), "a size of its weight is")
+    longest = math.prod(sizes[1:])
     if longest * _HALF * _MOST >= _EXACT:
         raise UnfitError(f"sums of {longest} products of integers are not exact in float32")
     real = [emit("Cast", value, to=int(_FLOAT)) for value in node.inputs[:2]]
@@ -110,7 +109,7 @@ def _conv_integer(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
             continue
         wide = emit("Cast", zero, to=int(_FLOAT))
         if place and zero.shape is not None and len(zero.shape):
-            wide = emit("Reshape", wide, emit.integers("channels", [-1, *[1] * (len(weight.shape) - 1)]))
+            wide = emit("Reshape", wide, emit.integers("channels", [-1, *[1] * (len(sizes) - 1)]))
         real[place] = emit("Sub", real[place], wide)
     kept = _attributes(node, *_WINDOW)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -59,7 +58,7 @@ class Parameter:
     @property
     def shape(self) -> tuple[int, ...]:
         """Its sizes."""
-        return tuple(int(size) for size in self.tensor.shape)
+        return tuple(self.tensor.shape.numpy())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +175,7 @@ def _without_weights(model: ir.Model) -> tuple[ir.Model, tuple[Parameter, ...]]:
         parameters.append(Parameter(value.name, tensor))
         clone.graph.initializers.pop(value.name)
         value.const_value = None
-        value.shape, value.dtype = ir.Shape(tensor.shape), tensor.dtype
+        value.shape, value.dtype = ir.Shape(tensor.shape.numpy()), tensor.dtype
         clone.graph.inputs.append(value)
     return clone, tuple(parameters)
 
@@ -187,10 +186,10 @@ def _weights(graph: ir.Graph) -> Iterator[ir.Value]:
         tensor = value.const_value
         if tensor is None or value.name in own or value.is_graph_output():
             continue
-        large = math.prod(int(size) for size in tensor.shape) * tensor.dtype.itemsize >= _LEAST_BYTES
-        if large and value.uses() and all(_is_data(use, graph) for use in value.uses()):
+        uses = value.uses()
+        if tensor.nbytes >= _LEAST_BYTES and uses and all(_is_data(node, index, graph) for node, index in uses):
             yield value
 
 
-def _is_data(use: ir.Usage, graph: ir.Graph) -> bool:
-    return use.node.graph is graph and use.idx in _DATA_INPUTS.get(use.node.op_type, ())
+def _is_data(node: ir.Node, index: int, graph: ir.Graph) -> bool:
+    return node.graph is graph and index in _DATA_INPUTS.get(node.op_type, ())

@@ -112,7 +112,8 @@ def main() -> int:
     except (OSError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    np.savez(chosen.outputs, **{one["name"]: array for one, array in zip(model.outputs, results, strict=True)})
+    found: dict[str, Any] = {one["name"]: array for one, array in zip(model.outputs, results, strict=True)}
+    np.savez(chosen.outputs, **found)
     return 0
 
 

@@ -201,13 +201,16 @@ def test_code_for_gpus_comes_out_and_is_verified_beside(artifact: qgraph.Artifac
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("(float[2, 2] x) => (float y) { y = Det (x) }", "Det"),
-        ("(float[N] x) => (float[M] y) { n = NonZero (x) i = Squeeze (n) y = Gather (x, i) }", "Squeeze.*--shape x=1"),
+        ("(float[2, 2] x) => (float y) { y = Det (x) }", "tvm-cpu cannot run this model: .*Det"),
+        (
+            "(float[N] x) => (float[M] y) { n = NonZero (x) i = Squeeze (n) y = Gather (x, i) }",
+            "TVM imports this model, but cannot compile it: .*Take another target",
+        ),
     ],
 )
-def test_what_cannot_be_imported_is_named(tmp_path: Path, text: str, reason: str):
+def test_what_cannot_be_compiled_is_refused_with_a_reason(tmp_path: Path, text: str, reason: str):
     model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 21]> g {text}')
-    with pytest.raises(UserError, match=rf"tvm-cpu cannot run this model: .*{reason}"):
+    with pytest.raises(UserError, match=reason):
         qgraph.compile(model, TvmCpu(), output=tmp_path / "refused")
 
 
