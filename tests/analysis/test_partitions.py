@@ -7,7 +7,6 @@ import pytest
 
 from qgraph.analysis.partitions import partitions
 
-
 BRANCH = """{
     a = Abs (x)
     y = If (c) <then_branch = t () => (float[2] p) { p = Neg (a) }, else_branch = e () => (float[2] q) { q = Exp (x) }>
