@@ -27,16 +27,12 @@ from qgraph.coreml.structure import examine
 from qgraph.coreml.toolkit import toolkit
 from qgraph.errors import UserError
 from qgraph.pipeline import Context, Pipeline, Skipped
-from qgraph.targets.base import Kernels, Session, Target
+from qgraph.targets.base import Kernels, Session, Target, cleaned_up
 from qgraph.targets.cpu_int4 import weight_passes
 
 __all__ = ["AppleFp16", "AppleInt4", "AppleInt8"]
 
 PACKAGE = "model.mlpackage"
-_PREPARE = (
-    "inline-functions,lift-constants,convert-opset{version=21},fold-constants,remove-identity,fold-batch-norm,"
-    "deduplicate-initializers,merge-duplicates,remove-unused,infer-shapes"
-)
 _LOWER = "to-fp16,merge-duplicates,remove-unused,infer-shapes"
 _CONVOLUTIONS = "rtn{bits=8,group=0,symmetric=true,embeddings=false,ops=[Conv,ConvTranspose]}"
 _LARGEST_FILE = (1 << 31) - (1 << 20)
@@ -51,11 +47,12 @@ class _CoreMl(Target):
 
     def prepare_passes(self) -> Pipeline:
         """Return the clean-up passes, which keep every value."""
-        return Pipeline.parse(_PREPARE)
+        return cleaned_up()
 
     def lower_passes(self) -> Pipeline:
         """Return the passes that end in float16."""
-        return Pipeline.parse(f"coreml-operators,{_LOWER},coreml-partitions" if self.onnx else _LOWER)
+        passes = f"coreml-operators,{_LOWER},coreml-partitions" if self.onnx else _LOWER
+        return Pipeline.parse(f"infer-shapes,{passes}")
 
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return the nodes that have no form in an ML Program.

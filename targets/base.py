@@ -17,7 +17,23 @@ from qgraph.errors import UserError
 from qgraph.pipeline import Context, Pipeline, Skipped
 from qgraph.runtime.placement import Placement
 
-__all__ = ["Kernels", "Session", "Step", "Target"]
+__all__ = ["Kernels", "Session", "Step", "Target", "cleaned_up"]
+
+
+def cleaned_up(*then: str, opset: int = 21) -> Pipeline:
+    """Return the passes that clean up what exporters write and keep every value, and those that a target adds.
+
+    Targets begin alike, so that a build for several of them shares what comes behind.
+
+    Args:
+        then: texts of pipelines.
+        opset: up to which the model is converted.
+    """
+    passes = (
+        f"inline-functions,lift-constants,convert-opset{{version={opset}}},fold-constants,remove-identity,"
+        "fold-batch-norm,deduplicate-initializers,merge-duplicates,remove-unused"
+    )
+    return Pipeline.parse(",".join((passes, *then)))
 
 
 class Session(Protocol):

@@ -42,16 +42,12 @@ from qgraph.runtime.placement import Placement
 from qgraph.runtime.placement_reading import read_placement
 from qgraph.runtime.processor import is_arm, lacks_integer_dot_products
 from qgraph.runtime.session import CPU_PROVIDER, input_signature, open_session, random_feeds
-from qgraph.targets.base import Kernels, Session, Step, Target
+from qgraph.targets.base import Kernels, Session, Step, Target, cleaned_up
 from qgraph.targets.cpu_costs import better_in_float, graph_cost, kernel_cost
 from qgraph.targets.cpu_saturation import saturating
 
 __all__ = ["CpuFp32", "CpuInt8", "Product"]
 
-_PREPARE = (
-    "inline-functions,lift-constants,convert-opset{version=21},fold-constants,remove-identity,fold-batch-norm,"
-    "deduplicate-initializers,merge-duplicates,remove-unused"
-)
 _FUSE = "fuse-gelu,fuse-norms,fuse-rotary,fuse-attention"
 _LADDER = (
     Step("activation ranges", ("qdq.method=percentile", "qdq.method=mse", "qdq.method=entropy"), "activations"),
@@ -130,7 +126,7 @@ class _OnnxRuntimeCpu(Target):
 
     def prepare_passes(self) -> Pipeline:
         """Return the clean-up passes, which keep every value."""
-        return Pipeline.parse(_PREPARE)
+        return cleaned_up()
 
     def lower_passes(self) -> Pipeline:
         """Return the last clean-up."""
@@ -205,7 +201,7 @@ class CpuInt8(_OnnxRuntimeCpu):
 
     def prepare_passes(self) -> Pipeline:
         """Return the clean-up passes, and attention as one operator."""
-        return Pipeline([*Pipeline.parse(_PREPARE), *Pipeline.parse("fuse-attention,remove-unused")])
+        return cleaned_up("fuse-attention,remove-unused")
 
     def compress_passes(self, model: ir.Model, context: Context) -> Pipeline:
         """Return static quantization for what the table wants static, and dynamic quantization for the rest.

@@ -29,7 +29,7 @@ from qgraph.analysis.linear_layers import linear_layers
 from qgraph.errors import UserError
 from qgraph.pipeline import Context, Pipeline, Skipped
 from qgraph.targets.cpu_int4 import refused_blocks, weight_passes
-from qgraph.targets.nvidia import NvidiaTarget, cleaned_up, once_each, work_of
+from qgraph.targets.nvidia import NvidiaTarget, once_each, work_of
 
 __all__ = ["CudaFp8", "CudaFp16", "CudaInt4", "CudaInt8"]
 
@@ -59,8 +59,8 @@ class CudaFp16(NvidiaTarget):
     summary: ClassVar[str] = "float16 in ONNX Runtime on an NVIDIA GPU, float32 where float16 would overflow"
 
     def lower_passes(self) -> Pipeline:
-        """Return the passes that end in float16."""
-        return Pipeline.parse("to-fp16,remove-unused")
+        """Return the passes that end in attention as one operator, and float16."""
+        return Pipeline.parse("fuse-attention,to-fp16,remove-unused")
 
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return what the CUDA provider would hand to the CPU, or compute in float although it is quantized."""
@@ -81,8 +81,8 @@ class CudaInt4(NvidiaTarget):
         return weight_passes(context)
 
     def lower_passes(self) -> Pipeline:
-        """Return the passes that end in float16 and low-bit kernels."""
-        return Pipeline.parse("to-fp16,matmul-nbits{gapless=true},remove-unused")
+        """Return the passes that end in attention as one operator, float16 and low-bit kernels."""
+        return Pipeline.parse("fuse-attention,to-fp16,matmul-nbits{gapless=true},remove-unused")
 
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return what the CUDA provider would hand to the CPU, or compute in float although it is quantized."""
@@ -115,10 +115,6 @@ class CudaFp8(NvidiaTarget):
     summary: ClassVar[str] = "linear layers with float8e4m3fn weights and float16 activations on an NVIDIA GPU"
     opset: ClassVar[int] = _WEIGHT_OPSET
 
-    def prepare_passes(self) -> Pipeline:
-        """Return the clean-up passes without attention, whose opset has no DequantizeLinear on the GPU."""
-        return cleaned_up(self.opset, "")
-
     def compress_passes(self, model: ir.Model, context: Context) -> Pipeline:
         """Return rounding to float8e4m3fn, one scale for each output.
 
@@ -130,7 +126,7 @@ class CudaFp8(NvidiaTarget):
         return Pipeline.parse("rtn{format=fp8e4m3,group=0}")
 
     def lower_passes(self) -> Pipeline:
-        """Return the passes that end in float16."""
+        """Return the passes that end in float16; at the opset of Attention, the GPU has no DequantizeLinear."""
         return Pipeline.parse("to-fp16,remove-unused")
 
     def check(self, model: ir.Model) -> list[Skipped]:

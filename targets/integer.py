@@ -33,18 +33,16 @@ from qgraph.errors import UserError
 from qgraph.passes.integer_requantize import BOUNDARY_KEY
 from qgraph.pipeline import Context, Pipeline, Skipped
 from qgraph.runtime.session import CPU_PROVIDER, open_session
-from qgraph.targets.base import Kernels, Session, Step, Target
+from qgraph.targets.base import Kernels, Session, Step, Target, cleaned_up
 
 __all__ = ["Integer", "code_form"]
 
 FOOTPRINT = "footprint.json"
 _FORMS = {"c": "c", "so": "tvm"}
 
-_PREPARE = (
-    "inline-functions,lift-constants,convert-opset{version=21},fold-constants,remove-identity,fold-batch-norm,"
-    "deduplicate-initializers,merge-duplicates,remove-unused,infer-shapes,unroll-recurrent,conv-transpose-to-conv,"
-    "resize-to-matmul,einsum-to-matmul,grid-sample-to-gather,decompose-norms,decompose-operators,fold-constants,"
-    "infer-shapes,root-magnitudes,remove-unused"
+_PLAINER = (
+    "infer-shapes,unroll-recurrent,conv-transpose-to-conv,resize-to-matmul,einsum-to-matmul,grid-sample-to-gather,"
+    "decompose-norms,decompose-operators,fold-constants,infer-shapes,root-magnitudes,remove-unused"
 )
 _LADDER = (
     Step("activation ranges", ("full-qdq.method=percentile", "full-qdq.method=mse"), "activations"),
@@ -77,7 +75,7 @@ class Integer(Target):
 
     def prepare_passes(self) -> Pipeline:
         """Return the clean-up passes, and those that write operators as others with an integer form."""
-        return Pipeline.parse(_PREPARE)
+        return cleaned_up(_PLAINER)
 
     def compress_passes(self, model: ir.Model, context: Context) -> Pipeline:
         """Return the quantization of everything."""

@@ -21,11 +21,11 @@ from qgraph.capabilities import table
 from qgraph.pipeline import Pipeline, Skipped
 from qgraph.runtime.serving import open_with
 from qgraph.runtime.session import CPU_PROVIDER, installed_providers, provider_fault
-from qgraph.targets.base import Kernels, Session
+from qgraph.targets.base import Kernels, Session, cleaned_up
 from qgraph.targets.cpu import CpuFp32
 from qgraph.targets.cpu_int4 import weight_kernels
 
-__all__ = ["CUDA", "TENSORRT", "NvidiaTarget", "cleaned_up", "once_each", "work_of"]
+__all__ = ["CUDA", "TENSORRT", "NvidiaTarget", "once_each", "work_of"]
 
 CUDA = "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
@@ -39,14 +39,6 @@ _COMPUTE = ("Attention", "Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "Grou
             "MatMulBnb4", "MatMulNBits", "MultiHeadAttention", "RNN")  # fmt: skip
 """Operators without whose kernels a GPU is of no use."""
 _MOST_TOLD = 3
-
-
-def cleaned_up(opset: int, last: str = "fuse-attention,remove-unused") -> Pipeline:
-    """Return the clean-up passes, for an opset of which the providers have all kernels, and `last` behind them."""
-    return Pipeline.parse(
-        f"inline-functions,lift-constants,convert-opset{{version={opset}}},fold-constants,remove-identity,"
-        f"fold-batch-norm,deduplicate-initializers,merge-duplicates,remove-unused{',' if last else ''}{last}"
-    )
 
 
 def work_of(model: ir.Model, *operators: str) -> list[ir.Node]:
@@ -73,8 +65,8 @@ class NvidiaTarget(CpuFp32, abc.ABC):
     """The highest opset at which the CUDA provider has every kernel that it has at all; see its table."""
 
     def prepare_passes(self) -> Pipeline:
-        """Return the clean-up passes, and attention as one operator."""
-        return cleaned_up(self.opset)
+        """Return the clean-up passes."""
+        return cleaned_up(opset=self.opset)
 
     def options(self) -> Mapping[str, Mapping[str, str]]:
         """Return provider -> its options."""

@@ -34,7 +34,7 @@ from qgraph.errors import UserError
 from qgraph.passes.qdq import FLOAT_KEY
 from qgraph.pipeline import Context, Pipeline, Skipped
 from qgraph.targets.base import Kernels, Step
-from qgraph.targets.nvidia import CUDA, TENSORRT, NvidiaTarget, cleaned_up
+from qgraph.targets.nvidia import CUDA, TENSORRT, NvidiaTarget
 
 __all__ = ["TensorrtFp8", "TensorrtInt8", "TensorrtTarget"]
 
@@ -79,10 +79,6 @@ class TensorrtTarget(NvidiaTarget):
         inputs = [sorted(one.rpartition(":")[0] for one in shapes) for shapes in profile.values()]
         if inputs[0] != inputs[1] or inputs[1] != inputs[2]:
             raise ValueError("min_shapes, opt_shapes and max_shapes go together: name the same inputs in all three")
-
-    def prepare_passes(self) -> Pipeline:
-        """Return the clean-up passes; TensorRT fuses attention by itself from plain operators."""
-        return cleaned_up(self.opset, "")
 
     def options(self) -> Mapping[str, Mapping[str, str]]:
         """Return the options of the TensorRT provider."""

@@ -28,15 +28,10 @@ from qgraph.codegen.tvm_session import ModelSession
 from qgraph.codegen.tvm_tuning import Log, tuned
 from qgraph.errors import UserError
 from qgraph.pipeline import Context, Pipeline, Skipped
-from qgraph.targets.base import Session, Target
+from qgraph.targets.base import Session, Target, cleaned_up
 
 __all__ = ["TvmCpu", "TvmCuda", "TvmMetal"]
 
-_PREPARE = (
-    "inline-functions,lift-constants,convert-opset{version=21},fold-constants,remove-identity,fold-batch-norm,"
-    "deduplicate-initializers,merge-duplicates,remove-unused,infer-shapes,unroll-recurrent,infer-shapes,"
-    "fold-constants,remove-unused"
-)
 _LOWER = "to-plain-operators,infer-shapes,fold-constants,remove-unused"
 _STAND_IN = "stand-in"
 
@@ -47,7 +42,7 @@ class _Tvm(Target):
 
     def prepare_passes(self) -> Pipeline:
         """Return the clean-up passes, and those that write operators as others that the importer knows."""
-        return Pipeline.parse(_PREPARE)
+        return cleaned_up("infer-shapes,unroll-recurrent,infer-shapes,fold-constants,remove-unused")
 
     def compress_passes(self, model: ir.Model, context: Context) -> Pipeline:
         """Return no passes: the code computes in float."""
