@@ -16,9 +16,12 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 import qgraph.ir
+from qgraph.analysis.kernel_arithmetic import Arithmetic
 from qgraph.analysis.provider_split import Split, split_by_provider
 from qgraph.capabilities import table
 from qgraph.pipeline import Pipeline, Skipped
+from qgraph.runtime.placement import Placement
+from qgraph.runtime.placement_foresight import foreseen_placement
 from qgraph.runtime.serving import open_with
 from qgraph.runtime.session import CPU_PROVIDER, installed_providers, provider_fault
 from qgraph.targets.base import Kernels, Session, cleaned_up
@@ -96,9 +99,16 @@ class NvidiaTarget(CpuFp32, abc.ABC):
         """
         return open_with(self.providers(), folder, threads=threads, disabled=self.disabled)
 
-    def placement(self, folder: Path) -> None:
-        """Return None: what the providers fuse is known on the device alone; `runtime` has what the tables foresee."""
-        del folder
+    def computes(self, node: ir.Node) -> Arithmetic | None:
+        """Return what a node computes in, where its operator and types do not say it."""
+        del node
+        return None
+
+    def placement(self, folder: Path) -> Placement:
+        """Return what the tables foresee, node by node as the model is written."""
+        model = qgraph.ir.load(folder / "model.onnx")
+        asked = table(_TABLES[self.wanted[0]])
+        return foreseen_placement(model, self.split(model), f"{asked.title}, foreseen from its table", self.computes)
 
     def kernels(self, folder: Path) -> Kernels:
         """Count the operators as they are written: what the provider fuses is known on the device only."""
@@ -127,9 +137,7 @@ class NvidiaTarget(CpuFp32, abc.ABC):
         return {
             "io_binding": True,
             "cuda_graph": {"possible": not against, "against": against},
-            "nodes": split.counts(),
             "parts": split.parts,
-            "copies": split.copies,
             "elsewhere": [{"node": node, "reason": reason} for node, reason in split.left],
             "told": _told(split, self.wanted[0]),
         }

@@ -28,6 +28,7 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.integer_rules import Kind
+from qgraph.analysis.kernel_arithmetic import Arithmetic
 from qgraph.analysis.tensorrt_plan import tensorrt_plan
 from qgraph.analysis.tensorrt_rules import LAYERS, broken_rules
 from qgraph.errors import UserError
@@ -87,15 +88,25 @@ class TensorrtTarget(NvidiaTarget):
 
     def kernels(self, folder: Path) -> Kernels:
         """Count layers by what they multiply, as the model says it; TensorRT picks its kernels on the device itself."""
-        counts = {name: Counter[str]() for name in ("integer", "low_bit", "floating", "other")}
+        counts = {name: Counter[str]() for name in ("integer", "low-bit", "float", "none")}
         left = []
         for node in qgraph.ir.walk(qgraph.ir.load(folder / "model.onnx")):
-            kind = _kind(node)
+            kind = self.computes(node) or "none"
             counts[kind][node.op_type] += 1
-            if kind == "floating":
+            if kind == "float":
                 why = node.metadata_props.get(FLOAT_KEY, "what it multiplies is not quantized")
                 left.append(Skipped(qgraph.ir.node_label(node), why))
-        return Kernels(counts["integer"], counts["floating"], counts["other"], left, counts["low_bit"])
+        return Kernels(counts["integer"], counts["float"], counts["none"], left, counts["low-bit"])
+
+    def computes(self, node: ir.Node) -> Arithmetic | None:
+        """Return what a layer multiplies; None for what is no layer."""
+        if not qgraph.ir.is_op(node, *LAYERS):
+            return None
+        sources = [None if value is None else value.producer() for value in node.inputs[:2]]
+        if len(sources) < 2 or not all(qgraph.ir.is_op(one, "DequantizeLinear") for one in sources):
+            return "float"
+        stored = sources[1].inputs[0] if sources[1] is not None else None
+        return "integer" if stored is not None and stored.dtype == ir.DataType.INT8 else "low-bit"
 
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return what breaks TensorRT's rules, profiles that fit no input, and layers that would run on the CPU."""
@@ -168,16 +179,6 @@ class TensorrtFp8(TensorrtTarget):
     def lower_passes(self) -> Pipeline:
         """Return the passes that end in float16 where it is not 8 bits."""
         return Pipeline.parse("to-fp16{quantizers=true},remove-unused")
-
-
-def _kind(node: ir.Node) -> str:
-    if not qgraph.ir.is_op(node, *LAYERS):
-        return "other"
-    sources = [None if value is None else value.producer() for value in node.inputs[:2]]
-    if len(sources) < 2 or not all(qgraph.ir.is_op(one, "DequantizeLinear") for one in sources):
-        return "floating"
-    stored = sources[1].inputs[0] if sources[1] is not None else None
-    return "integer" if stored is not None and stored.dtype == ir.DataType.INT8 else "low_bit"
 
 
 def _require_layers(model: ir.Model, target: str, *, float8: bool) -> None:

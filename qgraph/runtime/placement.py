@@ -28,7 +28,8 @@ class PlacedNode:
         outputs: types of its outputs.
         sources: labels of the nodes of the model that it stands for, as far as names tell; none for what the runtime
             put in.
-        remark: why a layer that has integer forms computes in float, or ''.
+        remark: why a layer that has integer forms computes in float, or why the provider that is wanted most does not
+            run a node, or ''.
     """
 
     name: str
@@ -54,15 +55,17 @@ class Placement:
     Attributes:
         nodes: those of subgraphs included, whether a run comes to them or not.
         runtime: that was asked, with its version.
+        foreseen_copies: copies between providers for which there are no nodes yet.
     """
 
     nodes: tuple[PlacedNode, ...]
     runtime: str = ""
+    foreseen_copies: int = 0
 
     @property
     def copies(self) -> int:
         """Number of copies between the memories of providers."""
-        return sum(node.kernel in COPIES for node in self.nodes)
+        return self.foreseen_copies + sum(node.kernel in COPIES for node in self.nodes)
 
     @property
     def undone(self) -> tuple[PlacedNode, ...]:

@@ -84,7 +84,12 @@ def test_float16_and_how_to_run_it(tmp_path: Path):
     assert artifact.manifest["session"]["providers"] == [["CUDAExecutionProvider", {}], ["CPUExecutionProvider", {}]]
     assert runtime["io_binding"]
     assert runtime["cuda_graph"] == {"possible": True, "against": []}
-    assert (runtime["copies"], runtime["elsewhere"], set(runtime["nodes"])) == (0, [], {"CUDAExecutionProvider"})
+    placement = artifact.manifest["placement"]
+    assert (placement["copies"], runtime["elsewhere"], set(placement["providers"])) == (
+        0,
+        [],
+        {"CUDAExecutionProvider"},
+    )
 
 
 def test_a_dynamic_axis_and_a_node_on_the_cpu_are_against_a_cuda_graph(tmp_path: Path):
@@ -99,14 +104,15 @@ def test_a_dynamic_axis_and_a_node_on_the_cpu_are_against_a_cuda_graph(tmp_path:
     qgraph.ir.insert_before(model.graph[-1], reshape, det)
     model.graph.outputs.append(det.outputs[0])
 
-    runtime = build("cuda-fp16", tmp_path, model).manifest["runtime"]
+    manifest = build("cuda-fp16", tmp_path, model).manifest
+    runtime = manifest["runtime"]
 
     assert not runtime["cuda_graph"]["possible"]
     assert runtime["cuda_graph"]["against"] == [
         "input 'x' has a dynamic axis: fix it with --shape x=...",
         "nodes run on the CPU: 1 Det",
     ]
-    assert runtime["copies"] == 2  # to the Det, and from it to the Cast of an output in float16
+    assert manifest["placement"]["copies"] == 2  # to the Det, and from it to the Cast of an output in float16
     assert runtime["elsewhere"] == [{"node": "det", "reason": "ONNX Runtime's CUDAExecutionProvider has no Det"}]
 
 
@@ -194,7 +200,7 @@ def test_int8_by_the_rules_of_tensorrt(tmp_path: Path):
     assert broken_rules(model) == []
     assert operators(artifact)["QuantizeLinear"] == 5  # x, r, e, the pooling's input, the product's
     assert artifact.manifest["verification"]["outputs"][0]["sqnr_db"] > 25
-    session, runtime = artifact.manifest["session"], artifact.manifest["runtime"]
+    session = artifact.manifest["session"]
     assert session["providers"][0][1] == {
         "trt_engine_cache_enable": "1",
         "trt_fp16_enable": "1",
@@ -203,7 +209,9 @@ def test_int8_by_the_rules_of_tensorrt(tmp_path: Path):
     }
     assert session["disabled_optimizers"] == ["WeightBiasQuantization"]
     assert [name for name, _ in session["providers"][1:]] == ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    assert set(runtime["nodes"]) == {"TensorrtExecutionProvider"}
+    placement = artifact.manifest["placement"]
+    assert set(placement["providers"]) == {"TensorrtExecutionProvider"}
+    assert placement["kernels"]["integer"] == {"Conv": 3, "Gemm": 1}
     assert "not run on TensorRT here" in artifact.manifest["stand_in"]
     assert artifact.manifest["kernels"]["integer"] == {"Conv": 3, "Gemm": 1}
     assert artifact.manifest["kernels"]["left_in_float"] == []
