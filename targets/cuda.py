@@ -58,6 +58,11 @@ class CudaFp16(NvidiaTarget):
     name: ClassVar[str] = "cuda-fp16"
     summary: ClassVar[str] = "float16 in ONNX Runtime on an NVIDIA GPU, float32 where float16 would overflow"
 
+    def compress_passes(self, model: ir.Model, context: Context) -> Pipeline:
+        """Return no passes: lowering makes it float16."""
+        del model, context
+        return Pipeline()
+
     def lower_passes(self) -> Pipeline:
         """Return the passes that end in attention as one operator, and float16."""
         return Pipeline.parse("fuse-attention,to-fp16,remove-unused")

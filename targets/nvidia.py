@@ -24,8 +24,7 @@ from qgraph.runtime.placement import Placement
 from qgraph.runtime.placement_foresight import foreseen_placement
 from qgraph.runtime.serving import open_with
 from qgraph.runtime.session import CPU_PROVIDER, installed_providers, provider_fault
-from qgraph.targets.base import Kernels, Session, cleaned_up
-from qgraph.targets.cpu import CpuFp32
+from qgraph.targets.base import Kernels, Session, Target, cleaned_up
 from qgraph.targets.cpu_int4 import weight_kernels
 
 __all__ = ["CUDA", "TENSORRT", "NvidiaTarget", "once_each", "work_of"]
@@ -58,7 +57,7 @@ def once_each(refused: Sequence[Skipped]) -> list[Skipped]:
 
 
 @dataclasses.dataclass(frozen=True)
-class NvidiaTarget(CpuFp32, abc.ABC):
+class NvidiaTarget(Target, abc.ABC):
     """A precision on an NVIDIA GPU, through ONNX Runtime."""
 
     extra: ClassVar[str] = "cuda"
