@@ -9,6 +9,8 @@ library is loaded: files hold weights as small as they were, and running them co
 from __future__ import annotations
 
 import contextlib
+import importlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -106,11 +108,24 @@ def fused_for_gpu(module: Any, target: Any) -> Any:
         return tvm.transform.Sequential(passes)(module)
 
 
+def _import_apart(module: str) -> None:
+    """Import the intrinsics that the schedules for Metal need, in a thread of its own.
+
+    TVM parses them as it imports them, and for each looks at every frame of the stack and its source: a new thread has
+    next to none, which makes it seconds rather than minutes. An import that fails there fails again where it is needed.
+    """
+    thread = threading.Thread(target=importlib.import_module, args=(module,))
+    thread.start()
+    thread.join()
+
+
 def compiled_for_gpu(fused: Any, target: Any) -> Any:
     """Give every function the default schedule of its kind, and return the executable."""
     import tvm
     from tvm.s_tir import dlight
 
+    if target.kind.name == "metal":
+        _import_apart("tvm.s_tir.tensor_intrin")
     gpu = dlight.gpu
     rules = (gpu.Matmul(), gpu.GEMV(), gpu.Reduction(), gpu.GeneralReduction(), gpu.Fallback())
     with _reasoned(), target, tvm.transform.PassContext(opt_level=3):

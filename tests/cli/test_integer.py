@@ -12,7 +12,7 @@ import pytest
 from qgraph import cli
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21]>\n'
-LAYER = "g (float[N,64] x) => (float[N,12] y) { m = MatMul(x, w) [odd] h = Hardmax(m) y = MatMul(h, v) }"
+LAYER = "g (float[N,64] x) => (float[N,12] y) { m = MatMul(x, w) [odd] h = Shrink(m) y = MatMul(h, v) }"
 Compile = Callable[..., tuple[int, list[str]]]
 
 
@@ -45,14 +45,14 @@ CALIB = ("--calib", "calib.npz")
     ("arguments", "message"),
     [
         ((), "static quantization needs calibration data: pass --calib DATA"),
-        ((*CALIB, "--strict"), "'odd' stays in float: Hardmax has no integer form"),
+        ((*CALIB, "--strict"), "'odd' stays in float: Shrink has no integer form"),
         (
             (*CALIB, "--emit", "c", "--shape", "x=1,64"),
-            "'odd' stays in float: Hardmax has no integer form. Without --emit",
+            "'odd' stays in float: Shrink has no integer form. Without --emit",
         ),
         (
             (*CALIB, "--emit", "so", "--shape", "x=1,64"),
-            "'odd' stays in float: Hardmax has no integer form. Without --emit",
+            "'odd' stays in float: Shrink has no integer form. Without --emit",
         ),
         ((*CALIB, "--emit", "wasm"), "--emit wasm: the target integer writes c and so"),
         ((*CALIB, "--emit", "c", "-t", "cpu-int8"), "cpu-int8 writes no code (c): --emit is for the target integer"),
@@ -73,7 +73,7 @@ def test_without_strict_a_boundary_is_told(compile_: Compile, work: Path):
     status, lines = compile_(LAYER, *CALIB, w=weights(64, 16), v=weights(16, 12))
     assert status == 0
     assert any("1 nodes stay in float" in line for line in lines)
-    assert "Hardmax has no integer form" in (work / "out" / "manifest.json").read_text(encoding="utf-8")
+    assert "Shrink has no integer form" in (work / "out" / "manifest.json").read_text(encoding="utf-8")
 
 
 def test_code_of_dynamic_shapes_names_the_input(compile_: Compile):
