@@ -28,7 +28,7 @@ from qgraph.codegen.tvm_session import ModelSession
 from qgraph.codegen.tvm_tuning import Log, tuned
 from qgraph.errors import UserError
 from qgraph.pipeline import Context, Pipeline, Skipped
-from qgraph.targets.base import Session, Target, cleaned_up
+from qgraph.targets.base import Session, Target, cleaned_up, repeated_outputs
 
 __all__ = ["TvmCpu", "TvmCuda", "TvmMetal"]
 
@@ -59,7 +59,7 @@ class _Tvm(Target):
         Raises:
             UserError: TVM is not installed.
         """
-        return unsupported(model, table("tvm")) or refused(model)
+        return repeated_outputs(model) or unsupported(model, table("tvm")) or refused(model)
 
     def session(self, folder: Path, *, threads: int = 0) -> Session:
         """Run the library, or where its device is not here, the same module compiled for this processor.
@@ -113,6 +113,10 @@ class TvmCpu(_Tvm):
     log: str = dataclasses.field(
         default="", metadata={"help": "folder of an earlier tuning (an artifact's tuning/), whose choices are taken"}
     )
+
+    def __post_init__(self) -> None:
+        if self.trials < 0:
+            raise ValueError(f"trials is {self.trials}, but must be 0 or more")
 
     def lower(self, model: ir.Model, folder: Path) -> list[str]:
         """Compile the model, and write library, weights and runners.

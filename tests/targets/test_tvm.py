@@ -201,6 +201,7 @@ def test_code_for_gpus_comes_out_and_is_verified_beside(artifact: qgraph.Artifac
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
+        ("(float[4] x) => (float[4] y, float[4] y) { y = Exp (x) }", "'y': it is an output 2 times"),
         ("(float[2, 2] x) => (float y) { y = Det (x) }", "tvm-cpu cannot run this model: .*Det"),
         (
             "(float[N] x) => (float[M] y) { n = NonZero (x) i = Squeeze (n) y = Gather (x, i) }",
@@ -217,6 +218,7 @@ def test_what_cannot_be_compiled_is_refused_with_a_reason(tmp_path: Path, text: 
 @pytest.mark.parametrize(
     ("target", "message"),
     [
+        (TvmCpu(triple="bogus-foo"), "LLVM knows no machine 'bogus-foo': write a triple such as"),
         (TvmCpu(cpu="pentium-99"), "LLVM knows no processor 'pentium-99'"),
         (TvmCuda(arch="ampere"), "arch=ampere: a GPU is called sm_80"),
     ],
@@ -224,6 +226,11 @@ def test_what_cannot_be_compiled_is_refused_with_a_reason(tmp_path: Path, text: 
 def test_machines_that_are_not_known(tmp_path: Path, target: TvmCpu, message: str):
     with pytest.raises(UserError, match=message):
         qgraph.compile(network(), target, output=tmp_path / "none")
+
+
+def test_fewer_trials_than_none_are_refused():
+    with pytest.raises(ValueError, match="trials is -3, but must be 0 or more"):
+        TvmCpu(trials=-3)
 
 
 def test_kernels_that_do_not_fit_are_told():
