@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
+import qgraph.ir
 from qgraph.analysis.kernel_support import unsupported
 from qgraph.capabilities import table
 from qgraph.codegen import tvm_artifact, tvm_float_build, tvm_machines
@@ -34,6 +35,8 @@ __all__ = ["TvmCpu", "TvmCuda", "TvmMetal"]
 
 _LOWER = "to-plain-operators,infer-shapes,fold-constants,remove-unused"
 _STAND_IN = "stand-in"
+_PYTHON = ("NonZero", "Unique")
+"""Operators that TVM computes in Python: relax.run.nonzero and relax.run.unique, see tvm/relax/op/set.py."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,7 @@ class _Tvm(Target):
         Raises:
             UserError: TVM is not installed.
         """
-        return repeated_outputs(model) or unsupported(model, table("tvm")) or refused(model)
+        return repeated_outputs(model) or unsupported(model, table("tvm")) or _in_python(model) or refused(model)
 
     def session(self, folder: Path, *, threads: int = 0) -> Session:
         """Run the library, or where its device is not here, the same module compiled for this processor.
@@ -77,6 +80,13 @@ class _Tvm(Target):
         entries = tvm_artifact.write_parameters(imported_model.parameters, folder / tvm_artifact.PARAMETERS)
         tvm_artifact.write_runners(model, folder, entries, device=device, target=target, library=library)
         return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _in_python(model: ir.Model) -> list[Skipped]:
+    """Return the nodes that compiled code would hand to TVM's Python package, which no runner has."""
+    why = "{} runs in TVM's Python package, which is not part of its runtime"
+    nodes = (node for node in qgraph.ir.walk(model) if qgraph.ir.is_op(node, *_PYTHON))
+    return [Skipped(qgraph.ir.node_label(node), why.format(node.op_type)) for node in nodes]
 
 
 def _write_library(executable: Any, folder: Path, *, here: bool) -> str:
