@@ -27,7 +27,7 @@ from qgraph.coreml.structure import examine
 from qgraph.coreml.toolkit import toolkit
 from qgraph.errors import UserError
 from qgraph.pipeline import Context, Pipeline, Skipped
-from qgraph.targets.base import Kernels, Session, Target, cleaned_up
+from qgraph.targets.base import Kernels, Session, Target, cleaned_up, repeated_outputs
 from qgraph.targets.cpu_int4 import weight_passes
 
 __all__ = ["AppleFp16", "AppleInt4", "AppleInt8"]
@@ -61,7 +61,7 @@ class _CoreMl(Target):
             UserError: a shape is not fixed.
         """
         _refuse_dynamic(model, self.name)
-        return unlowered(model)
+        return repeated_outputs(model) or unlowered(model)
 
     def lower(self, model: ir.Model, folder: Path) -> list[str]:
         """Write the package and, where it is wanted, model.onnx.
@@ -165,6 +165,7 @@ def _refuse_dynamic(model: ir.Model, target: str) -> None:
         if value.const_value is None and (value.shape is None or not value.shape.is_static())
     ]
     if not found:
+        _refuse_empty(model, target)
         return
     texts = []
     for value in found:
@@ -174,3 +175,12 @@ def _refuse_dynamic(model: ir.Model, target: str) -> None:
     raise UserError(
         f"{target} needs every size, and the shape of {names} is dynamic: fix it, for instance with {' '.join(texts)}"
     )
+
+
+def _refuse_empty(model: ir.Model, target: str) -> None:
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None and 0 in value.shape.dims:
+            shape = "x".join(map(str, value.shape))
+            raise UserError(
+                f"{target} cannot run this model: '{value.name}' is {shape}, and Core ML has no empty arrays"
+            )

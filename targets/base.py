@@ -17,7 +17,7 @@ from qgraph.errors import UserError
 from qgraph.pipeline import Context, Pipeline, Skipped
 from qgraph.runtime.placement import Placement
 
-__all__ = ["Kernels", "Session", "Step", "Target", "cleaned_up"]
+__all__ = ["Kernels", "Session", "Step", "Target", "cleaned_up", "repeated_outputs"]
 
 
 def cleaned_up(*then: str, opset: int = 21) -> Pipeline:
@@ -34,6 +34,13 @@ def cleaned_up(*then: str, opset: int = 21) -> Pipeline:
         "fold-batch-norm,deduplicate-initializers,merge-duplicates,remove-unused"
     )
     return Pipeline.parse(",".join((passes, *then)))
+
+
+def repeated_outputs(model: ir.Model) -> list[Skipped]:
+    """Return the values that are an output more than once, for runtimes that know outputs by their names."""
+    times = Counter(value.name or "" for value in model.graph.outputs)
+    why = "it is an output {} times, which this runtime gives once: put an Identity behind it for each"
+    return [Skipped(name, why.format(count)) for name, count in times.items() if count > 1]
 
 
 class Session(Protocol):

@@ -154,13 +154,13 @@ def _require_linear(model: ir.Model, target: str, kind: str, instead: str) -> No
     if convolutions and (not large or in_convolutions > sum(works.get(layer.name, 0) for layer in large)):
         told = f"{len(convolutions)} Conv node{'s' * (len(convolutions) > 1)}"
         what = f"ONNX Runtime's CUDA provider has no {kind} Conv"
+        others = f"--target {instead}, or --target cuda-fp16"
     elif not large:
-        told, what = f"it has no linear layer of {_FEWEST} weights or more", "there is nothing to store in 8 bits"
+        told = f"outside subgraphs it has no linear layer of {_FEWEST} weights or more in float32 or float16"
+        what, others = "there is nothing to store in 8 bits", "--target cuda-fp16"
     else:
         return
-    raise UserError(
-        f"{target} cannot run this model: {told}, and {what}. Use --target {instead}, or --target cuda-fp16."
-    )
+    raise UserError(f"{target} cannot run this model: {told}, and {what}. Use {others}.")
 
 
 def _refused(model: ir.Model) -> list[Skipped]:

@@ -77,9 +77,18 @@ class TensorrtTarget(NvidiaTarget):
             for one in shapes:
                 if _SHAPE.fullmatch(one) is None:
                     raise ValueError(f"{name} has '{one}': write NAME:1x3x224x224")
-        inputs = [sorted(one.rpartition(":")[0] for one in shapes) for shapes in profile.values()]
+        inputs = [sorted(map(_input_of, shapes)) for shapes in profile.values()]
         if inputs[0] != inputs[1] or inputs[1] != inputs[2]:
             raise ValueError("min_shapes, opt_shapes and max_shapes go together: name the same inputs in all three")
+        for least, usual, most in zip(*(sorted(shapes, key=_input_of) for shapes in profile.values()), strict=True):
+            sizes = [_sizes(one) for one in (least, usual, most)]
+            if len({len(one) for one in sizes}) > 1 or any(
+                list(axis) != sorted(axis) for axis in zip(*sizes, strict=True)
+            ):
+                told = " <= ".join(one.rpartition(":")[2] for one in (least, usual, most))
+                raise ValueError(
+                    f"the shapes of '{_input_of(least)}' must grow from min_shapes to max_shapes, not {told}"
+                )
 
     def options(self) -> Mapping[str, Mapping[str, str]]:
         """Return the options of the TensorRT provider."""
@@ -117,15 +126,15 @@ class TensorrtTarget(NvidiaTarget):
         inputs = {value.name: value for value in model.graph.inputs}
         found = []
         for one in (*self.min_shapes, *self.opt_shapes, *self.max_shapes):
-            name, _, text = one.rpartition(":")
-            sizes = [int(size) for size in text.split("x")]
+            name, text = _input_of(one), one.rpartition(":")[2]
             value = inputs.get(name)
             if value is None:
                 known = ", ".join(str(one) for one in inputs)
                 found.append(Skipped(name, f"a profile names it, and it is no input (the model has: {known})"))
-            elif value.shape is not None and not _fits(sizes, list(value.shape)):
-                found.append(Skipped(name, f"its shape is {list(map(str, value.shape))}, which {text} does not fit"))
-        return found
+            elif value.shape is not None and not _fits(_sizes(one), list(value.shape)):
+                shape = "x".join(map(str, value.shape))
+                found.append(Skipped(name, f"its shape is {shape}, which {text} does not fit"))
+        return list(dict.fromkeys(found))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +207,14 @@ def _require_layers(model: ir.Model, target: str, *, float8: bool) -> None:
         node, reason = reasons[0]
         why = f"none of its {len(reasons)} layers fits: '{qgraph.ir.node_label(node)}': {reason}"
     raise UserError(f"{target} cannot run this model: {why}. Use --target cuda-fp16.")
+
+
+def _input_of(shape: str) -> str:
+    return shape.rpartition(":")[0]
+
+
+def _sizes(shape: str) -> list[int]:
+    return [int(size) for size in shape.rpartition(":")[2].split("x")]
 
 
 def _fits(sizes: Sequence[int], shape: Sequence[int | ir.SymbolicDim]) -> bool:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
+import qgraph.ir
 from qgraph.analysis.kernel_support import unsupported
 from qgraph.capabilities import table
 from qgraph.codegen import tvm_artifact, tvm_float_build, tvm_machines
@@ -28,12 +29,14 @@ from qgraph.codegen.tvm_session import ModelSession
 from qgraph.codegen.tvm_tuning import Log, tuned
 from qgraph.errors import UserError
 from qgraph.pipeline import Context, Pipeline, Skipped
-from qgraph.targets.base import Session, Target, cleaned_up
+from qgraph.targets.base import Session, Target, cleaned_up, repeated_outputs
 
 __all__ = ["TvmCpu", "TvmCuda", "TvmMetal"]
 
 _LOWER = "to-plain-operators,infer-shapes,fold-constants,remove-unused"
 _STAND_IN = "stand-in"
+_PYTHON = ("NonZero", "Unique")
+"""Operators that TVM computes in Python: relax.run.nonzero and relax.run.unique, see tvm/relax/op/set.py."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,7 @@ class _Tvm(Target):
         Raises:
             UserError: TVM is not installed.
         """
-        return unsupported(model, table("tvm")) or refused(model)
+        return repeated_outputs(model) or unsupported(model, table("tvm")) or _in_python(model) or refused(model)
 
     def session(self, folder: Path, *, threads: int = 0) -> Session:
         """Run the library, or where its device is not here, the same module compiled for this processor.
@@ -77,6 +80,13 @@ class _Tvm(Target):
         entries = tvm_artifact.write_parameters(imported_model.parameters, folder / tvm_artifact.PARAMETERS)
         tvm_artifact.write_runners(model, folder, entries, device=device, target=target, library=library)
         return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _in_python(model: ir.Model) -> list[Skipped]:
+    """Return the nodes that compiled code would hand to TVM's Python package, which no runner has."""
+    why = "{} runs in TVM's Python package, which is not part of its runtime"
+    nodes = (node for node in qgraph.ir.walk(model) if qgraph.ir.is_op(node, *_PYTHON))
+    return [Skipped(qgraph.ir.node_label(node), why.format(node.op_type)) for node in nodes]
 
 
 def _write_library(executable: Any, folder: Path, *, here: bool) -> str:
@@ -113,6 +123,10 @@ class TvmCpu(_Tvm):
     log: str = dataclasses.field(
         default="", metadata={"help": "folder of an earlier tuning (an artifact's tuning/), whose choices are taken"}
     )
+
+    def __post_init__(self) -> None:
+        if self.trials < 0:
+            raise ValueError(f"trials is {self.trials}, but must be 0 or more")
 
     def lower(self, model: ir.Model, folder: Path) -> list[str]:
         """Compile the model, and write library, weights and runners.

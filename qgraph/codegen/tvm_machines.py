@@ -34,9 +34,21 @@ def cpu_target(triple: str = "", cpu: str = "") -> Any:
     if features:
         options["mattr"] = [f"+{one}" for one in features]
     target = _target(options)
+    if triple:
+        _require_triple(target, triple)
     if name and name not in ("generic", *_processors(target)):
         raise UserError(f"LLVM knows no processor '{name}' for {triple or 'this machine'}")
     return target
+
+
+def _require_triple(target: Any, triple: str) -> None:
+    """Raise a UserError for a machine that LLVM does not know: asked for its processors, it would crash."""
+    from tvm.target import codegen
+
+    try:
+        codegen.llvm_get_vector_width(target)
+    except RuntimeError as error:
+        raise UserError(f"LLVM knows no machine '{triple}': write a triple such as aarch64-linux-gnu") from error
 
 
 def _processors(target: Any) -> list[str]:

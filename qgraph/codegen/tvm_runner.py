@@ -8,6 +8,7 @@ The folder holds model.json (the tensors), params.bin (the weights as they were 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import sys
@@ -41,6 +42,7 @@ class Model:
         from tvm import runtime
         from tvm.runtime.vm import VirtualMachine
 
+        _load_extra(Path(runtime.__file__).parents[1] / "lib")
         facts = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         self.inputs: list[dict[str, Any]] = facts["inputs"]
         self.outputs: list[dict[str, Any]] = facts["outputs"]
@@ -71,6 +73,12 @@ class Model:
             if name not in found:
                 raise ValueError(f"there is no output '{name}'; there are: {', '.join(found)}")
         return [found[name] for name in output_names or found]
+
+
+def _load_extra(folder: Path) -> None:
+    """Load the part of TVM's runtime that sorts; whole TVM has it loaded, its runtime alone has not."""
+    for library in sorted(folder.glob("libtvm_runtime_extra.*")):
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
 
 
 def _parameters(path: Path, entries: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:

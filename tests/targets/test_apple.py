@@ -143,6 +143,8 @@ REFUSED = {
         "g (float[1,1,1,1,1,4] x) => (float[1,1,1,1,1,4] y) { y = Exp (x) }",
         "has 6 axes, and Core ML has at most 5",
     ),
+    "empty": ("g (float[0,4] x) => (float[0,4] y) { y = Exp (x) }", "'x' is 0x4, and Core ML has no empty arrays"),
+    "twice": ("g (float[4] x) => (float[4] y, float[4] y) { y = Exp (x) }", "'y': it is an output 2 times"),
     "rule": ("g (float[4] x, float[4] z) => (float[4] y) { y = Mod <fmod = 1> (x, z) }", r"'Mod->y' \(Mod\): .*fmod=1"),
 }
 

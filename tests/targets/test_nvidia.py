@@ -307,11 +307,35 @@ def test_the_range_of_a_dynamic_axis(tmp_path: Path):
     [
         ("min_shapes=[x:1x3x8x8]", "go together"),
         ("min_shapes=[x],opt_shapes=[x],max_shapes=[x]", "write NAME:1x3x224x224"),
+        ("min_shapes=[x:1x3],opt_shapes=[x:8x3],max_shapes=[x:4x3]", "'x' must grow .* not 1x3 <= 8x3 <= 4x3"),
+        ("min_shapes=[x:9x3],opt_shapes=[x:10x3],max_shapes=[x:10x2]", "must grow from min_shapes to max_shapes"),
+        ("min_shapes=[x:1x3],opt_shapes=[x:1x3x1],max_shapes=[x:1x3]", "must grow from min_shapes to max_shapes"),
     ],
 )
 def test_a_range_that_says_nothing_is_refused(options: str, message: str):
     with pytest.raises(UserError, match=message):
         read_target(f"tensorrt-int8{{{options}}}")
+
+
+def test_the_inputs_of_a_range_go_in_any_order():
+    one, other = "min_shapes=[b:1x9,a:2x3]", "opt_shapes=[a:2x3,b:1x9],max_shapes=[a:10x3,b:1x9]"
+    assert isinstance(read_target(f"tensorrt-int8{{{one},{other}}}"), TensorrtInt8)
+
+
+def test_what_is_wrong_with_a_range_is_said_once():
+    target = TensorrtInt8(min_shapes=("x:1x4x8x8",), opt_shapes=("x:1x4x8x8",), max_shapes=("x:1x4x8x8",))
+    assert [one.reason for one in target.check(small_cnn())] == ["its shape is Nx3x8x8, which 1x4x8x8 does not fit"]
+
+
+@pytest.mark.parametrize("name", ["cuda-int8", "cuda-fp8"])
+def test_a_refused_model_is_sent_only_to_targets_that_take_it(name: str, tmp_path: Path):
+    signature = "g (double[2,64] x, double[64,64] w) => (double[2,64] y)"
+    model = ir.from_onnx_text(f'<ir_version: 8, opset_import: ["" : 18]> {signature} {{ y = MatMul(x, w) }}')
+    weight = model.graph.inputs.pop(1)
+    weight.const_value = ir.tensor(np.ones((64, 64)), name="w")
+    model.graph.register_initializer(weight)
+    with pytest.raises(UserError, match=r"in float32 or float16, .* Use --target cuda-fp16\.$"):
+        qgraph.compile(model, name, output=tmp_path / "out")
 
 
 @pytest.mark.parametrize(("one", "message"), [("z:1x3x8x8", "it is no input"), ("x:1x4x8x8", "does not fit")])

@@ -143,6 +143,28 @@ def test_the_runner_in_cxx_gives_the_same_bits(artifact: qgraph.Artifact, tmp_pa
     np.testing.assert_array_equal(found, np.concatenate([one.reshape(-1) for one in right]))
 
 
+@pytest.mark.skipif(shutil.which("g++") is None or shutil.which("make") is None, reason="no C++ compiler here")
+def test_both_runners_sort(tmp_path: Path):
+    model = ir.from_onnx_text("""
+        <ir_version: 10, opset_import: ["" : 21]>
+        largest (float[2, 9] x) => (float[2, 3] y, int64[2, 3] i) <int64[1] k = {3}> { y, i = TopK (x, k) }
+    """)
+    made = qgraph.compile(model, TvmCpu(), output=tmp_path / "made").path
+    x = np.random.default_rng(0).normal(size=(2, 9)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", x=x)
+    x.tofile(tmp_path / "x.bin")
+    subprocess.run([sys.executable, made / "run.py", "x.npz", "y.npz"], check=True, cwd=tmp_path)
+    right = np.sort(x)[:, :-4:-1]
+    with np.load(tmp_path / "y.npz") as found:
+        np.testing.assert_array_equal(found["y"], right)
+    for name in ("run.cc", "signature.h", "Makefile"):
+        shutil.copy(made / name, tmp_path)
+    subprocess.run(["make", "-s", "run", f"PYTHON={sys.executable}", "CXXFLAGS=-O0"], check=True, cwd=tmp_path)
+    environment = {**os.environ, "MODEL_FOLDER": str(made)}
+    done = subprocess.run([tmp_path / "run", "x.bin"], check=True, cwd=tmp_path, capture_output=True, env=environment)
+    np.testing.assert_array_equal(np.frombuffer(done.stdout[: right.nbytes], np.float32), right.reshape(-1))
+
+
 def test_weights_of_few_bits_stay_small(artifact: qgraph.Artifact, tmp_path: Path):
     model = ir.from_onnx_text("""
         <ir_version: 10, opset_import: ["" : 21]>
@@ -201,10 +223,11 @@ def test_code_for_gpus_comes_out_and_is_verified_beside(artifact: qgraph.Artifac
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
+        ("(float[4] x) => (float[4] y, float[4] y) { y = Exp (x) }", "'y': it is an output 2 times"),
         ("(float[2, 2] x) => (float y) { y = Det (x) }", "tvm-cpu cannot run this model: .*Det"),
         (
             "(float[N] x) => (float[M] y) { n = NonZero (x) i = Squeeze (n) y = Gather (x, i) }",
-            "TVM imports this model, but cannot compile it: .*Take another target",
+            "'NonZero->n': NonZero runs in TVM's Python package, which is not part of its runtime",
         ),
     ],
 )
@@ -217,6 +240,7 @@ def test_what_cannot_be_compiled_is_refused_with_a_reason(tmp_path: Path, text: 
 @pytest.mark.parametrize(
     ("target", "message"),
     [
+        (TvmCpu(triple="bogus-foo"), "LLVM knows no machine 'bogus-foo': write a triple such as"),
         (TvmCpu(cpu="pentium-99"), "LLVM knows no processor 'pentium-99'"),
         (TvmCuda(arch="ampere"), "arch=ampere: a GPU is called sm_80"),
     ],
@@ -224,6 +248,11 @@ def test_what_cannot_be_compiled_is_refused_with_a_reason(tmp_path: Path, text: 
 def test_machines_that_are_not_known(tmp_path: Path, target: TvmCpu, message: str):
     with pytest.raises(UserError, match=message):
         qgraph.compile(network(), target, output=tmp_path / "none")
+
+
+def test_fewer_trials_than_none_are_refused():
+    with pytest.raises(ValueError, match="trials is -3, but must be 0 or more"):
+        TvmCpu(trials=-3)
 
 
 def test_kernels_that_do_not_fit_are_told():
