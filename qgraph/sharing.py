@@ -327,7 +327,7 @@ def _file_of(module: str) -> str | None:
         found = importlib.util.find_spec(module)
     except (ImportError, ValueError):  # the pass itself tells what is wrong with its name
         return None
-    return found and found.origin
+    return None if found is None else found.origin
 
 
 @functools.cache
