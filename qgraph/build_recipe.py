@@ -234,7 +234,7 @@ def _targets(found: Mapping[str, Any], folder: Path) -> tuple[TargetRecipe, ...]
     if not targets:
         raise UserError("the recipe names no targets: the list is empty")
     for number, one in enumerate(targets):
-        if one.name in {other.name for other in targets[:number]}:
+        if one.name.lower() in {other.name.lower() for other in targets[:number]}:  # some disks tell no case
             raise UserError(f"two targets of the recipe are called '{one.name}': give one of them another name")
     return targets
 
@@ -284,6 +284,8 @@ def _pipeline(table: Mapping[str, Any], folder: Path, where: str) -> tuple[Pipel
 def _bounds(table: Mapping[str, Any], key: str, where: str) -> list[str]:
     """Return bounds as the command line takes them, from a table or from such texts."""
     value = table.get(key, {})
+    if not isinstance(value, Mapping | str | list):
+        raise UserError(f"{where}: '{key}' must be a table or a list of texts, not {_shown(value)}")
     if not isinstance(value, Mapping):
         return list(_texts(table, key, where))
     return [f"{metric}={bound}" for metric, bound in value.items()]

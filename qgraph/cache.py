@@ -142,8 +142,9 @@ class Cache:
                 _seal(folder, key, facts)
                 with contextlib.suppress(OSError):  # another process was first
                     folder.rename(self.folder / key)
-        except OSError as error:
-            self.tell(f"the cache {self.folder} cannot keep what was made: {error.strerror}")
+        except (OSError, UserError) as error:
+            told = getattr(error, "strerror", None) or error
+            self.tell(f"the cache {self.folder} cannot keep what was made: {told}")
             return False
         self._shrink()
         return True

@@ -82,7 +82,10 @@ def build(
             on_target=begin,
         )
         for one in result.entries:
-            if one.reason:
+            if one.reason and common.quiet:
+                told = f"was {one.status}" if one.artifact is None else "is outside its bounds"
+                click.echo(f"error: {one.name} {told}: {one.reason}", err=True)
+            elif one.reason:
                 display.step(one.name, f"{one.status}: {one.reason}")
         display.table(terminal_table(*result.rows()))
         display.done(result.path)

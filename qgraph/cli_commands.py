@@ -316,6 +316,8 @@ def inspect(common: Common, model: Path, against: Path | None, *, placement: boo
 
     if target is not None and not placement:
         raise UserError("--target says whose runtime tells the placement: pass --placement with it")
+    if against is not None and placement:
+        raise UserError("--placement looks at one model: leave out --against, and ask for the other by itself")
     result = verbs.inspect(model, against, placement=placement, target=target)
     with common.display() as display:
         for table in inspection_tables(result) if result.placement is None else placement_tables(result.placement):

@@ -19,6 +19,7 @@ __all__ = ["FORMAT", "MANIFEST", "checked_manifest", "read_json", "sha256"]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_MODEL = "model.onnx"
 
 
 def sha256(path: Path) -> str:
@@ -43,6 +44,8 @@ def checked_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     _check_shape(folder, manifest)
     for name, entry in manifest["files"].items():
         _check_file(folder, name, entry)
+    if (folder / _MODEL).exists() and _MODEL not in manifest["files"]:
+        raise UserError(f"{folder / MANIFEST} is damaged: it has no hash of {_MODEL}")
     return manifest
 
 

@@ -45,7 +45,8 @@ class Plan:
             try:
                 return cls.from_recipe(Path(recipe).read_text(encoding="utf-8"))
             except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"the recipe {recipe} cannot be read: {error}") from None
+                told = getattr(error, "strerror", None) or error
+                raise UserError(f"the recipe {recipe} cannot be read: {told}") from None
         if passes is None:
             return cls()
         return cls(compress=Pipeline.parse(passes) if isinstance(passes, str) else passes)

@@ -37,7 +37,7 @@ from qgraph.analysis.tensor_statistics import statistics
 from qgraph.cache import Cache, key_of
 from qgraph.errors import UserError
 from qgraph.manifest import sha256
-from qgraph.pipeline import Context, Pass, Pipeline, Report, Samples
+from qgraph.pipeline import Context, IrPass, Pass, Pipeline, Report, Rewrite, Samples
 from qgraph.runtime.benchmark import machine
 from qgraph.runtime.recorded import Recorded
 from qgraph.stored_states import State, read_outputs, read_state, write_outputs, write_state
@@ -166,7 +166,7 @@ class _SharedContext(Context):
     def analyse(self, analysis: Callable[..., Any], model: ir.Model, *arguments: Any) -> Any:
         """Return the analysis, from another line where one has asked for just this."""
         make = functools.partial(super().analyse, analysis, model, *arguments)
-        if analysis not in _BY_NAME:
+        if analysis not in _BY_NAME or self.calibration is None:
             return make()
         numbers = (self.threads, self.calibration_memory)
         return self.sharing.once((analysis, fingerprint(model, self, "ranges"), numbers, arguments), make)
@@ -302,18 +302,32 @@ def _keys(key: str | None, passes: Sequence[Pass]) -> list[str | None]:
             text = spec.format_specs(Pipeline([one]).specs())
         except UserError:
             key = None
-        key = key and key_of(key, text, _code(type(one)))
+        key = key and key_of(key, text, *map(_code, _modules(one)))
         keys.append(key)
     return keys
 
 
+def _modules(one: Pass) -> list[str]:
+    """Return the modules that hold the code of a pass, and of what it names."""
+    named = one.of if isinstance(one, IrPass) else one.rules if isinstance(one, Rewrite) else ""
+    return [type(one).__module__, *filter(None, [named.partition(":")[0]])]
+
+
 @functools.cache
-def _code(cls: type) -> str:
-    """Return what tells the code of a pass from that of another version; ours is in the root's key."""
-    if cls.__module__.startswith("qgraph."):
-        return cls.__module__
-    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    return key_of(cls.__module__, cls.__qualname__, sha256(Path(file)) if file else "")
+def _code(module: str) -> str:
+    """Return what tells the code of a module from that of another version; ours is in the root's key."""
+    if module.startswith("qgraph."):
+        return module
+    file = getattr(sys.modules.get(module), "__file__", None) or _file_of(module)
+    return key_of(module, sha256(Path(file)) if file and Path(file).is_file() else "")
+
+
+def _file_of(module: str) -> str | None:
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # the pass itself tells what is wrong with its name
+        return None
+    return None if found is None else found.origin
 
 
 @functools.cache
@@ -335,16 +349,14 @@ def _version(package: str) -> str:
 def _own_code() -> str:
     """Return the hash of every source file of this package: versions stay the same while one works on it."""
     digest = hashlib.sha256()
-    for package in ("qgraph.analysis", "qgraph.numerics", "qgraph.runtime", "qgraph.passes", "qgraph.targets", ""):
-        for folder in _folders(package):
-            for file in sorted([*folder.glob("*.py"), *folder.glob("*.toml")]):
-                digest.update(file.read_bytes())
+    folders = {Path(__file__).parent, *_folders("qgraph.passes"), *_folders("qgraph.targets")}  # they may lie elsewhere
+    files = {file for folder in folders for ending in ("py", "toml") for file in folder.rglob(f"*.{ending}")}
+    for file in sorted(files):
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
 def _folders(package: str) -> list[Path]:
-    if not package:
-        return [Path(__file__).parent]
     found = importlib.util.find_spec(package)
     return [Path(folder) for folder in (found and found.submodule_search_locations) or ()]
 

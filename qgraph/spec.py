@@ -374,7 +374,7 @@ def _describe(hint: Any) -> str:
     parts = []
     for kind in _alternatives(hint):
         if typing.get_origin(kind) is typing.Literal:
-            parts.append(" | ".join(str(choice) for choice in typing.get_args(kind)))
+            parts.append(" | ".join(str(choice) or "''" for choice in typing.get_args(kind)))
         elif typing.get_origin(kind) is tuple:
             parts.append(_describe_tuple(typing.get_args(kind)))
         else:

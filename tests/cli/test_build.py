@@ -62,6 +62,16 @@ def test_the_exit_status_tells_the_worst(
     assert "Traceback" not in done.stderr
 
 
+def test_quiet_still_tells_what_went_wrong(qgraph: Run, work: Path) -> None:
+    bad = '[targets.bad]\ntarget = "cpu-int4"\npasses = "gptq{bits=3},gptq"\nset = ["gptq.bits=9"]'
+    text = f"{DATA}[targets.cpu-fp32]\n{bad}"
+    done = qgraph("build", recipe(work, text), "-q", "-j", "1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: bad was refused: ")
+    assert done.stderr.count("\n") == 1
+    assert qgraph("build", recipe(work, DATA + 'targets = ["cpu-fp32"]'), "-q", "-j", "1", "--force").stderr == ""
+
+
 def test_a_cache_is_made_and_used(qgraph: Run, work: Path) -> None:
     text = recipe(work, DATA + 'targets = ["cpu-int4"]')
     done = qgraph("build", text, "--cache", "cache", "--workers", "2", "-j", "1")

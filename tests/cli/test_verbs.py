@@ -330,6 +330,8 @@ def test_inspect_asks_the_runtime_of_a_target_about_a_model(work: Path, capsys: 
     assert "cuda-int4 cannot tell here what runs where" in capsys.readouterr().err
     assert cli.main(["inspect", model, "--target", "cpu-fp32"]) == 2
     assert "pass --placement with it" in capsys.readouterr().err
+    assert cli.main(["inspect", model, "--placement", "--against", model]) == 2
+    assert "--placement looks at one model" in capsys.readouterr().err
 
 
 def test_compile_says_at_its_end_what_does_not_run_as_promised(qgraph: Run, work: Path):

@@ -150,6 +150,10 @@ def tamper_json(folder: Path) -> None:
     (folder / "manifest.json").write_text("{")
 
 
+def tamper_unlisted(folder: Path) -> None:
+    edit(folder, lambda manifest: manifest["files"].pop("model.onnx"))
+
+
 def edit(folder: Path, change) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
@@ -167,6 +171,7 @@ def edit(folder: Path, change) -> None:
         (tamper_newer, "Update qgraph"),
         (tamper_keys, "'target' is missing"),
         (tamper_json, "cannot be read"),
+        (tamper_unlisted, "no hash of model.onnx"),
     ],
 )
 def test_a_tampered_artifact_is_refused(tmp_path: Path, tamper, message: str) -> None:

@@ -270,6 +270,13 @@ def test_options_of_a_target_are_in_its_folder_s_name() -> None:
         ({"targets": ["cpu-int9"]}, "there is no target 'cpu-int9'. Did you mean 'cpu-int"),
         ({"targets": ["cpu-fp32{x=1}"]}, "has no option 'x'"),
         ({"targets": ["cpu-fp32", "cpu-fp32"]}, "two targets of the recipe are called 'cpu-fp32'"),
+        (
+            {"targets": {"A": {"target": "cpu-fp32"}, "a": {"target": "cpu-fp16"}}},
+            "two targets of the recipe are called",
+        ),
+        ({"targets": ["cpu-int8{cpu=x}"]}, "must be '' | vnni | avx2 | neon"),
+        ({"targets": ["cpu-fp32"], "tolerance": 3}, "must be a table or a list of texts, not '3'"),
+        ({"targets": [{"target": "cpu-fp32", "recipe": "no.toml"}]}, "no.toml cannot be read: No such file"),
         ({"targets": [{"name": "../up", "target": "cpu-fp32"}]}, "cannot be the name of a folder"),
         ({"targets": [{"name": "index.json", "target": "cpu-fp32"}]}, "cannot be the name of a folder"),
         ({"targets": [{"set": []}]}, "has no target = "),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import hashlib
+import importlib
 import os
 import subprocess
 import sys
@@ -145,6 +146,38 @@ def test_the_source_and_the_versions_are_in_the_key(monkeypatch: pytest.MonkeyPa
     assert root != shared.root(facts, {}, Context())
 
 
+@pytest.mark.parametrize("text", ["rewrite{{rules={}:RULES}}", "onnx-ir{{of={}:Mine}}"])
+def test_the_code_that_a_pass_names_is_in_the_key(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def key(module: str) -> str | None:
+        sharing_module._code.cache_clear()
+        importlib.invalidate_caches()
+        return sharing_module._keys("root", Pipeline.parse(text.format(module)).passes)[0]
+
+    (tmp_path / "user_rules.py").write_text("RULES = Mine = 1")
+    first = key("user_rules")
+    assert first == key("user_rules")
+    (tmp_path / "user_rules.py").write_text("RULES = Mine = 2")
+    assert first != key("user_rules")
+    assert key("no.such.module") is not None, "what is wrong with it is for the pass to tell"
+
+
+def test_the_tables_of_capabilities_are_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(Path, "read_bytes", lambda self: read.append(self) or b"")
+    sharing_module._own_code()
+    names = {path.name for path in read}
+    assert {"onnxruntime-cpu.toml", "qdq.py", "integer.py", "compiler.py", "calibration.py"} <= names
+    assert len(read) == len(set(read))
+
+
+def test_without_samples_the_one_who_needs_them_is_named(network: Path) -> None:
+    shared = Line(qgraph.load(network / "net.onnx"), Context(), Sharing(), "root")
+    with pytest.raises(UserError, match="static quantization needs calibration data"):
+        shared.run(Pipeline.parse("qdq"))
+
+
 @pytest.mark.usefixtures("all_is_worth_it")
 def test_who_goes_on_from_there_has_what_the_passes_have_left(network: Path) -> None:
     shared, context = Sharing(), Context(calibration=feeds(network))
@@ -263,11 +296,12 @@ def test_a_folder_that_may_not_be_written_is_refused(tmp_path: Path) -> None:
         Cache(tmp_path / "cache")
 
 
-def test_a_full_disk_costs_the_entry_and_not_the_work(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), UserError("x: No space left on device")])
+def test_a_full_disk_costs_the_entry_and_not_the_work(fault: Exception, tmp_path: Path) -> None:
     told: list[str] = []
 
     def full(folder: Path) -> dict[str, Any]:
-        raise OSError(28, "No space left on device")
+        raise fault
 
     cache = Cache(tmp_path, tell=told.append)
     assert not cache.keep(KEY, full)
