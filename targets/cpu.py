@@ -272,6 +272,10 @@ class CpuInt8(_OnnxRuntimeCpu):
             return "a processor without VNNI, where products of bytes may saturate"
         return ""
 
+    def placement(self, folder: Path) -> Placement | None:
+        """Return the placement here; None for processors of another kind, where the runtime fuses otherwise."""
+        return None if self.cpu == "neon" and not is_arm() else super().placement(folder)
+
     def session(self, folder: Path, *, threads: int = 0) -> Session:
         """Open model.onnx in ONNX Runtime; warns where products of bytes may saturate on this processor.
 

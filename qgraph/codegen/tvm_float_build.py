@@ -25,6 +25,8 @@ PREPARE = "main_transform_params"
 OPTIONS = {"s_tir.LoopPartition": {"partition_const_loop": True}}
 """Of TVM's passes: what rows leave over is code of its own, so that the rest asks nothing."""
 _NARROW_REGISTERS = 16
+_SIZES = "shape_func"
+"""The functions that compute sizes from others, each a row of stores into slots that none of them reads."""
 
 
 def lanes_of(target: Any) -> Lanes:
@@ -95,7 +97,32 @@ def compiled(fused: Any, target: Any) -> Any:
     import tvm
 
     with _reasoned(), tvm.transform.PassContext(opt_level=3, config=OPTIONS):
-        return tvm.compile(scheduled_float(fused, lanes_of(target)), target=target)
+        scheduled = scheduled_float(fused, lanes_of(target))
+        return tvm.compile(scheduled, target=target, relax_pipeline=_repeatable())
+
+
+def _repeatable() -> Any:
+    """Return TVM's own passes, and behind them one that brings what computes sizes into the order of their slots.
+
+    TVM orders these by addresses, so that the bytes of a library for open sizes would differ from run to run.
+    """
+    import tvm
+    from tvm import relax, tirx
+
+    @tvm.transform.module_pass(opt_level=0, name="OrderSizes")
+    def ordered(module: Any, context: Any) -> Any:
+        del context
+        lowered = relax.get_pipeline("default")(module)
+        for name, function in lowered.functions_items():
+            if name.name_hint.startswith(_SIZES) and isinstance(function.body, tirx.SeqStmt):
+                lowered.update_func(name, function.with_body(tirx.SeqStmt(sorted(function.body, key=_slot))))
+        return lowered
+
+    return ordered
+
+
+def _slot(statement: Any) -> int:
+    return int(statement.indices[0])
 
 
 def fused_for_gpu(module: Any, target: Any) -> Any:
