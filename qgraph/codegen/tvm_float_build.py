@@ -109,7 +109,6 @@ def _repeatable() -> Any:
     import tvm
     from tvm import relax, tirx
 
-    @tvm.transform.module_pass(opt_level=0, name="OrderSizes")
     def ordered(module: Any, context: Any) -> Any:
         del context
         lowered = relax.get_pipeline("default")(module)
@@ -118,7 +117,7 @@ def _repeatable() -> Any:
                 lowered.update_func(name, function.with_body(tirx.SeqStmt(sorted(function.body, key=_slot))))
         return lowered
 
-    return ordered
+    return tvm.transform.module_pass(ordered, opt_level=0, name="OrderSizes")
 
 
 def _slot(statement: Any) -> int:
