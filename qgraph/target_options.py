@@ -33,12 +33,15 @@ def with_option(target: Target, option: str, value: spec.Value, flag: str) -> Ta
     """Return the target with one option set, as the command line's own `flag` for it does.
 
     Raises:
-        UserError: it has no such option, or not of such a value.
+        UserError: it has no such option, not of such a value, or another one already.
     """
     if option not in spec.defaults(type(target)):
         raise UserError(f"{flag} is for targets with the option '{option}', which {target.name} does not have")
-    options = {**spec.to_spec(target).options, option: value}
+    given = spec.to_spec(target).options
+    options = {**given, option: value}
     changed: Target = spec.build(type(target), spec.Spec(target.name, options))
+    if option in given and changed != target:
+        raise UserError(f"{flag} says {option}={value}, and the target {option}={given[option]}: leave one of them out")
     return changed
 
 

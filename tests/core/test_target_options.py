@@ -57,6 +57,9 @@ def test_an_option_is_set_by_its_flag() -> None:
     assert with_option(Sized(trials=3), "cpu", "avx2", "--cpu") == Sized(cpu="avx2", trials=3)
     with pytest.raises(UserError, match="--cpu is for targets with the option 'cpu', which integer does not have"):
         with_option(read_target("integer"), "cpu", "avx2", "--cpu")
+    assert with_option(Sized(cpu="avx2"), "cpu", "avx2", "--cpu") == Sized(cpu="avx2")
+    with pytest.raises(UserError, match="--cpu says cpu=neon, and the target cpu=avx2: leave one of them out"):
+        with_option(Sized(cpu="avx2"), "cpu", "neon", "--cpu")
     with pytest.raises(UserError, match="must be an integer"):
         with_option(Sized(), "trials", "many", "--tune N")
 
