@@ -326,8 +326,12 @@ def test_inspect_asks_the_runtime_of_a_target_about_a_model(work: Path, capsys: 
     assert cli.main(["inspect", model, "--placement", "--target", "cpu-fp32", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert set(document["placement"]["kernels"]) == {"float"}
-    assert cli.main(["inspect", model, "--placement", "--target", "cuda-int4"]) == 2
-    assert "cuda-int4 cannot tell here what runs where" in capsys.readouterr().err
+    assert cli.main(["inspect", model, "--placement", "--target", "cuda-int4", "--json"]) == 0
+    foreseen = json.loads(capsys.readouterr().out)["placement"]
+    assert foreseen["runtime"].endswith("foreseen from its table")
+    assert foreseen["providers"] == {"CUDAExecutionProvider": 3}
+    assert cli.main(["inspect", model, "--placement", "--target", "integer"]) == 2
+    assert "integer cannot tell here what runs where" in capsys.readouterr().err
     assert cli.main(["inspect", model, "--target", "cpu-fp32"]) == 2
     assert "pass --placement with it" in capsys.readouterr().err
     assert cli.main(["inspect", model, "--placement", "--against", model]) == 2
