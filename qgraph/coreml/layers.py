@@ -69,43 +69,34 @@ def window_padding(site: Site, kernel: Sequence[int], strides: Sequence[int], di
     return found
 
 
-def _conv(site: Site) -> Any:
+def _window(site: Site) -> dict[str, Any]:
+    """Return what a convolution and its transpose are told alike."""
     kernel = site.shape(1)[2:]
     strides, dilations = (site.integers(name, [1] * len(kernel)) for name in ("strides", "dilations"))
-    bias = {"bias": site[2]} if site.has(2) else {}
-    return site.emit(
-        "conv",
-        x=site[0],
-        weight=site[1],
-        strides=strides,
-        dilations=dilations,
-        pad_type="custom",
-        pad=window_padding(site, kernel, strides, dilations),
-        groups=site.integer("group", 1),
-        **bias,
-    )
+    return {
+        "x": site[0],
+        "weight": site[1],
+        "strides": strides,
+        "dilations": dilations,
+        "pad_type": "custom",
+        "pad": window_padding(site, kernel, strides, dilations),
+        "groups": site.integer("group", 1),
+        **({"bias": site[2]} if site.has(2) else {}),
+    }
+
+
+def _conv(site: Site) -> Any:
+    return site.emit("conv", **_window(site))
 
 
 def _conv_transpose(site: Site) -> Any:
-    kernel = site.shape(1)[2:]
-    strides, dilations = (site.integers(name, [1] * len(kernel)) for name in ("strides", "dilations"))
     if "output_shape" in site.node.attributes or site.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         raise UnfitError("it says its padding by the size of its output: write it as pads")
-    if any(size > stride for size, stride in zip(site.integers("output_padding", [0] * len(kernel)), strides)):  # noqa: B905
+    window = _window(site)
+    strides = window["strides"]
+    if any(size > stride for size, stride in zip(site.integers("output_padding", [0] * len(strides)), strides)):  # noqa: B905
         raise UnfitError("its output_padding is larger than its strides")
-    bias = {"bias": site[2]} if site.has(2) else {}
-    return site.emit(
-        "conv_transpose",
-        x=site[0],
-        weight=site[1],
-        strides=strides,
-        dilations=dilations,
-        pad_type="custom",
-        pad=window_padding(site, kernel, strides, dilations),
-        output_shape=site.result(),
-        groups=site.integer("group", 1),
-        **bias,
-    )
+    return site.emit("conv_transpose", output_shape=site.result(), **window)
 
 
 def _pool(site: Site, kind: str) -> Any:
