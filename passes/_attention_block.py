@@ -16,6 +16,7 @@ __all__ = [
     "SPLIT_PACKED",
     "SPLIT_TRANSPOSED",
     "Block",
+    "Cache",
     "Dims",
     "Heads",
     "NoMatchError",
@@ -37,6 +38,17 @@ class NoMatchError(Exception):
 
 
 @dataclass(frozen=True)
+class Cache:
+    """Keys or values of earlier rows, which a Concat puts before those of a block."""
+
+    past: ir.Value
+    """[batch, heads, past rows, size]"""
+    concat: ir.Node
+    rows: Dim
+    """Of all, earlier and new."""
+
+
+@dataclass(frozen=True)
 class Heads:
     """A tensor [batch, heads, ...] and the Reshape that split it from [batch, rows, heads * size]."""
 
@@ -49,6 +61,12 @@ class Heads:
     rotation: ir.Node | None = None
     part: int | None = None
     """Which of the three tensors that are split from one it is."""
+    cache: Cache | None = None
+
+    @property
+    def rows(self) -> Dim:
+        """The number of rows with those of the cache."""
+        return self.dims[1] if self.cache is None else self.cache.rows
 
     @property
     def source(self) -> ir.Value:

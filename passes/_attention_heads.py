@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.shapes import Shapes
-from qgraph.passes._attention_block import SPLIT, SPLIT_PACKED, Dims, Heads, NoMatchError, known_dims, splits
+from qgraph.passes._attention_block import SPLIT, SPLIT_PACKED, Cache, Dims, Heads, NoMatchError, known_dims, splits
 from qgraph.passes._rules import number
 
 __all__ = ["HeadFinder", "constant_factor"]
@@ -22,7 +23,11 @@ class HeadFinder:
         self._dims = partial(known_dims, shapes)
 
     def find(self, value: ir.Value | None, what: str) -> Heads:
-        """Follow a factor of a product up to the Reshape that splits the heads."""
+        """Follow a factor of a product up to the Reshape that splits the heads.
+
+        Raises:
+            NoMatchError: it does not come from one.
+        """
         order: tuple[int, ...] = (0, 1, 2, 3)
         scale = 1.0
         rotation: ir.Node | None = None
@@ -35,21 +40,40 @@ class HeadFinder:
                 rotation, value = node, node.inputs[0]
             elif (once := self._repeated(node)) is not None:
                 value = once
-            elif (packed := self._packed(node)) is not None:
-                reshape, part, dims = packed
-                return Heads(reshape, dims, tuple(SPLIT[axis] for axis in order), scale, rotation, part)
             elif qgraph.ir.is_op(node, "Transpose") and len(node.attributes.get_ints("perm", ())) == 4:
                 perm = node.attributes.get_ints("perm")
                 order = tuple(perm[axis] for axis in order)
                 value = node.inputs[0]
-            elif qgraph.ir.is_op(node, "Reshape"):
-                source, split = node.inputs[0], self._dims(value)
-                if source is None or not splits(self._dims(source), split):
-                    break
-                return Heads(node, split, order, scale, rotation)
             else:
-                break
+                heads = self._split(node) or (self._extended(node, what) if rotation is None else None)
+                if heads is None:
+                    break
+                turned = tuple(heads.order[axis] for axis in order)
+                return replace(heads, order=turned, scale=scale, rotation=rotation or heads.rotation)
         raise NoMatchError(f"its {what} are not split into heads from one [batch, rows, hidden] tensor")
+
+    def _split(self, node: ir.Node) -> Heads | None:
+        """Return the heads that `node` splits, alone or as one part of three."""
+        packed = self._packed(node)
+        if packed is not None:
+            reshape, part, dims = packed
+            return Heads(reshape, dims, SPLIT, 1.0, part=part)
+        if not qgraph.ir.is_op(node, "Reshape") or node.inputs[0] is None:
+            return None
+        split = self._dims(node.outputs[0])
+        return Heads(node, split, (0, 1, 2, 3), 1.0) if splits(self._dims(node.inputs[0]), split) else None
+
+    def _extended(self, node: ir.Node, what: str) -> Heads | None:
+        """Return the heads whose new rows `node` puts behind those of a cache, as they are stored there."""
+        if not qgraph.ir.is_op(node, "Concat") or len(node.inputs) != 2 or node.inputs[0] is None:
+            return None
+        dims = self._dims(node.outputs[0])
+        if len(dims) != 4 or node.attributes.get_int("axis") not in (2, -2):
+            return None
+        new = self.find(node.inputs[1], what)
+        if new.order != SPLIT or new.scale != 1.0 or new.cache is not None or new.dims[2] != dims[1]:
+            raise NoMatchError(f"the cache of its {what} is not [batch, heads, rows, size] as they are computed")
+        return replace(new, cache=Cache(node.inputs[0], node, dims[2]))
 
     def _repeated(self, node: ir.Node) -> ir.Value | None:
         """Return [batch, heads, rows, size] of which `node` repeats every head for a group of others, or None."""

@@ -57,10 +57,12 @@ class Matcher:
             raise NoMatchError("queries, keys and values differ in batch or number of heads")
         if q.dims[3] != k.dims[3] or k.dims[1] != v.dims[1]:
             raise NoMatchError("queries, keys and values do not fit together")
+        if q.cache is not None or (k.cache is None) != (v.cache is None):
+            raise NoMatchError("only its keys, or only its values, come from a cache")
         if v.scale != 1.0 or v.rotation is not None:
             raise NoMatchError("its values are scaled or rotated")
         for mask in masks:
-            self._check_mask(mask, q, k)
+            self._check_mask(mask, q, (k.rows, v.rows))
         last = self._join(weigh.outputs[0], (*q.dims[:3], v.dims[3]))
         return Block(softmax, q, k, v, scale * q.scale * k.scale, masks, guarded, last)
 
@@ -113,11 +115,18 @@ class Matcher:
             node = above.producer() if above is not None else None
         return False
 
-    def _check_mask(self, mask: ir.Value, q: Heads, k: Heads) -> None:
+    def _check_mask(self, mask: ir.Value, q: Heads, keys: tuple[Dim, Dim]) -> None:
+        """Hold a mask against the scores.
+
+        Args:
+            mask: that is added to them.
+            q: the queries.
+            keys: the number of keys, and that of values: the same, though two caches may name it differently.
+        """
         dims = self._dims(mask)
-        wanted: Dims = (q.dims[0], q.dims[2], q.dims[1], k.dims[1])
-        fits = len(dims) <= 4 and all(d in (1, w) for d, w in zip(dims[::-1], wanted[::-1], strict=False))
-        if not fits or not dims or dims[-1] != wanted[-1]:
+        wanted: Dims = (q.dims[0], q.dims[2], q.dims[1])
+        fits = 0 < len(dims) <= 4 and all(d in (1, w) for d, w in zip(dims[-2::-1], wanted[::-1], strict=False))
+        if not fits or dims[-1] not in keys:
             raise NoMatchError(f"its mask '{mask.name}' is not [batch, heads, queries, keys]")
 
     def _join(self, context: ir.Value, dims: Dims) -> ir.Node:

@@ -29,11 +29,14 @@ class Rewriter:
     _parts: dict[ir.Node, ir.Node] = field(default_factory=dict)
 
     def fuse(self, block: Block) -> None:
+        """Put one operator in the place of a block."""
         softmax = block.softmax
-        inputs: list[ir.Value] = [self._joined(heads, block) for heads in (block.q, block.k, block.v)]
+        inputs: list[ir.Value | None] = [self._joined(heads, block) for heads in (block.q, block.k, block.v)]
         masks = [self._mask(mask, block) for mask in block.masks]
-        if masks:
-            inputs.append(self._sum(masks, block.last))
+        caches = [heads.cache for heads in (block.k, block.v) if heads.cache is not None]
+        if masks or caches:
+            inputs.append(self._sum(masks, block.last) if masks else None)
+        inputs += [cache.past for cache in caches]
         heads, groups = block.q.dims[2], block.k.dims[2]
         assert isinstance(heads, int)
         assert isinstance(groups, int)
@@ -43,10 +46,26 @@ class Rewriter:
             "scale": float(np.float32(block.scale)),
         }
         name = softmax.name.replace("Softmax", "Attention").replace("softmax", "attention") if softmax.name else None
-        attention = ir.node("Attention", inputs, attributes, name=name)
+        attention = ir.node("Attention", inputs, attributes, num_outputs=1 + len(caches), name=name)
         before = block.last.inputs[0]
         qgraph.ir.replace_node(block.last, attention)
         discard_unread(before)
+        for cache, present in zip(caches, attention.outputs[1:], strict=True):
+            self._hand_over(cache.concat, present)
+
+    def _hand_over(self, concat: ir.Node, present: ir.Value) -> None:
+        """Let `present` be the output of the graph that a Concat makes; it stays for others, which may stand before."""
+        extended = concat.outputs[0]
+        assert concat.graph is not None
+        name = extended.name
+        present.type, present.shape = extended.type, extended.shape
+        extended.name = qgraph.ir.fresh_name(self.model.graph, f"{name}_extended")
+        present.name = name
+        outputs = concat.graph.outputs
+        for index, output in enumerate(outputs):
+            if output is extended:
+                outputs[index] = present
+        discard_unread(extended)
 
     def _joined(self, heads: Heads, block: Block) -> ir.Value:
         """Return queries, keys or values as [batch, rows, hidden], rotated if they were."""
