@@ -87,6 +87,8 @@ class Block:
     guarded: bool
     last: ir.Node
     """The Reshape that joins the heads."""
+    stacked: int = 1
+    """Query heads that share keys and lie below one another in the products."""
 
 
 def known_dims(shapes: Shapes, value: ir.Value | None) -> Dims:

@@ -10,9 +10,9 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.shapes import Shapes
 from qgraph.passes._attention_block import SPLIT, SPLIT_PACKED, Cache, Dims, Heads, NoMatchError, known_dims, splits
-from qgraph.passes._rules import number
+from qgraph.passes._attention_products import constant_factor
 
-__all__ = ["HeadFinder", "constant_factor"]
+__all__ = ["HeadFinder"]
 
 
 class HeadFinder:
@@ -126,20 +126,6 @@ class HeadFinder:
         if start is None or axis is None or axis.tolist() != [0] or not 0 <= int(start[0]) < 3:
             return None
         return before.inputs[0], int(start[0])
-
-
-def constant_factor(node: ir.Node) -> tuple[ir.Value, float] | None:
-    """Return x and c for c * x, x * c or x / c with a constant c that is one number."""
-    if not qgraph.ir.is_op(node, "Mul", "Div"):
-        return None
-    left, right = node.inputs
-    factor = number(right)
-    if factor is not None and left is not None and factor != 0.0:
-        return left, factor if node.op_type == "Mul" else 1.0 / factor
-    factor = number(left)
-    if factor is not None and right is not None and node.op_type == "Mul":
-        return right, factor
-    return None
 
 
 def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:

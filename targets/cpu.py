@@ -46,9 +46,11 @@ from qgraph.targets.base import Kernels, Session, Step, Target, cleaned_up
 from qgraph.targets.cpu_costs import better_in_float, graph_cost, kernel_cost
 from qgraph.targets.cpu_saturation import saturating
 
-__all__ = ["CpuFp32", "CpuInt8", "Product"]
+__all__ = ["FUSE", "CpuFp32", "CpuInt8", "Product"]
 
-_FUSE = "fuse-gelu,fuse-norms,fuse-rotary,fuse-attention"
+_FUSE_ATTENTION = "fuse-attention{stacked_heads=2}"
+FUSE = f"fuse-gelu,fuse-norms,fuse-rotary,{_FUSE_ATTENTION}"
+"""What the runtime computes faster in one operator."""
 _LADDER = (
     Step("activation ranges", ("qdq.method=percentile", "qdq.method=mse", "qdq.method=entropy"), "activations"),
     Step("equalization", ("equalize < qdq",)),
@@ -185,7 +187,7 @@ class CpuFp32(_OnnxRuntimeCpu):
 
     def lower_passes(self) -> Pipeline:
         """Fuse what the runtime computes faster in one operator, store sparse weights in fewer bytes, and clean up."""
-        return Pipeline.parse(f"{_FUSE},keep-sums,pack-sparse,remove-unused")
+        return Pipeline.parse(f"{FUSE},keep-sums,pack-sparse,remove-unused")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +203,7 @@ class CpuInt8(_OnnxRuntimeCpu):
 
     def prepare_passes(self) -> Pipeline:
         """Return the clean-up passes, and attention as one operator."""
-        return cleaned_up("fuse-attention,remove-unused")
+        return cleaned_up(f"{_FUSE_ATTENTION},remove-unused")
 
     def compress_passes(self, model: ir.Model, context: Context) -> Pipeline:
         """Return static quantization for what the table wants static, and dynamic quantization for the rest.
