@@ -56,11 +56,12 @@ class Rewriter:
     def _hand_over(self, concat: ir.Node, present: ir.Value) -> None:
         """Let `present` be the output of the graph that a Concat makes; it stays for others, which may stand before."""
         extended = concat.outputs[0]
-        assert concat.graph is not None
         name = extended.name
         present.type, present.shape = extended.type, extended.shape
         extended.name = qgraph.ir.fresh_name(self.model.graph, f"{name}_extended")
         present.name = name
+        if concat.graph is None:
+            return  # nobody else has read it
         outputs = concat.graph.outputs
         for index, output in enumerate(outputs):
             if output is extended:
