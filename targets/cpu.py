@@ -185,7 +185,7 @@ class CpuFp32(_OnnxRuntimeCpu):
 
     def lower_passes(self) -> Pipeline:
         """Fuse what the runtime computes faster in one operator, store sparse weights in fewer bytes, and clean up."""
-        return Pipeline.parse(f"{_FUSE},keep-sums,pack-sparse,remove-unused")
+        return Pipeline.parse(f"{_FUSE},absorb-biases,keep-sums,pack-sparse,remove-unused")
 
 
 @dataclasses.dataclass(frozen=True)
