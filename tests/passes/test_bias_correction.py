@@ -26,7 +26,7 @@ from qgraph.numerics.quantize import Parameters, dequantize, quantize
 from qgraph.numerics.schemes import UINT8
 from qgraph.passes import BiasCorrection
 from qgraph.pipeline import Context, Feeds, Pipeline, Report
-from qgraph.targets.cpu import CpuInt8
+from qgraph.targets.cpu_int8 import CpuInt8
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "bias-correction"
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
