@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import accuracy
 import accuracy_peers
 import data
+import decode
 import integer
 import integer_accuracy
 import integer_bits
@@ -27,6 +28,8 @@ import report_accuracy
 import sparsity
 import target_table
 import timing
+
+from qgraph.models import decoder
 
 
 def test_sqnr_is_twenty_decibels_for_a_tenth_of_noise() -> None:
@@ -355,3 +358,16 @@ def test_the_page_of_placements_counts_what_differs() -> None:
     assert "20 nodes ran; **1 were otherwise than expected**" in page
     assert "| a | cpu-int8 | 10 | 8 | 3 | 2 | 0 | 3 | 0 | 0 | 0 |" in page
     assert page.endswith("- b, cpu-int4: x: Conv ran\n")
+
+
+def test_a_decoder_reads_token_by_token_what_it_reads_at_once(tmp_path: Path) -> None:
+    decode.write_checkpoint(tmp_path / "checkpoint", decode.Shape(32, 48, 4, 2, vocabulary=64), layers=2)
+    model = tmp_path / "model.onnx"
+    decoder.export(tmp_path / "checkpoint", model)
+    ids = np.random.default_rng(0).integers(0, 64, (1, 9))
+    one = decode.Decoder(model, ids[:, :5])
+    for at in range(5, 9):
+        logits = one.read(ids[:, at : at + 1])
+    np.testing.assert_allclose(logits, decode.Decoder(model, ids).logits, rtol=0, atol=1e-5)
+    figures = decode.decode_in_turn({"first": model, "second": model}, 64, prompt=5, tokens=3)
+    assert [one["logits_sqnr_db"] for one in figures.values()] == [None, None]
