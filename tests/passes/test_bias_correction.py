@@ -25,7 +25,7 @@ from qgraph.numerics.quantize import Parameters, dequantize, quantize
 from qgraph.numerics.schemes import UINT8
 from qgraph.passes import BiasCorrection
 from qgraph.pipeline import Context, Feeds, Pipeline, Report
-from qgraph.targets.cpu import CpuInt8
+from qgraph.targets.cpu_int8 import CpuInt8
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
