@@ -21,8 +21,9 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 import qgraph.ir
+from qgraph.passes import _opsets
 from qgraph.passes._rules import Rule, number, rewrite
-from qgraph.pipeline import Context, Pass, Report, Skipped
+from qgraph.pipeline import Context, Pass, Report
 
 __all__ = ["FuseGelu"]
 
@@ -42,10 +43,9 @@ class FuseGelu(Pass):
         suspects = [node for node in qgraph.ir.walk(model) if qgraph.ir.is_op(node, "Erf", "Tanh")]
         if not suspects:
             return Report()
-        opset = model.graph.opset_imports.get("", 0)
-        if opset < _GELU_SINCE:
-            reason = f"the model is of opset {opset}, and Gelu of opset {_GELU_SINCE}: convert it first"
-            return Report(skipped=[Skipped(qgraph.ir.node_label(node), reason) for node in suspects])
+        skipped = _opsets.too_old(model, "Gelu", _GELU_SINCE, suspects)
+        if skipped:
+            return Report(skipped=skipped)
         count = rewrite(model, _rules())
         return Report(changed=count, notes=[f"{count} Gelu fused"] if count else [])
 

@@ -26,13 +26,13 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.shapes import Shapes, shapes_of
+from qgraph.passes import _opsets
 from qgraph.passes._rules import Rule, number, rewrite
-from qgraph.pipeline import Context, Pass, Report, Skipped
+from qgraph.pipeline import Context, Pass, Report
 
 __all__ = ["FuseNorms"]
 
 _NORM_SINCE = 17
-_COMPATIBLE_SINCE = 21
 _RMS_SINCE = 23
 
 
@@ -47,18 +47,17 @@ class FuseNorms(Pass):
         suspects = [node for node in qgraph.ir.walk(model) if qgraph.ir.is_op(node, "Sqrt")]
         if not suspects:
             return Report()
-        opset = model.graph.opset_imports.get("", 0)
-        if opset < _NORM_SINCE:
-            reason = f"the model is of opset {opset}, and LayerNormalization of opset {_NORM_SINCE}: convert it first"
-            return Report(skipped=[Skipped(qgraph.ir.node_label(node), reason) for node in suspects])
+        skipped = _opsets.too_old(model, "LayerNormalization", _NORM_SINCE, suspects)
+        if skipped:
+            return Report(skipped=skipped)
         shapes = context.analyse(shapes_of, model)
         layer = rewrite(model, [Rule(form, partial(_layer, shapes)) for form in _layer_forms()])
         layer_notes = [f"{layer} LayerNormalization fused"] if layer else []
         rms = 0
-        if opset >= _COMPATIBLE_SINCE:
+        if model.graph.opset_imports[""] >= _opsets.COMPATIBLE:
             rms = rewrite(model, [Rule(form, partial(_rms, shapes)) for form in _rms_forms()])
         if rms:
-            model.graph.opset_imports[""] = max(opset, _RMS_SINCE)
+            _opsets.raise_to(model, _RMS_SINCE)
         return Report(changed=layer + rms, notes=[*layer_notes, *([f"{rms} RMSNormalization fused"] if rms else [])])
 
 

@@ -19,7 +19,7 @@ from qgraph.artifact import write_manifest
 from qgraph.bounds import Bounds, bytes_of
 from qgraph.building import Built
 from qgraph.loading import Data, Loaded, load
-from qgraph.manifest_facts import Outcome, Runs
+from qgraph.manifest_facts import Outcome
 from qgraph.pipeline import Context, Feeds, Pipeline, Report
 from qgraph.plan import Plan, recipe_text
 from qgraph.proof import Proof
@@ -153,9 +153,11 @@ class Run:
         failures = verification.meets(bounds.tolerance)
         failures += bounds.over_budget(bytes_of(folder), speedup, noise=_NOISE)
         (folder / "recipe.toml").write_text(recipe_text(self.target, plan), encoding="utf-8")
-        runs = Runs.of(self.target, folder, whole=not isinstance(after, SlicedSession))
-        for stage, text in runs.told().items():
-            self.event(stage, text)
+        runs = self.target.runs(folder, whole=not isinstance(after, SlicedSession))
+        if runs.footprint is not None and "library" in runs.footprint:
+            self.event("library", str(runs.footprint["library"]))
+        if runs.told:
+            self.event("placement", runs.told)
         outcome = Outcome(
             loaded=self.loaded,
             target=self.target,

@@ -21,7 +21,6 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -95,11 +94,11 @@ class TensorrtTarget(NvidiaTarget):
         profile = {f"trt_profile_{name}": ",".join(getattr(self, name)) for name in _PROFILE if getattr(self, name)}
         return {TENSORRT: {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1", **self.flags, **profile}}
 
-    def kernels(self, folder: Path) -> Kernels:
+    def counted(self, model: ir.Model) -> Kernels:
         """Count layers by what they multiply, as the model says it; TensorRT picks its kernels on the device itself."""
         counts = {name: Counter[str]() for name in ("integer", "low-bit", "float", "none")}
         left = []
-        for node in qgraph.ir.walk(qgraph.ir.load(folder / "model.onnx")):
+        for node in qgraph.ir.walk(model):
             kind = self.computes(node) or "none"
             counts[kind][node.op_type] += 1
             if kind == "float":

@@ -13,11 +13,13 @@ import pytest
 import qgraph
 import qgraph.ir
 from qgraph import doctor
+from qgraph.analysis.provider_split import split_by_provider
 from qgraph.analysis.tensorrt_rules import broken_rules
 from qgraph.errors import UserError
 from qgraph.runtime import session as sessions
 from qgraph.runtime.session import open_session
 from qgraph.target_options import read_target
+from qgraph.targets import nvidia
 from qgraph.targets.cuda import CudaFp8, CudaFp16, CudaInt8
 from qgraph.targets.cuda_sparse24 import CudaSparse24
 from qgraph.targets.nvidia import NvidiaTarget
@@ -84,6 +86,7 @@ def test_float16_and_how_to_run_it(tmp_path: Path):
     assert artifact.manifest["session"]["providers"] == [["CUDAExecutionProvider", {}], ["CPUExecutionProvider", {}]]
     assert runtime["io_binding"]
     assert runtime["cuda_graph"] == {"possible": True, "against": []}
+    assert set(runtime) == {"io_binding", "cuda_graph", "parts", "elsewhere"}
     placement = artifact.manifest["placement"]
     assert (placement["copies"], runtime["elsewhere"], set(placement["providers"])) == (
         0,
@@ -114,6 +117,35 @@ def test_a_dynamic_axis_and_a_node_on_the_cpu_are_against_a_cuda_graph(tmp_path:
     ]
     assert manifest["placement"]["copies"] == 2  # to the Det, and from it to the Cast of an output in float16
     assert runtime["elsewhere"] == [{"node": "det", "reason": "ONNX Runtime's CUDAExecutionProvider has no Det"}]
+
+
+@pytest.mark.parametrize("target", ["cuda-fp16", "tensorrt-int8"])
+def test_where_nodes_run_is_found_out_once_for_the_lowered_model_and_once_for_its_file(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    splits, events = [], []
+
+    def counted(*arguments):
+        splits.append(split_by_provider(*arguments))
+        return splits[-1]
+
+    monkeypatch.setattr(nvidia, "split_by_provider", counted)
+    artifact = build(target, tmp_path, observer=events.append)
+
+    assert len(splits) == 2
+    (provider,) = set(splits[1].providers.values())
+    count = len(splits[1].providers)
+    assert artifact.manifest["placement"]["providers"] == {provider: count}
+    told = {"CUDAExecutionProvider": "CUDA", "TensorrtExecutionProvider": "TensorRT"}[provider]
+    (line,) = [event.text for event in events if event.stage == "placement"]
+    assert line == f"{count} nodes on {told}, as predicted from the tables"
+
+
+def test_a_model_in_slices_is_placed_by_the_tables_all_the_same(tmp_path: Path):
+    manifest = build("cuda-fp16", tmp_path, context=qgraph.Context(calibration_memory=8000)).manifest
+
+    assert manifest["kernels"] is None
+    assert set(manifest["placement"]["providers"]) == {"CUDAExecutionProvider"}
 
 
 @pytest.mark.parametrize(("target", "kind"), [("cuda-int8", "integer"), ("cuda-fp8", "float8")])
