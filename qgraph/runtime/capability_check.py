@@ -9,6 +9,7 @@ from typing import Any
 
 from qgraph import capabilities
 from qgraph.capabilities import Entry, Fusion, Table, Types
+from qgraph.errors import UserError
 from qgraph.runtime.fusion_probes import found_fusions
 from qgraph.runtime.kernel_probes import Outcome, Probe, outcomes, probes
 from qgraph.runtime.kernel_registry import registry_entries
@@ -64,7 +65,8 @@ def check_tables(progress: Callable[[str, int, int], None] | None = None) -> tup
 def check_table(table: Table, progress: Callable[[str, int, int], None] | None = None) -> TableCheck:
     """Derive from what is installed here as much of a table as can be, and compare.
 
-    Only ONNX Runtime's CPU provider can be probed without a device. Nothing that is missing raises.
+    Of ONNX Runtime's other providers than the CPU's, the registry alone is compared: models are probed on the CPU only.
+    Nothing that is missing raises.
 
     Args:
         table: to check.
@@ -73,8 +75,13 @@ def check_table(table: Table, progress: Callable[[str, int, int], None] | None =
     unchecked, installed = _unchecked(table)
     if unchecked:
         return TableCheck(table.name, table.version, installed, unchecked)
-    kernels = registry_entries(table.provider)
+    try:
+        kernels = registry_entries(table.provider)
+    except UserError as error:
+        return TableCheck(table.name, table.version, installed, str(error))
     differences = registry_differences(table, kernels)
+    if table.provider != CPU_PROVIDER:
+        return TableCheck(table.name, table.version, installed, entries=len(kernels), differences=tuple(differences))
     every = list(probes(table))
     results = list(_counted(outcomes(one.model for one in every), len(every), table.name, progress))
     differences += _probe_differences(table, every, results)
@@ -106,9 +113,10 @@ def _unchecked(table: Table) -> tuple[str, str]:
         return "ONNX Runtime is not installed: pip install 'qgraph-compiler[cpu]'", ""
     import onnxruntime
 
-    if table.provider != CPU_PROVIDER:
-        there = "is not probed: only the CPU is" if table.provider in providers else "is not installed here"
-        return f"ONNX Runtime's {table.provider} {there}", str(onnxruntime.__version__)
+    if table.provider not in providers:
+        return f"ONNX Runtime's {table.provider} is not installed here", str(onnxruntime.__version__)
+    if not any(entry.source == _FROM_REGISTRY for entries in table.operators.values() for entry in entries):
+        return f"ONNX Runtime's {table.provider} asks a library that has no registry", str(onnxruntime.__version__)
     return "", str(onnxruntime.__version__)
 
 
