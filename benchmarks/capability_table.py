@@ -3,9 +3,10 @@
     python benchmarks/capability_table.py [onnxruntime-cpu | onnxruntime-cuda]
 
 The kernels come from its registry, which the GPU build tells once its libraries load, with or without a device. For the
-CPU, operators without a kernel that it expands by their definition, and what it makes of several nodes, come from
-probes: small models that are loaded and run. What is found otherwise stands here, in CONSTRAINTS and NOTES.
-`qgraph doctor --probe` holds the tables against the runtime.
+CPU, operators without a kernel that it expands by their definition, what it makes of several nodes, and how kernels add
+products of bytes come from probes: small models that are loaded and run, the last of them as on lesser processors too
+(`lesser_processor`; where that cannot be, what the table has of others is kept). What is found otherwise stands here,
+in CONSTRAINTS and NOTES. `qgraph doctor --probe` holds the tables against the runtime.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from lesser_processor import processors_here, products_of
+
 from qgraph import capabilities
-from qgraph.capabilities import Entry, Fusion, Table, Types
+from qgraph.capabilities import PROCESSORS, ByteProduct, Entry, Fusion, Table, Types
 from qgraph.errors import UserError
 from qgraph.runtime.fusion_probes import found_fusions
 from qgraph.runtime.kernel_probes import outcomes, probes
@@ -37,6 +40,7 @@ SOURCES: Mapping[str, Mapping[str, str]] = {
         "registry": "the kernel registry of the installed runtime, {version}",
         "definition": "no kernel, but expanded by its definition: one-node models loaded in {version}",
         "probe": "a small model loaded in {version}, and the graph that really runs looked at",
+        "product": "a small model run in {version}, on a processor with VNNI and with its VNNI and AVX-512 hidden",
     },
     CUDA: {"registry": "the kernel registry of onnxruntime-gpu {version} for CUDA 13, read without a device"},
 }
@@ -120,6 +124,7 @@ def table_text(table: Table) -> str:
     body = [
         *_listed("operators", [_entry(one) for name in sorted(table.operators) for one in table.operators[name]]),
         *_listed("fusions", [_fusion(one) for one in table.fusions]),
+        *_listed("products", [_product(one) for one in table.products]),
     ]
     words = {word for line in body for word in re.findall(r'"(\w+)"', line)}
     lines = [
@@ -165,6 +170,14 @@ def _fusion(one: Fusion) -> str:
     return f"{{ {', '.join(parts)} }}"
 
 
+def _product(one: ByteProduct) -> str:
+    parts = [f'kernel = "{one.kernel}"', f"weights = {json.dumps(one.weights)}", f'activations = "{one.activations}"']
+    parts += [f'stored = "{one.stored}"'] + ([f"when = {_list(one.when)}"] if one.when else [])
+    parts += [f"saturates = {_list(one.saturates)}"] if one.saturates else []
+    parts.append(f'source = "{one.source}"')
+    return f"{{ {', '.join(parts)} }}"
+
+
 def _slots(types: Types) -> str:
     parts = [f"{index} = {_list(_grouped(words))}" for index, words in types.by_index.items()]
     parts += [f'"*" = {_list(_grouped(types.others))}'] if types.others is not None else []
@@ -204,7 +217,28 @@ def made(name: str) -> Table:
         return table
     for entry in definitions(table):
         operators[entry.name] = (*operators.get(entry.name, ()), entry)
-    return dataclasses.replace(table, operators=operators, fusions=tuple(found_fusions()))
+    return dataclasses.replace(table, operators=operators, fusions=tuple(found_fusions()), products=_products())
+
+
+def _products() -> tuple[ByteProduct, ...]:
+    """Return how kernels add products of bytes on the processors that can be had here, and as known on others."""
+    here = processors_here()
+    found = {processor: {_form(one): one for one in products_of(processor)} for processor in here}
+    before = {_form(one): one for one in capabilities.table(CPU).products} if CPU in capabilities.names() else {}
+    every: list[ByteProduct] = []
+    for form in next(iter(found.values()), before):
+        known = before.get(form)
+        saturates = [
+            name
+            for name in PROCESSORS
+            if (found[name][form].saturates if name in found else known is not None and name in known.saturates)
+        ]
+        every.append(dataclasses.replace(form, saturates=tuple(saturates)))
+    return tuple(every)
+
+
+def _form(one: ByteProduct) -> ByteProduct:
+    return dataclasses.replace(one, saturates=())
 
 
 def main() -> None:

@@ -112,6 +112,8 @@ def probe_lines(checks: Sequence[TableCheck]) -> list[tuple[str, str]]:
             ran, loaded, none, unbuilt = (one.probes.get(state, 0) for state in ("ran", "loaded", "none", "not built"))
             models = f"{ran} ran, {loaded} loaded, {none} without a kernel, {unbuilt} could not be built"
             checked += f"; {one.fusions} fused forms; one-node models: {models}"
+        if one.products:
+            checked += f"; {one.products} products of bytes on {one.processor}"
         lines.append((one.table, f"{verdict}{other}: {checked}"))
         lines += [("", text) for text in one.differences[:_DIFFERENCES]]
         if count > _DIFFERENCES:
