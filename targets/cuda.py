@@ -131,7 +131,7 @@ class CudaFp8(NvidiaTarget):
         return Pipeline.parse("rtn{format=fp8e4m3,group=0}")
 
     def lower_passes(self) -> Pipeline:
-        """Return the passes that end in float16; at the opset of Attention, the GPU has no DequantizeLinear."""
+        """Return the passes that end in float16; at Attention's opset, releases before the table's lack DequantizeLinear."""
         return Pipeline.parse("to-fp16,remove-unused")
 
     def check(self, model: ir.Model) -> list[Skipped]:

@@ -208,18 +208,26 @@ def test_linear_layers_in_8_bit_floats(tmp_path: Path):
     (result,) = artifact.session().run(None, rows()[0])
     assert result.shape == (2, 10)
 
-    model.graph.opset_imports[""] = 23  # the provider's DequantizeLinear ends at 22
-    assert "opset 23" in CudaFp8().check(model)[0].reason
+    for node in model.graph:
+        if node.op_type == "DequantizeLinear":
+            node.inputs[1].const_value = ir.tensor(qgraph.ir.constant(node.inputs[1]).astype(np.float64))
+            node.inputs[1].dtype = ir.DataType.DOUBLE  # of which the provider has no DequantizeLinear
+    refused = CudaFp8().check(model)
+    assert len(refused) == 3
+    assert all("input 1 is float64" in reason for _, reason in refused)
 
 
 def test_what_computes_on_the_cpu_is_refused_where_it_is_the_work():
-    text = '<ir_version: 10, opset_import: ["" : 22]> g (float[5,1,4] x) => (y) <float[1,8,4] w, float[1,8,2] r> {'
+    types = "(bfloat16[5,1,4] x) => (y) <bfloat16[1,8,4] w, bfloat16[1,8,2] r>"
+    text = f'<ir_version: 10, opset_import: ["" : 22]> g {types} {{'
     model = ir.from_onnx_text(f"{text} [lstm] y = LSTM<hidden_size = 2>(x, w, r) }}")
 
     ((node, reason),) = CudaFp16().check(model)
 
     assert node == "lstm"
-    assert reason.startswith("it would run on the CPU: LSTM: opset 22, and ONNX Runtime's CUDAExecutionProvider takes")
+    assert reason.startswith(
+        "it would run on the CPU: LSTM: input 0 is bfloat16, and ONNX Runtime's CUDAExecutionProvider"
+    )
 
 
 # --- TensorRT ---------------------------------------------------------------------------------------------------------
