@@ -1,7 +1,8 @@
 """ONNX Runtime's TensorRT provider, with explicit quantization.
 
     tensorrt-int8    int8 activations, for each tensor, and int8 weights, for each output, where `qdq` places them by
-                     TensorRT's rules; the rest in float16 as TensorRT sees fit
+                     TensorRT's rules; the rest in float16 as TensorRT sees fit; what depthwise convolutions read is
+                     scaled first, so that its channels are alike in range (`scale-depthwise`)
     tensorrt-fp8     the same in float8e4m3fn (compute capability 8.9 and above); the model itself says that the rest is
                      float16
 
@@ -39,6 +40,8 @@ from qgraph.targets.nvidia import CUDA, TENSORRT, NvidiaTarget
 __all__ = ["TensorrtFp8", "TensorrtInt8", "TensorrtTarget"]
 
 _INT8 = "qdq{activations=int8,symmetric=true,placement=tensorrt}"
+_ALIKE = "scale-depthwise"
+"""One scale for a tensor, without a zero point, leaves small channels few of 255 steps; depthwise layers need them."""
 _FLOAT8 = "qdq{weights=float8e4m3fn,activations=float8e4m3fn,symmetric=true,placement=tensorrt}"
 _BIASES = "WeightBiasQuantization"
 """Makes int32 of float biases before TensorRT is asked, which imports none (ONNX Runtime, pull request 22969)."""
@@ -146,14 +149,14 @@ class TensorrtInt8(TensorrtTarget):
     flags: ClassVar[Mapping[str, str]] = {"trt_fp16_enable": "1", "trt_int8_enable": "1"}
 
     def compress_passes(self, model: ir.Model, context: Context) -> Pipeline:
-        """Return static quantization by TensorRT's rules.
+        """Return static quantization by TensorRT's rules, behind depthwise convolutions' channels of one range.
 
         Raises:
             UserError: there is no layer that it could quantize.
         """
         del context
         _require_layers(model, self.name, float8=False)
-        return Pipeline.parse(_INT8)
+        return Pipeline.parse(f"{_ALIKE},{_INT8}" if _has_grouped(model) else _INT8)
 
     def lower_passes(self) -> Pipeline:
         """Return the last clean-up."""
@@ -187,6 +190,10 @@ class TensorrtFp8(TensorrtTarget):
     def lower_passes(self) -> Pipeline:
         """Return the passes that end in float16 where it is not 8 bits."""
         return Pipeline.parse("to-fp16{quantizers=true},remove-unused")
+
+
+def _has_grouped(model: ir.Model) -> bool:
+    return any(qgraph.ir.is_op(node, "Conv") and node.attributes.get_int("group", 1) > 1 for node in model.graph)
 
 
 def _require_layers(model: ir.Model, target: str, *, float8: bool) -> None:

@@ -278,6 +278,46 @@ def test_float8_by_the_rules_of_tensorrt(tmp_path: Path):
     assert reasons["c0"] == "its 3 to 16 channels are no multiples of 16, which 8-bit floats want"
 
 
+@pytest.mark.parametrize(
+    ("what", "size", "reason"),
+    [
+        ("activation", 1e5, "'ts_dq' reaches"),
+        ("activation", 1e9, "it reads 'ts_dq', which a constant may take out of what float16 holds"),
+        ("weight", 1e9, "it reads 'w1_dq', which a constant may take out of what float16 holds"),
+        ("weight", 1e-9, "it reads 'w1_dq', which a constant may take out of what float16 holds"),
+    ],
+)
+def test_only_the_layer_that_float16_cannot_hold_is_of_float32(what: str, size: float, reason: str, tmp_path: Path):
+    """It still multiplies 8-bit floats: the types around them are wider."""
+    text = """<ir_version: 8, opset_import: ["" : 19]> g (float[N,64] x) => (float[N,64] y)
+    <float[1] w0 = {0}, float[1] w1 = {0}, float[1] w2 = {0}, float up = {1}, float down = {1}>
+    {
+        h = MatMul(x, w0)  t = Relu(h)  ts = Mul(t, up)
+        [far] k = MatMul(ts, w1)
+        r = Relu(k)  l = Mul(r, down)
+        [last] y = MatMul(l, w2)
+    }"""
+    model = ir.from_onnx_text(text)
+    generator = np.random.default_rng(0)
+    sizes = {"up": size if what == "activation" else 1.0, "down": 1 / size}
+    arrays = {name: generator.normal(size=(64, 64)) / 8 for name in ("w0", "w1", "w2")} | sizes
+    arrays["w1"] = arrays["w1"] * (size if what == "weight" else 1.0)
+    for name, array in arrays.items():
+        value = model.graph.initializers[name]
+        value.const_value = ir.tensor(np.asarray(array, np.float32), name=name)
+        value.shape = value.const_value.shape
+
+    artifact = build("tensorrt-fp8", tmp_path, model, calibration=rows())
+
+    made = qgraph.ir.load(artifact.path / "model.onnx")
+    assert broken_rules(made) == []
+    types = {node.name: node.outputs[0].dtype for node in made.graph if node.op_type == "MatMul"}
+    assert (types["far"], types["last"]) == (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+    assert artifact.manifest["kernels"]["low_bit"] == {"MatMul": 3}
+    assert artifact.manifest["verification"]["outputs"][0]["sqnr_db"] > 20
+    assert {one["node"]: one["reason"] for one in artifact.manifest["skipped"]}["far"].startswith(reason)
+
+
 @pytest.mark.parametrize("target", ["tensorrt-int8", "tensorrt-fp8"])
 def test_the_runtime_leaves_biases_in_float(target: str, tmp_path: Path):
     """Its own optimizer would make int32 of them, by way of float16, which overflows."""
