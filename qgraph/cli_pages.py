@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from qgraph.registry import Kind
     from qgraph.runtime.capability_check import TableCheck
     from qgraph.runtime.difference import Difference
+    from qgraph.runtime.figures import Verification
     from qgraph.runtime.placement import PlacedNode, Placement
-    from qgraph.runtime.verification import Verification
     from qgraph.verbs import Inspection, Measured, Outputs
 
 __all__ = [

@@ -17,8 +17,8 @@ from qgraph.pipeline import Context, Feeds
 from qgraph.report.data import deployable_bytes, target_text
 from qgraph.report.side_by_side import Contender, SideBySide
 from qgraph.runtime.benchmark import Benchmark, compare
+from qgraph.runtime.figures import Verification
 from qgraph.runtime.session import TensorSpec, open_session, random_feeds
-from qgraph.runtime.verification import Verification
 
 __all__ = ["compare_artifacts", "contender", "refuse_existing_page", "write_page"]
 

@@ -30,9 +30,9 @@ from qgraph.pipeline import Context, Feeds, Pipeline
 from qgraph.plan import Override, Plan, override, parse_settings, refuse_unused
 from qgraph.proof import RANDOM_SAMPLES
 from qgraph.report.ladder import Rung
+from qgraph.runtime.figures import Verification
 from qgraph.runtime.session import input_signature, open_session, random_feeds
 from qgraph.runtime.user_metric import UserMetric
-from qgraph.runtime.verification import Verification
 from qgraph.runtime.verification import verify as verify_sessions
 from qgraph.samples import signature
 from qgraph.search import Search, Searched, can_climb
