@@ -57,6 +57,7 @@ _HOMES = {
     "ResizeToMatmul": "resize_to_matmul",
     "Rtn": "rtn",
     "Rotate": "rotate",
+    "ScaleDepthwise": "scale_depthwise",
     "SmoothQuant": "smooth_quant",
     "SubtractResiduals": "subtract_residuals",
     "ToBf16": "to_bf16",

@@ -60,16 +60,17 @@ def unraisable(model: ir.Model, version: int, name: str, table: str) -> str | No
 
     Args:
         model: is not changed.
-        version: of the default domain.
+        version: of the default domain, from which on there is such an operator; a later one of the model stays.
         name: of the operator, of float32.
         table: name of the table, which must have the operator, and every kernel that the model has now; '' asks none.
     """
     if not table:
         return None
+    asked, now = capabilities.table(table), model.graph.opset_imports
+    version = max(version, now.get("", 0))
     reason = lacking(name, [ir.DataType.FLOAT], table, version=version)
     if reason is not None:
         return reason
-    asked, now = capabilities.table(table), model.graph.opset_imports
     for node in qgraph.ir.walk(model):
         lost = refusal(node, asked, opsets={**now, "": version})
         if lost is not None and refusal(node, asked, opsets=now) is None:

@@ -22,7 +22,8 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.passes._kernels import TABLE_HELP, lacking, raised
+from qgraph.passes import _opsets
+from qgraph.passes._kernels import TABLE_HELP, raised
 from qgraph.passes._rules import Rule, number, rewrite
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
@@ -44,23 +45,16 @@ class FuseGelu(Pass):
         suspects = [node for node in qgraph.ir.walk(model) if qgraph.ir.is_op(node, "Erf", "Tanh")]
         if not suspects:
             return Report()
-        opset = model.graph.opset_imports.get("", 0)
-        reason = self._against(model, opset, context)
-        if reason is not None:
-            return Report(skipped=[Skipped(qgraph.ir.node_label(node), reason) for node in suspects if reason])
+        if self.table:
+            reason = raised(model, _GELU_SINCE, "Gelu", self.table, _rules())
+            if reason is not None:
+                return Report(skipped=[Skipped(qgraph.ir.node_label(node), reason) for node in suspects if reason])
+            context.forget()
+        skipped = _opsets.too_old(model, "Gelu", _GELU_SINCE, suspects)
+        if skipped:
+            return Report(skipped=skipped)
         count = rewrite(model, _rules())
         return Report(changed=count, notes=[f"{count} Gelu fused"] if count else [])
-
-    def _against(self, model: ir.Model, opset: int, context: Context) -> str | None:
-        """Return why nothing is fused, '' where there is nothing to fuse; None once the opset has a Gelu."""
-        if opset >= _GELU_SINCE:
-            return lacking("Gelu", [ir.DataType.FLOAT], self.table, version=opset)
-        if not self.table:
-            return f"the model is of opset {opset}, and Gelu of opset {_GELU_SINCE}: convert it first"
-        reason = raised(model, _GELU_SINCE, "Gelu", self.table, _rules())
-        if reason is None:
-            context.forget()
-        return reason
 
 
 def _rules() -> Sequence[Rule]:

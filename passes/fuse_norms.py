@@ -27,6 +27,7 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.shapes import Shapes, shapes_of
+from qgraph.passes import _opsets
 from qgraph.passes._kernels import TABLE_HELP, lacking, raised
 from qgraph.passes._rules import Rule, number, rewrite
 from qgraph.pipeline import Context, Pass, Report, Skipped
@@ -34,7 +35,6 @@ from qgraph.pipeline import Context, Pass, Report, Skipped
 __all__ = ["FuseNorms"]
 
 _NORM_SINCE = 17
-_COMPATIBLE_SINCE = 21
 _RMS_SINCE = 23
 
 
@@ -50,33 +50,33 @@ class FuseNorms(Pass):
         suspects = [node for node in qgraph.ir.walk(model) if qgraph.ir.is_op(node, "Sqrt")]
         if not suspects:
             return Report()
-        opset = model.graph.opset_imports.get("", 0)
-        reason = lacking("LayerNormalization", [ir.DataType.FLOAT], self.table, version=opset)
-        if opset < _NORM_SINCE:
-            reason = f"the model is of opset {opset}, and LayerNormalization of opset {_NORM_SINCE}: convert it first"
+        skipped = _opsets.too_old(model, "LayerNormalization", _NORM_SINCE, suspects)
+        if skipped:
+            return Report(skipped=skipped)
+        reason = lacking("LayerNormalization", [ir.DataType.FLOAT], self.table, version=model.graph.opset_imports[""])
         if reason is not None:
             return Report(skipped=[Skipped(qgraph.ir.node_label(node), reason) for node in suspects])
         shapes = context.analyse(shapes_of, model)
         layer = rewrite(model, [Rule(form, partial(_layer, shapes)) for form in _layer_forms()])
-        rms, skipped = self._root_mean_squares(model, context, opset)
+        rms, skipped = self._root_mean_squares(model, context)
         counts = {"LayerNormalization": layer, "RMSNormalization": rms}
         return Report(layer + rms, skipped, [f"{count} {name} fused" for name, count in counts.items() if count])
 
-    def _root_mean_squares(self, model: ir.Model, context: Context, opset: int) -> tuple[int, list[Skipped]]:
+    def _root_mean_squares(self, model: ir.Model, context: Context) -> tuple[int, list[Skipped]]:
         """Fuse RMSNorm; return how often, and what might be one in a model that cannot have the operator."""
         rules = [Rule(form, partial(_rms, context.analyse(shapes_of, model))) for form in _rms_forms()]
-        if not self.table and opset < _COMPATIBLE_SINCE:
-            return 0, []
-        if self.table and opset < _RMS_SINCE:
+        if self.table:
             reason = raised(model, _RMS_SINCE, "RMSNormalization", self.table, rules)
-            left = [node for node in qgraph.ir.walk(model) if qgraph.ir.is_op(node, "Sqrt")]
             if reason is not None:
+                left = [node for node in qgraph.ir.walk(model) if qgraph.ir.is_op(node, "Sqrt")]
                 return 0, [Skipped(qgraph.ir.node_label(node), reason) for node in left if reason]
             context.forget()
             rules = [Rule(form, partial(_rms, context.analyse(shapes_of, model))) for form in _rms_forms()]
+        elif model.graph.opset_imports[""] < _opsets.COMPATIBLE:
+            return 0, []
         count = rewrite(model, rules)
         if count:
-            model.graph.opset_imports[""] = max(opset, _RMS_SINCE)
+            _opsets.raise_to(model, _RMS_SINCE)
         return count, []
 
 

@@ -27,13 +27,13 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.shapes import Shapes, shapes_of
 from qgraph.analysis.symbols import Dim
+from qgraph.passes import _opsets
 from qgraph.passes._kernels import TABLE_HELP, unraisable
 from qgraph.passes._rules import Rule, rewrite
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
 __all__ = ["FuseRotary"]
 
-_COMPATIBLE_SINCE = 21
 _ROTARY_SINCE = 23
 
 
@@ -49,18 +49,17 @@ class FuseRotary(Pass):
         rotations = [node for node in qgraph.ir.walk(model) if qgraph.ir.is_op(node, "Neg")]
         if not rotations:
             return Report()
-        opset = model.graph.opset_imports.get("", 0)
-        if opset < _COMPATIBLE_SINCE:
-            reason = f"the model is of opset {opset}; convert it to {_COMPATIBLE_SINCE} first"
-        else:
-            reason = unraisable(model, max(opset, _ROTARY_SINCE), "RotaryEmbedding", self.table)
+        skipped = _opsets.too_old(model, "RotaryEmbedding", _ROTARY_SINCE, rotations, least=_opsets.COMPATIBLE)
+        if skipped:
+            return Report(skipped=skipped)
+        reason = unraisable(model, _ROTARY_SINCE, "RotaryEmbedding", self.table)
         if reason is not None:
             return Report(skipped=[Skipped(qgraph.ir.node_label(node), reason) for node in rotations])
         writer = _Writer(model, context.analyse(shapes_of, model))
         count = rewrite(model, [Rule(_rotated, partial(_written, writer))], forwards=True)
         if not count:
             return Report()
-        model.graph.opset_imports[""] = max(opset, _ROTARY_SINCE)
+        _opsets.raise_to(model, _ROTARY_SINCE)
         return Report(changed=count, notes=[f"{count} rotary embeddings fused"])
 
 

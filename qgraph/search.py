@@ -43,6 +43,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qgraph.analysis.quantization_sensitivity import Sensitivities
+from qgraph.bounds import Bounds, bytes_of
 from qgraph.building import Built
 from qgraph.errors import UserError
 from qgraph.pipeline import Pipeline, Report, Samples
@@ -67,7 +68,7 @@ from qgraph.search_ranking import (
     worst_nodes,
 )
 from qgraph.search_workshop import Job, Made, Workplace, Workshop
-from qgraph.stages import Bounds, Run, bytes_of, told
+from qgraph.stages import Run, told
 from qgraph.targets.base import Step, Target
 from qgraph.work_folder import SCRATCH
 
@@ -133,8 +134,7 @@ class Search:
         self._address = executor
         self._observer = observer
         tuning = _tuning(run)
-        source = run.before.session if isinstance(run.before, Recorded) else run.before
-        recorded = Recorded(source, len(tuning), run.context.calibration_memory // _RECORDED)
+        recorded = Recorded(run.proof.source, len(tuning), run.context.calibration_memory // _RECORDED)
         # A context of its own: the reference that the run's gets from a candidate is not that of the others.
         context = dataclasses.replace(run.context, _analyses={})
         self._place = Workplace(model, run.target, plan.lower or Pipeline(), context, tuning, recorded)
@@ -169,9 +169,9 @@ class Search:
                 built = self._once_more(chosen, stage)
             as_made = not any(chosen.made.folder.iterdir())
         if as_made and chosen.verification is not None:
-            tested = self._run.open_result(stage), chosen.verification
+            tested = self._run.proof.open_result(stage), chosen.verification
         else:
-            tested = self._run.verify(stage, quiet=True)
+            tested = self._run.proof.verify(stage, quiet=True)
         rungs = [one.rung(self._bounds, chosen=one is chosen) for one in self.candidates]
         return Searched(plan, built, tested, rungs, self._tried(), self.interrupted)
 
@@ -522,9 +522,9 @@ class Search:
         """Verify a candidate, and time it where a budget wants it."""
         if one.made.error:
             return
-        session, verification = self._run.verify(one.made.folder, quiet=quiet)
+        session, verification = self._run.proof.verify(one.made.folder, quiet=quiet)
         if "latency" in self._bounds.budget:
-            timed = self._run.time({"after": session})
+            timed = self._run.proof.time({"after": session})
             if timed is not None:
                 one.speedup, one.seconds = timed.ratio("before", "after"), timed["after"].seconds
         failures = [*verification.meets(self._bounds.tolerance), *self._bounds.over_budget(one.bytes, one.speedup)]
@@ -566,8 +566,8 @@ class Search:
     def _time(self, complete: Sequence[Candidate]) -> None:
         """Time the candidates beside one another: those within the bounds, then the others, the last first."""
         ordered = sorted(complete, key=lambda one: (not one.met, -self.candidates.index(one)))[:_TIMED]
-        sessions = {str(number): self._run.open_result(one.made.folder) for number, one in enumerate(ordered)}
-        timed = self._run.time(sessions, seconds=_SECONDS * (len(sessions) + 1))
+        sessions = {str(number): self._run.proof.open_result(one.made.folder) for number, one in enumerate(ordered)}
+        timed = self._run.proof.time(sessions, seconds=_SECONDS * (len(sessions) + 1))
         if timed is None:
             return
         for number, one in enumerate(ordered):
@@ -595,10 +595,11 @@ def _cores() -> int:
 
 def _tuning(run: Run) -> Samples:
     """Return the samples that candidates are compared on."""
-    apart = run.held_back is not None and run.given is not run.held_back
-    samples = run.held_back if apart else run.context.calibration
+    held_back = run.loaded.held_back
+    apart = held_back is not None and run.loaded.given is not held_back
+    samples = held_back if apart else run.context.calibration
     if samples is None:
-        return run.samples
+        return run.proof.samples
     return _spread(samples, _TUNING)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from qgraph.bounds import Bounds
 from qgraph.building import Built
 from qgraph.pipeline import Pipeline
 from qgraph.plan import Plan
@@ -13,7 +14,6 @@ from qgraph.report.ladder import Rung
 from qgraph.runtime.tolerances import at_least
 from qgraph.runtime.verification import Verification
 from qgraph.search_workshop import Made
-from qgraph.stages import Bounds
 from qgraph.targets.base import Session
 
 __all__ = ["Candidate", "Searched", "distance", "loss"]

@@ -140,8 +140,9 @@ class CudaFp8(NvidiaTarget):
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return what the CUDA provider would hand to the CPU: layers, and the weights that they read."""
         dequantizers = {qgraph.ir.node_label(node) for node in work_of(model, "DequantizeLinear")}
-        left = [one for one in self.split(model).left if one.node in dequantizers]
-        return once_each([*_refused(model), *self.without_kernels(model), *left])
+        split = self.split(model)
+        left = [one for one in split.left if one.node in dequantizers]
+        return once_each([*_refused(model), *self.without_kernels(model, split), *left])
 
 
 def _require_linear(model: ir.Model, target: str, kind: str, instead: str) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -64,9 +63,8 @@ class CudaSparse24(TensorrtTarget):
                 refused.append(Skipped(label, "its weight has more than two of four neighbouring inputs"))
         return refused
 
-    def kernels(self, folder: Path) -> Kernels:
+    def counted(self, model: ir.Model) -> Kernels:
         """Count the layers, sparse ones apart; TensorRT picks its kernels on the device itself."""
-        model = qgraph.ir.load(folder / "model.onnx")
         sparse = {one.node for one in sparse_weights(model)}
         counts = Counter(
             f"{node.op_type} 2:4" if node in sparse else node.op_type

@@ -24,7 +24,7 @@ from qgraph.runtime.placement import Placement
 from qgraph.runtime.placement_foresight import foreseen_placement
 from qgraph.runtime.serving import open_with
 from qgraph.runtime.session import CPU_PROVIDER, installed_providers, provider_fault
-from qgraph.targets.base import Kernels, Session, Target, cleaned_up
+from qgraph.targets.base import Kernels, Runs, Session, Target, cleaned_up
 from qgraph.targets.cpu_int4 import weight_kernels
 
 __all__ = ["CUDA", "TENSORRT", "NvidiaTarget", "once_each", "work_of"]
@@ -106,23 +106,53 @@ class NvidiaTarget(Target, abc.ABC):
         del node
         return None
 
-    def placement(self, folder: Path) -> Placement:
-        """Return what the tables foresee, node by node as the model is written."""
-        model = qgraph.ir.load(folder / "model.onnx")
-        asked = table(_TABLES[self.wanted[0]])
-        return foreseen_placement(model, self.split(model), f"{asked.title}, foreseen from its table", self.computes)
-
-    def kernels(self, folder: Path) -> Kernels:
+    def counted(self, model: ir.Model) -> Kernels:
         """Count the operators as they are written: what the provider fuses is known on the device only."""
-        return weight_kernels(qgraph.ir.load(folder / "model.onnx"), integers=False)
+        return weight_kernels(model, integers=False)
+
+    def runs(self, folder: Path, *, whole: bool = True) -> Runs:
+        """Return what the tables foresee, node by node as the model is written; that needs no session."""
+        model = qgraph.ir.load(folder / "model.onnx")
+        split = self.split(model)
+        asked = table(_TABLES[self.wanted[0]])
+        against = _against_cuda_graph(model, split)
+        return Runs(
+            kernels=self.counted(model) if whole else None,
+            placement=foreseen_placement(split, f"{asked.title}, foreseen from its table", self.computes),
+            footprint=None,
+            runtime={
+                "io_binding": True,
+                "cuda_graph": {"possible": not against, "against": against},
+                "parts": split.parts,
+                "elsewhere": [{"node": node, "reason": reason} for node, reason in split.left],
+            },
+            told=_told(split, self.wanted[0]),
+        )
+
+    def placement(self, folder: Path) -> Placement | None:
+        """Return what the tables foresee, node by node as the model is written."""
+        return self.runs(folder).placement
+
+    def kernels(self, folder: Path) -> Kernels | None:
+        """Count the operators as they are written."""
+        return self.runs(folder).kernels
+
+    def runtime(self, folder: Path) -> Mapping[str, Any] | None:
+        """Return whether inputs and the whole graph can stay on the GPU, and which nodes would run elsewhere."""
+        return self.runs(folder).runtime
 
     def split(self, model: ir.Model) -> Split:
         """Return which provider would run what."""
         return split_by_provider(model, [table(_TABLES[name]) for name in self.wanted])
 
-    def without_kernels(self, model: ir.Model) -> list[Skipped]:
-        """Return the nodes that do the work of a model and would do it on the CPU, each with the reason."""
-        split = self.split(model)
+    def without_kernels(self, model: ir.Model, split: Split | None = None) -> list[Skipped]:
+        """Return the nodes that do the work of a model and would do it on the CPU, each with the reason.
+
+        Args:
+            model: is not changed.
+            split: of it, where that was made.
+        """
+        split = split or self.split(model)
         on_cpu = {qgraph.ir.node_label(node) for node, one in split.providers.items() if one == CPU_PROVIDER}
         working = {qgraph.ir.node_label(node) for node in qgraph.ir.walk(model) if node.op_type in _COMPUTE}
         return [
@@ -130,19 +160,6 @@ class NvidiaTarget(Target, abc.ABC):
             for node, reason in split.left
             if node in on_cpu and node in working
         ]
-
-    def runtime(self, folder: Path) -> Mapping[str, Any]:
-        """Return whether inputs and the whole graph can stay on the GPU, and where nodes run."""
-        model = qgraph.ir.load(folder / "model.onnx")
-        split = self.split(model)
-        against = _against_cuda_graph(model, split)
-        return {
-            "io_binding": True,
-            "cuda_graph": {"possible": not against, "against": against},
-            "parts": split.parts,
-            "elsewhere": [{"node": node, "reason": reason} for node, reason in split.left],
-            "told": _told(split, self.wanted[0]),
-        }
 
 
 def _short(provider: str) -> str:

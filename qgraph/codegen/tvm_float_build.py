@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import threading
+import importlib.util
+import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +27,7 @@ PREPARE = "main_transform_params"
 OPTIONS = {"s_tir.LoopPartition": {"partition_const_loop": True}}
 """Of TVM's passes: what rows leave over is code of its own, so that the rest asks nothing."""
 _NARROW_REGISTERS = 16
+_INTRINSICS = "tvm.s_tir.tensor_intrin"
 _SIZES = "shape_func"
 """The functions that compute sizes from others, each a row of stores into slots that none of them reads."""
 
@@ -134,15 +137,25 @@ def fused_for_gpu(module: Any, target: Any) -> Any:
         return tvm.transform.Sequential(passes)(module)
 
 
-def _import_apart(module: str) -> None:
-    """Import the intrinsics that the schedules for Metal need, in a thread of its own.
+def _import_metal_intrinsics() -> None:
+    """Import the intrinsics that the schedules for Metal need, without those of every other processor.
 
-    TVM parses them as it imports them, and for each looks at every frame of the stack and its source: a new thread has
-    next to none, which makes it seconds rather than minutes. An import that fails there fails again where it is needed.
+    Their package imports all of these, and TVM parses each as it is imported: half a minute, of which Metal's own take
+    a second. They are imported below an empty package of that name, which goes afterwards; a later import of a module
+    that is there already does not ask for its package.
     """
-    thread = threading.Thread(target=importlib.import_module, args=(module,))
-    thread.start()
-    thread.join()
+    if _INTRINSICS in sys.modules or f"{_INTRINSICS}.metal" in sys.modules:
+        return
+    found = importlib.util.find_spec(_INTRINSICS)
+    if found is None:
+        return
+    package = types.ModuleType(_INTRINSICS)
+    package.__path__ = list(found.submodule_search_locations or ())
+    sys.modules[_INTRINSICS] = package
+    try:
+        importlib.import_module(f"{_INTRINSICS}.metal")
+    finally:
+        del sys.modules[_INTRINSICS]
 
 
 def compiled_for_gpu(fused: Any, target: Any) -> Any:
@@ -150,9 +163,9 @@ def compiled_for_gpu(fused: Any, target: Any) -> Any:
     import tvm
     from tvm.s_tir import dlight
 
-    if target.kind.name == "metal":
-        _import_apart("tvm.s_tir.tensor_intrin")
     gpu = dlight.gpu
     rules = (gpu.Matmul(), gpu.GEMV(), gpu.Reduction(), gpu.GeneralReduction(), gpu.Fallback())
     with _reasoned(), target, tvm.transform.PassContext(opt_level=3):
+        if target.kind.name == "metal":
+            _import_metal_intrinsics()
         return tvm.compile(dlight.ApplyDefaultSchedule(*rules)(fused), target=target)
