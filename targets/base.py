@@ -108,6 +108,7 @@ class Runs:
 
     Attributes:
         told: where nodes run, in one line for people, or ''.
+        providers: with the options that this model wants besides; None where `Target.providers` says it all.
     """
 
     kernels: Kernels | None
@@ -115,6 +116,7 @@ class Runs:
     footprint: Mapping[str, Any] | None
     runtime: Mapping[str, Any] | None
     told: str = ""
+    providers: Sequence[tuple[str, Mapping[str, str]]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,6 +47,8 @@ _NO_KERNEL = {
 _QUANTIZED = "the CUDA provider fuses no quantized activations: it would quantize and dequantize, and compute in float"
 _WEIGHT_OPSET = 21
 """Weights between passes stand behind a DequantizeLinear of 4 bits or of blocks."""
+_TABLE = "onnxruntime-cuda"
+_FUSE = ",".join(f"{name}{{table={_TABLE}}}" for name in ("fuse-gelu", "fuse-norms", "fuse-rotary"))
 _FEWEST = 1024
 """Weights of fewer elements stay in float, as `rtn` leaves them."""
 
@@ -64,8 +66,8 @@ class CudaFp16(NvidiaTarget):
         return Pipeline()
 
     def lower_passes(self) -> Pipeline:
-        """Return the passes that end in attention as one operator, and float16."""
-        return Pipeline.parse("fuse-attention,to-fp16,remove-unused")
+        """Return the passes that end in the operators of transformers, as far as the table has them, and float16."""
+        return Pipeline.parse(f"{_FUSE},fuse-attention,to-fp16,remove-unused")
 
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return what the CUDA provider would hand to the CPU, or compute in float although it is quantized."""
@@ -86,8 +88,9 @@ class CudaInt4(NvidiaTarget):
         return weight_passes(context)
 
     def lower_passes(self) -> Pipeline:
-        """Return the passes that end in attention as one operator, float16 and low-bit kernels."""
-        return Pipeline.parse("fuse-attention,to-fp16,matmul-nbits{gapless=true},remove-unused")
+        """Return the passes that end in the operators of transformers, float16 and low-bit kernels."""
+        kernels = f"matmul-nbits{{gapless=true,table={_TABLE}}}"
+        return Pipeline.parse(f"{_FUSE},fuse-attention,to-fp16,{kernels},remove-unused")
 
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return what the CUDA provider would hand to the CPU, or compute in float although it is quantized."""
@@ -131,8 +134,8 @@ class CudaFp8(NvidiaTarget):
         return Pipeline.parse("rtn{format=fp8e4m3,group=0}")
 
     def lower_passes(self) -> Pipeline:
-        """Return the passes that end in float16; at Attention's opset, releases before the table's lack DequantizeLinear."""
-        return Pipeline.parse("to-fp16,remove-unused")
+        """Return the passes that end in the operators of transformers, as far as the table has them, and float16."""
+        return Pipeline.parse(f"{_FUSE},fuse-attention,to-fp16,remove-unused")
 
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return what the CUDA provider would hand to the CPU: layers, and the weights that they read."""

@@ -37,12 +37,14 @@ from qgraph.pipeline import Context, Pipeline, Skipped
 from qgraph.targets.base import Kernels, Step
 from qgraph.targets.nvidia import CUDA, TENSORRT, NvidiaTarget
 
-__all__ = ["TensorrtFp8", "TensorrtInt8", "TensorrtTarget"]
+__all__ = ["FUSE", "TensorrtFp8", "TensorrtInt8", "TensorrtTarget"]
 
 _INT8 = "qdq{activations=int8,symmetric=true,placement=tensorrt}"
 _ALIKE = "scale-depthwise"
 """One scale for a tensor, without a zero point, leaves small channels few of 255 steps; depthwise layers need them."""
 _FLOAT8 = "qdq{weights=float8e4m3fn,activations=float8e4m3fn,symmetric=true,placement=tensorrt}"
+FUSE = "fuse-gelu{table=tensorrt},fuse-norms{table=tensorrt}"
+"""What TensorRT has layers for; it computes norms in float32 then."""
 _BIASES = "WeightBiasQuantization"
 """Makes int32 of float biases before TensorRT is asked, which imports none (ONNX Runtime, pull request 22969)."""
 _RULES = ("Level2_RuleBasedTransformer", "QDQSelectorActionTransformer")
@@ -159,8 +161,8 @@ class TensorrtInt8(TensorrtTarget):
         return Pipeline.parse(f"{_ALIKE},{_INT8}" if _has_grouped(model) else _INT8)
 
     def lower_passes(self) -> Pipeline:
-        """Return the last clean-up."""
-        return Pipeline.parse("remove-unused")
+        """Return the passes that end in what TensorRT computes as one layer."""
+        return Pipeline.parse(f"{FUSE},remove-unused")
 
     def ladder(self, compress: Pipeline) -> Sequence[Step]:
         """Return other ranges of activations, equalization, and corrected biases."""
@@ -189,7 +191,7 @@ class TensorrtFp8(TensorrtTarget):
 
     def lower_passes(self) -> Pipeline:
         """Return the passes that end in float16 where it is not 8 bits."""
-        return Pipeline.parse("to-fp16{quantizers=true},remove-unused")
+        return Pipeline.parse(f"{FUSE},to-fp16{{quantizers=true}},remove-unused")
 
 
 def _has_grouped(model: ir.Model) -> bool:

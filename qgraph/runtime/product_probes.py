@@ -225,7 +225,7 @@ def _blocks(bits: int, rows: int) -> Probe:
     packed = np.full((_COLUMNS, _WIDTH // block, block * bits // 8), 255, np.uint8)
     scales = np.ones(_COLUMNS * (_WIDTH // block), np.float32)
     largest = (1 << bits - 1) - 1
-    attributes = {"K": _WIDTH, "N": _COLUMNS, "bits": bits, "block_size": block, "accuracy_level": 4}
+    attributes: Mapping[str, Any] = {"K": _WIDTH, "N": _COLUMNS, "bits": bits, "block_size": block, "accuracy_level": 4}
     x = np.ones((rows, _WIDTH), np.float32)
     return _probe("com.microsoft.MatMulNBits", [x, packed, scales], _WIDTH * largest, **attributes)
 

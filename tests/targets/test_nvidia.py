@@ -16,6 +16,7 @@ from qgraph import doctor
 from qgraph.analysis.provider_split import split_by_provider
 from qgraph.analysis.tensorrt_rules import broken_rules
 from qgraph.errors import UserError
+from qgraph.pipeline import Pipeline
 from qgraph.runtime import session as sessions
 from qgraph.runtime.session import open_session
 from qgraph.target_options import read_target
@@ -83,7 +84,8 @@ def test_float16_and_how_to_run_it(tmp_path: Path):
     assert model.graph.opset_imports[""] == 18
     assert artifact.manifest["verification"]["outputs"][0]["sqnr_db"] > 50
     runtime = artifact.manifest["runtime"]
-    assert artifact.manifest["session"]["providers"] == [["CUDAExecutionProvider", {}], ["CPUExecutionProvider", {}]]
+    providers = artifact.manifest["session"]["providers"]
+    assert providers == [["CUDAExecutionProvider", {"prefer_nhwc": "1"}], ["CPUExecutionProvider", {}]]
     assert runtime["io_binding"]
     assert runtime["cuda_graph"] == {"possible": True, "against": []}
     assert set(runtime) == {"io_binding", "cuda_graph", "parts", "elsewhere"}
@@ -93,6 +95,29 @@ def test_float16_and_how_to_run_it(tmp_path: Path):
         [],
         {"CUDAExecutionProvider"},
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "behind", "preferred"),
+    [
+        ("float16", "3,3", "MaxPool <kernel_shape = [2,2]> (c)", True),
+        ("float16", "3,3", "Resize (c, , s)", False),
+        ("float", "3,3", "MaxPool <kernel_shape = [2,2]> (c)", False),
+        ("float16", "3", "MaxPool <kernel_shape = [2]> (c)", False),
+    ],
+)
+def test_convolutions_of_half_images_want_their_channels_last(dtype: str, shape: str, behind: str, preferred: bool):
+    image = ",".join("8" for _ in shape.split(","))
+    text = f"""<ir_version: 10, opset_import: ["" : 21]> g ({dtype}[1,4,{image}] x) => (y)
+    <{dtype}[4,4,{shape}] w = {{0}}, float[4] s = {{1, 1, 2, 2}}> {{ c = Conv (x, w)  y = {behind} }}"""
+    model = ir.from_onnx_text(text)
+
+    assert bool(CudaFp16().hints(model)) == preferred
+    assert TensorrtInt8().hints(model) == {}
+
+
+def test_without_convolutions_nothing_is_asked_for():
+    assert CudaFp16().hints(small_mlp()) == {}
 
 
 def test_a_dynamic_axis_and_a_node_on_the_cpu_are_against_a_cuda_graph(tmp_path: Path):
@@ -441,12 +466,18 @@ def test_with_a_gpu_the_options_reach_the_session(target, count: int, monkeypatc
         monkeypatch.setattr(f"{module}.provider_fault", lambda provider: "")
     monkeypatch.setattr("qgraph.runtime.serving.open_session", lambda path, **options: opened.append(options))
 
+    model = small_cnn()
+    Pipeline.parse("to-fp16").run(model)
+    qgraph.ir.save(model, tmp_path / "model.onnx")
+
     target.session(tmp_path)
 
     assert target.stand_in() == ""
     assert tuple(opened[0]["disabled"]) == tuple(target.disabled)
     providers = opened[0]["providers"]
     assert len(providers) == count
+    if count == 2:
+        assert providers[0] == ("CUDAExecutionProvider", {"prefer_nhwc": "1"})
     if count == 3:
         name, options = providers[0]
         assert name == "TensorrtExecutionProvider"
