@@ -6,8 +6,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import platform
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import qgraph
@@ -16,37 +15,13 @@ from qgraph.building import Built
 from qgraph.loading import Loaded
 from qgraph.pipeline import Pipeline, Report, Skipped
 from qgraph.plan import Plan
-from qgraph.runtime.placement import Placement
+from qgraph.runtime.figures import Verification
 from qgraph.runtime.serving import session_facts
 from qgraph.runtime.session import TensorSpec
-from qgraph.runtime.verification import Verification
 from qgraph.target_options import options_of
-from qgraph.targets.base import Kernels, Target
+from qgraph.targets.base import Kernels, Runs, Target
 
-__all__ = ["Outcome", "Runs"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Runs:
-    """What is known of how a result runs; each as the target's method of that name gives it."""
-
-    kernels: Kernels | None
-    placement: Placement | None
-    footprint: Mapping[str, Any] | None
-    runtime: Mapping[str, Any] | None
-
-    @classmethod
-    def of(cls, target: Target, folder: Path, *, whole: bool) -> Runs:
-        """Ask a target about the files in a folder; `whole` tells whether they fit into one session."""
-        kernels = target.kernels(folder) if whole else None
-        placement = target.placement(folder) if whole else None
-        return cls(kernels, placement, target.footprint(folder), target.runtime(folder))
-
-    def told(self) -> dict[str, str]:
-        """Return what is to be told -> one line."""
-        footprint, runtime = self.footprint or {}, self.runtime or {}
-        lines = {"library": str(footprint.get("library", "")), "placement": str(runtime.get("told") or "")}
-        return {name: line for name, line in lines.items() if line}
+__all__ = ["Outcome"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +88,7 @@ class Outcome:
             **({} if runs.runtime is None else {"runtime": runs.runtime}),
             **({"shapes": {name: list(sizes) for name, sizes in shapes.items()}} if shapes else {}),
             **({"emit": list(self.target.emits)} if self.target.emits else {}),
-            **session_facts(self.target.providers(), self.target.disabled),
+            **session_facts(runs.providers or self.target.providers(), self.target.disabled),
             "stand_in": self.target.stand_in(),
             "verification": {"data": self.loaded.data_kind, **self.verification.to_json()},
             "tolerance": dict(self.bounds.tolerance),

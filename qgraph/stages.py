@@ -19,7 +19,7 @@ from qgraph.artifact import write_manifest
 from qgraph.bounds import Bounds, bytes_of
 from qgraph.building import Built
 from qgraph.loading import Data, Loaded, load
-from qgraph.manifest_facts import Outcome, Runs
+from qgraph.manifest_facts import Outcome
 from qgraph.pipeline import Context, Feeds, Pipeline, Report
 from qgraph.plan import Plan, recipe_text
 from qgraph.proof import Proof
@@ -28,9 +28,9 @@ from qgraph.report.html import render
 from qgraph.report.ladder import Rung
 from qgraph.report.layers import LayerFacts, few, look_inside
 from qgraph.runtime.benchmark import Benchmark
+from qgraph.runtime.figures import Verification
 from qgraph.runtime.session import input_signature
 from qgraph.runtime.user_metric import UserMetric
-from qgraph.runtime.verification import Verification
 from qgraph.sharing import Line, Sharing
 from qgraph.targets.base import Session, Target
 
@@ -153,9 +153,11 @@ class Run:
         failures = verification.meets(bounds.tolerance)
         failures += bounds.over_budget(bytes_of(folder), speedup, noise=_NOISE)
         (folder / "recipe.toml").write_text(recipe_text(self.target, plan), encoding="utf-8")
-        runs = Runs.of(self.target, folder, whole=not isinstance(after, SlicedSession))
-        for stage, text in runs.told().items():
-            self.event(stage, text)
+        runs = self.target.runs(folder, whole=not isinstance(after, SlicedSession))
+        if runs.footprint is not None and "library" in runs.footprint:
+            self.event("library", str(runs.footprint["library"]))
+        if runs.told:
+            self.event("placement", runs.told)
         outcome = Outcome(
             loaded=self.loaded,
             target=self.target,

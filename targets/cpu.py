@@ -93,4 +93,6 @@ class CpuFp32(OnnxRuntimeCpu):
 
     def lower_passes(self) -> Pipeline:
         """Fuse what the runtime computes faster in one operator, store sparse weights in fewer bytes, and clean up."""
-        return Pipeline.parse(f"{FUSE},absorb-biases,keep-sums,pack-sparse,remove-unused")
+        return Pipeline.parse(
+            f"{FUSE},absorb-biases,flatten-rows,matmul-add-to-gemm,keep-sums,pack-sparse,remove-unused"
+        )

@@ -21,6 +21,7 @@ import integer_accuracy
 import integer_bits
 import integer_operators
 import integer_subjects
+import lesser_processor
 import metrics
 import placement
 import report
@@ -29,6 +30,7 @@ import sparsity
 import target_table
 import timing
 
+from qgraph import capabilities
 from qgraph.models import decoder
 
 
@@ -371,3 +373,15 @@ def test_a_decoder_reads_token_by_token_what_it_reads_at_once(tmp_path: Path) ->
     np.testing.assert_allclose(logits, decode.Decoder(model, ids).logits, rtol=0, atol=1e-5)
     figures = decode.decode_in_turn({"first": model, "second": model}, 64, prompt=5, tokens=3)
     assert [one["logits_sqnr_db"] for one in figures.values()] == [None, None]
+
+
+@pytest.mark.parametrize("processor", ["avx2", "avx512"])
+def test_the_table_knows_which_sums_saturate_on_lesser_processors(processor: str):
+    import onnxruntime
+
+    table = capabilities.table("onnxruntime-cpu")
+    if processor not in lesser_processor.processors_here() or onnxruntime.__version__ != table.version:
+        pytest.skip("no such processor can be had here, or the table is of another release")
+    found = list(lesser_processor.products_of(processor))
+    assert [bool(one.saturates) for one in found] == [processor in one.saturates for one in table.products]
+    assert sum(bool(one.saturates) for one in found) == 11
