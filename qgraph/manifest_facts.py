@@ -88,7 +88,7 @@ class Outcome:
             **({} if runs.runtime is None else {"runtime": runs.runtime}),
             **({"shapes": {name: list(sizes) for name, sizes in shapes.items()}} if shapes else {}),
             **({"emit": list(self.target.emits)} if self.target.emits else {}),
-            **session_facts(self.target.providers(), self.target.disabled),
+            **session_facts(runs.providers or self.target.providers(), self.target.disabled),
             "stand_in": self.target.stand_in(),
             "verification": {"data": self.loaded.data_kind, **self.verification.to_json()},
             "tolerance": dict(self.bounds.tolerance),

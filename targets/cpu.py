@@ -18,9 +18,11 @@ from qgraph.runtime.placement_reading import read_placement
 from qgraph.runtime.session import CPU_PROVIDER, open_session
 from qgraph.targets.base import Kernels, Session, Target, cleaned_up
 
-__all__ = ["CpuFp32", "OnnxRuntimeCpu"]
+__all__ = ["FUSE", "FUSE_ATTENTION", "CpuFp32", "OnnxRuntimeCpu"]
 
-_FUSE = "fuse-gelu,fuse-norms,fuse-rotary,fuse-attention"
+FUSE_ATTENTION = "fuse-attention{stacked_heads=2}"
+FUSE = f"fuse-gelu,fuse-norms,fuse-rotary,{FUSE_ATTENTION}"
+"""What the runtime computes faster in one operator."""
 
 
 class OnnxRuntimeCpu(Target):
@@ -91,4 +93,6 @@ class CpuFp32(OnnxRuntimeCpu):
 
     def lower_passes(self) -> Pipeline:
         """Fuse what the runtime computes faster in one operator, store sparse weights in fewer bytes, and clean up."""
-        return Pipeline.parse(f"{_FUSE},absorb-biases,keep-sums,pack-sparse,remove-unused")
+        return Pipeline.parse(
+            f"{FUSE},absorb-biases,flatten-rows,matmul-add-to-gemm,keep-sums,pack-sparse,remove-unused"
+        )

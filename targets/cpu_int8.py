@@ -39,7 +39,7 @@ from qgraph.runtime.placement import Placement
 from qgraph.runtime.processor import is_arm, lacks_integer_dot_products
 from qgraph.runtime.session import input_signature, random_feeds
 from qgraph.targets.base import Session, Step, cleaned_up
-from qgraph.targets.cpu import OnnxRuntimeCpu
+from qgraph.targets.cpu import FUSE_ATTENTION, OnnxRuntimeCpu
 from qgraph.targets.cpu_modes import Mode, choose, gains_by_static, static_form
 from qgraph.targets.cpu_saturation import saturating
 
@@ -90,7 +90,7 @@ class CpuInt8(OnnxRuntimeCpu):
 
     def prepare_passes(self) -> Pipeline:
         """Return the clean-up passes, and attention as one operator."""
-        return cleaned_up("fuse-attention,remove-unused")
+        return cleaned_up(f"{FUSE_ATTENTION},remove-unused")
 
     def compress_passes(self, model: ir.Model, context: Context) -> Pipeline:
         """Return static quantization for what the table wants static, and dynamic quantization for the rest.

@@ -22,7 +22,7 @@ from qgraph.analysis.sparse_weights import sparse_weights
 from qgraph.numerics.sparsity import follows
 from qgraph.pipeline import Context, Pipeline, Skipped
 from qgraph.targets.base import Kernels
-from qgraph.targets.tensorrt import TensorrtTarget
+from qgraph.targets.tensorrt import FUSE, TensorrtTarget
 
 __all__ = ["CudaSparse24"]
 
@@ -45,7 +45,7 @@ class CudaSparse24(TensorrtTarget):
 
     def lower_passes(self) -> Pipeline:
         """Return the passes that end in float16."""
-        return Pipeline.parse("to-fp16,remove-unused")
+        return Pipeline.parse(f"{FUSE},to-fp16,remove-unused")
 
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return the layers that were made sparse and whose stored weights are not 2:4 along the right axis.

@@ -26,6 +26,7 @@ from qgraph.runtime.serving import open_with
 from qgraph.runtime.session import CPU_PROVIDER, installed_providers, provider_fault
 from qgraph.targets.base import Kernels, Runs, Session, Target, cleaned_up
 from qgraph.targets.cpu_int4 import weight_kernels
+from qgraph.targets.cuda_layout import CHANNELS_LAST, prefers_channels_last
 
 __all__ = ["CUDA", "TENSORRT", "NvidiaTarget", "once_each", "work_of"]
 
@@ -64,7 +65,10 @@ class NvidiaTarget(Target, abc.ABC):
     wanted: ClassVar[Sequence[str]] = (CUDA,)
     """The providers that it wants, the most wanted first; the CPU comes last by itself."""
     opset: ClassVar[int] = 18
-    """The highest opset at which the CUDA provider has every kernel that it has at all; see its table."""
+    """The highest opset at which no release of the CUDA provider from 1.24 on loses kernels that it has earlier.
+
+    The one of its table has them up to opset 25; before, Pad and Equal ended at 18.
+    """
 
     def prepare_passes(self) -> Pipeline:
         """Return the clean-up passes."""
@@ -87,8 +91,18 @@ class NvidiaTarget(Target, abc.ABC):
 
     def providers(self) -> Sequence[tuple[str, Mapping[str, str]]]:
         """Return the providers that are wanted, with their options, the CPU's last."""
+        return self._providers({})
+
+    def _providers(self, more: Mapping[str, Mapping[str, str]]) -> Sequence[tuple[str, Mapping[str, str]]]:
         options = self.options()
-        return [*((name, dict(sorted(options.get(name, {}).items()))) for name in self.wanted), (CPU_PROVIDER, {})]
+        chosen = {name: {**options.get(name, {}), **more.get(name, {})} for name in self.wanted}
+        return [*((name, dict(sorted(one.items()))) for name, one in chosen.items()), (CPU_PROVIDER, {})]
+
+    def hints(self, model: ir.Model) -> Mapping[str, Mapping[str, str]]:
+        """Return provider -> the options that a model wants besides."""
+        if self.wanted[0] != CUDA or not prefers_channels_last(model, table(_TABLES[CUDA])):
+            return {}
+        return {CUDA: CHANNELS_LAST}
 
     def session(self, folder: Path, *, threads: int = 0) -> Session:
         """Open model.onnx with the providers that are wanted and start here, the CPU last.
@@ -96,7 +110,8 @@ class NvidiaTarget(Target, abc.ABC):
         Raises:
             UserError: ONNX Runtime is not installed.
         """
-        return open_with(self.providers(), folder, threads=threads, disabled=self.disabled)
+        hints = self.hints(qgraph.ir.load(folder / "model.onnx")) if CUDA in installed_providers() else {}
+        return open_with(self._providers(hints), folder, threads=threads, disabled=self.disabled)
 
     def computes(self, node: ir.Node) -> Arithmetic | None:
         """Return what a node computes in, where its operator and types do not say it."""
@@ -124,6 +139,7 @@ class NvidiaTarget(Target, abc.ABC):
                 "elsewhere": [{"node": node, "reason": reason} for node, reason in split.left],
             },
             told=_told(split, self.wanted[0]),
+            providers=self._providers(self.hints(model)),
         )
 
     def placement(self, folder: Path) -> Placement | None:

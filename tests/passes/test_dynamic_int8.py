@@ -274,7 +274,7 @@ def test_a_layer_without_a_kernel_stays_in_float_and_says_why(monkeypatch: pytes
     table = capabilities.table("onnxruntime-cpu")
     entries = {name: one for name, one in table.operators.items() if "DynamicQuantizeMatMul" not in name}
     without = dataclasses.replace(table, operators=entries)
-    monkeypatch.setattr("qgraph.passes.dynamic_int8.capabilities.table", lambda name: without)
+    monkeypatch.setattr("qgraph.capabilities.table", lambda name: without)
     model = model_with(
         "g (float[2,8] x, float[8,4] w) => (float[2,4] y) { [layer] y = MatMul(x, w) }", w=np.ones((8, 4), np.float32)
     )

@@ -251,7 +251,7 @@ def test_what_a_table_has_no_kernel_for_keeps_its_weight(monkeypatch: pytest.Mon
     assert skipped("matmul", "onnxruntime-cpu") == skipped("tied", "onnxruntime-cpu") == []
     table = capabilities.table("onnxruntime-cpu")
     without = dataclasses.replace(table, operators={"com.microsoft.MatMulNBits": table.operators["Conv"]})
-    monkeypatch.setattr("qgraph.passes.matmul_nbits.capabilities.table", lambda name: without)
+    monkeypatch.setattr("qgraph.capabilities.table", lambda name: without)
     assert skipped("matmul", "") == []
     (told,) = skipped("matmul", "onnxruntime-cpu")
     assert told.startswith("there is no kernel for it: com.microsoft.MatMulNBits: input 1 is uint8, and ONNX Runtime's")
