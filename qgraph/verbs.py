@@ -15,9 +15,9 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.analysis.compressed_weights import weight_facts
 from qgraph.analysis.cost import ModelCost, cost
 from qgraph.analysis.quantization_sensitivity import Sensitivities, tensor_sensitivities
+from qgraph.analysis.weight_facts import weight_facts
 from qgraph.artifact import Artifact, open_artifact
 from qgraph.compiler import Data
 from qgraph.errors import UserError
