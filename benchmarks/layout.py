@@ -3,7 +3,7 @@
     python benchmarks/layout.py [--models resnet20,mobilenet_v2] [-o LAYOUT.md]
 
 The runtime puts integer convolutions channels last itself when it opens a model, and moves Transposes to where they
-cost least. Whoever writes that layout first saves at most the Transposes that are left: their share of all kernel times,
+cost least. Who writes that layout first saves at most the Transposes that are left: their share of all kernel times,
 each the median of its runs by the runtime's own profile, one thread. Where most of them stand around a channel shuffle,
 the shuffle is timed in both layouts too, in processor seconds. Needs the real models and data (QGRAPH_ASSETS).
 """

@@ -194,6 +194,43 @@ def _convolution(
     return _probe(kernel, inputs, exact, x.dtype, group=group, **attributes)
 
 
+def _layer(op_type: str, activations: str, stored: str, shape: Sequence[int], group: int, weight: int) -> Probe:
+    """A layer between QuantizeLinear and DequantizeLinear, as models write it: the runtime may change types first."""
+    zero = np.iinfo(activations).min
+    w, w_zero = _weights(stored, weight, *shape)
+    flat = op_type != "Conv"
+    taken = shape[0] if flat else int(np.prod(shape[1:]))
+    total = taken * _ACTIVATION * weight
+    scale, y_zero, _ = _result(total, np.dtype(activations))
+    x = np.full((4, shape[0]) if flat else (1, shape[1] * group, 8, 8), _ACTIVATION, np.float32)
+    attributes = {} if flat else {"group": group}
+    x_value = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(x.shape))
+    arrays = {"one": _scalar(1), "x_zero": _scalar(zero, np.dtype(activations)), "w": w, "w_zero": w_zero,
+              "scale": scale, "y_zero": y_zero}  # fmt: skip
+    constants = {name: _constant(name, array) for name, array in arrays.items()}
+    one, y_scale, y_point = constants["one"], constants["scale"], constants["y_zero"]
+    q = ir.node("QuantizeLinear", [x_value, one, constants["x_zero"]])
+    d = ir.node("DequantizeLinear", [q.outputs[0], one, constants["x_zero"]])
+    e = ir.node("DequantizeLinear", [constants["w"], one, constants["w_zero"]])
+    layer = ir.node(op_type, [d.outputs[0], e.outputs[0]], attributes)
+    back = ir.node("QuantizeLinear", [layer.outputs[0], y_scale, y_point])
+    last = ir.node("DequantizeLinear", [back.outputs[0], y_scale, y_point])
+    nodes = [q, d, e, layer, back, last]
+    for index, node in enumerate(nodes):
+        node.outputs[0].name = f"v{index}"
+    last.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph([x_value], [last.outputs[0]], nodes=nodes, initializers=list(constants.values()),
+                     opset_imports={"": _OPSET}, name="layer")  # fmt: skip
+    return Probe(ir.Model(graph, ir_version=_IR_VERSION), {"x": x}, total)
+
+
+def _constant(name: str, array: np.ndarray) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
+    value.const_value = tensor
+    return value
+
+
 def _attention(activations: str, stored: str, weight: int) -> Probe:
     """Attention of rows that are all the same: the values come out, whatever the scores."""
     x, x_zero = _activations(activations, 1, 4, _WIDTH)
@@ -236,6 +273,15 @@ _DEPTHWISE = ((32, 3, 32, 2), (20, 3, 20, 2), (32, 5, 32, 2), (32, 3, 32, 1), (3
 """Channels, size of the kernel, groups, axes of the image."""
 
 
+_LAYERS: Sequence[tuple[str, tuple[str, ...], Sequence[tuple[Sequence[int], int]]]] = (
+    ("Conv", (), (((32, 32, 3, 3), 1), ((20, 20, 3, 3), 1), ((32, 16, 3, 3), 2))),
+    ("Conv", ("depthwise",), (((32, 1, 3, 3), 32), ((20, 1, 3, 3), 20))),
+    ("Gemm", (), (((_WIDTH, _COLUMNS), 1),)),
+    ("MatMul", (), (((_WIDTH, _COLUMNS), 1),)),
+)
+"""Operators, what else holds, and for each probe the shape of the weight and the groups."""
+
+
 def _forms() -> Iterator[Form]:
     products = {
         "MatMulInteger": 1,
@@ -254,6 +300,9 @@ def _forms() -> Iterator[Form]:
         for when, sizes in (((), _DENSE), (("depthwise",), _DEPTHWISE)):
             builds = _built(_convolution, pair[1], ((kernel, *pair, *one) for one in sizes))
             yield Form(kernel, (index,), *pair, when, builds)
+    for (op_type, when, shapes), pair in itertools.product(_LAYERS, _PAIRS):
+        builds = _built(_layer, pair[1], ((op_type, *pair, *one) for one in shapes))
+        yield Form(f"DequantizeLinear -> {op_type} -> QuantizeLinear", (1,), *pair, when, builds)
     for pair in _PAIRS:
         yield Form("com.microsoft.QAttention", (1,), *pair, (), _built(_attention, pair[1], (pair,)))
     for stored in _EXTREMES:
