@@ -63,6 +63,7 @@ _HOMES = {
     "ToBf16": "to_bf16",
     "Sparsify": "sparsify",
     "ToFp16": "to_fp16",
+    "ToFp32": "to_fp32",
     "ToPlainOperators": "to_plain_operators",
     "UnrollRecurrent": "unroll_recurrent",
     "WidenWeights": "widen_weights",

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.lazy_tensors import JointTensor
-from qgraph.passes._half_types import BFLOAT16, FLOAT16, Half, Kept, Ranges, is_float, rounded, undefined
+from qgraph.passes._half_types import BFLOAT16, FLOAT16, Half, Kept, Ranges, is_float, is_wide, rounded, undefined
 
 __all__ = ["arithmetic_on_integers", "keep", "keep_constants", "keep_measured"]
 
@@ -76,7 +76,7 @@ def keep(
 def keep_constants(node: ir.Node, half: Half, kept: Kept) -> str | None:
     """Say what of a node's constants the type cannot hold; masks are noted, not refused."""
     for index, value in enumerate(node.inputs):
-        if value is None or not is_float(value) or value.const_value is None:
+        if value is None or not is_wide(value, half) or value.const_value is None:
             continue
         if isinstance(value.const_value, JointTensor):
             continue  # scales of compressed weights are looked at when they are computed

@@ -26,7 +26,7 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.calibration import calibrate
-from qgraph.analysis.channel_rules import Source
+from qgraph.analysis.channel_tracer import Source
 from qgraph.analysis.scale_folding import rescale
 from qgraph.numerics.schemes import UINT8
 from qgraph.pipeline import Context, Pass, Report, Skipped
@@ -145,7 +145,7 @@ def _made_by(value: ir.Value | None) -> ir.Node | None:
     """Return the convolution whose weight can take the factors instead of a Mul."""
     while value is not None and not value.is_graph_output() and len(value.uses()) == 1:
         node = value.producer()
-        if node is None or node.graph is not value.uses()[0].node.graph:
+        if node is None or any(use.node.graph is not node.graph for use in value.uses()):
             return None
         if qgraph.ir.is_op(node, "Conv"):
             return node if all(one is None or _is_own(one) for one in node.inputs[1:]) else None

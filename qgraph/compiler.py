@@ -30,16 +30,16 @@ from qgraph.pipeline import Context, Feeds, Pipeline
 from qgraph.plan import Override, Plan, override, parse_settings, refuse_unused
 from qgraph.proof import RANDOM_SAMPLES
 from qgraph.report.ladder import Rung
+from qgraph.runtime.figures import Verification
 from qgraph.runtime.session import input_signature, open_session, random_feeds
 from qgraph.runtime.user_metric import UserMetric
-from qgraph.runtime.verification import Verification
 from qgraph.runtime.verification import verify as verify_sessions
 from qgraph.samples import signature
 from qgraph.search import Search, Searched, can_climb
 from qgraph.search_executors import parse_executor
 from qgraph.sharing import Sharing
 from qgraph.stages import Event, Run, ignore, told
-from qgraph.target_options import read_target, with_option
+from qgraph.target_options import read_target, refuse_untunable, with_option
 from qgraph.targets.base import Session, Target
 from qgraph.work_folder import work_folder
 
@@ -118,7 +118,9 @@ def compile(  # noqa: A001 - the name that users look for
     if emit:
         chosen = chosen.emitting(emit)
     if trials:
-        chosen = with_option(chosen, "trials", trials, "--tune N")
+        chosen = with_option(chosen, "trials", trials, f"--tune {trials}")
+    if tune:
+        refuse_untunable(chosen)
     folder = _output(output, source_path, chosen)
     refuse_existing(folder, force=force, source=source_path)
     plan = Plan.of(passes, recipe)
@@ -208,6 +210,8 @@ def _filled(plan: Plan, run: Run, overrides: Sequence[Override], *, tune: bool) 
         compress = target.compress_passes(model, run.context)
         compress = target.tune(model, run.context, compress) if tune else compress
     compress = override(compress, overrides)
+    if plan.compress is not None:
+        target.refuse_passes(compress)
     lower = override(plan.lower if plan.lower is not None else target.lower_passes(), overrides)
     refuse_unused(overrides, (prepare, compress, lower))
     return Plan(prepare, compress, lower)

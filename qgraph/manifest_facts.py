@@ -15,9 +15,9 @@ from qgraph.building import Built
 from qgraph.loading import Loaded
 from qgraph.pipeline import Pipeline, Report, Skipped
 from qgraph.plan import Plan
+from qgraph.runtime.figures import Verification
 from qgraph.runtime.serving import session_facts
 from qgraph.runtime.session import TensorSpec
-from qgraph.runtime.verification import Verification
 from qgraph.target_options import options_of
 from qgraph.targets.base import Kernels, Runs, Target
 

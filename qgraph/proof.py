@@ -17,10 +17,11 @@ from qgraph.analysis.sliced_session import SlicedSession
 from qgraph.loading import Loaded
 from qgraph.pipeline import Context, Samples
 from qgraph.runtime.benchmark import Benchmark, compare
+from qgraph.runtime.figures import Verification
 from qgraph.runtime.recorded import Recorded
 from qgraph.runtime.session import input_signature, open_session, random_feeds
 from qgraph.runtime.user_metric import UserMetric
-from qgraph.runtime.verification import Verification, refuse_unmeasurable
+from qgraph.runtime.verification import refuse_unmeasurable
 from qgraph.runtime.verification import verify as verify_sessions
 from qgraph.sharing import Sharing
 from qgraph.targets.base import Session, Target

@@ -11,8 +11,8 @@ from qgraph.building import Built
 from qgraph.pipeline import Pipeline
 from qgraph.plan import Plan
 from qgraph.report.ladder import Rung
+from qgraph.runtime.figures import Verification
 from qgraph.runtime.tolerances import at_least
-from qgraph.runtime.verification import Verification
 from qgraph.search_workshop import Made
 from qgraph.targets.base import Session
 

@@ -28,9 +28,9 @@ from qgraph.report.html import render
 from qgraph.report.ladder import Rung
 from qgraph.report.layers import LayerFacts, few, look_inside
 from qgraph.runtime.benchmark import Benchmark
+from qgraph.runtime.figures import Verification
 from qgraph.runtime.session import input_signature
 from qgraph.runtime.user_metric import UserMetric
-from qgraph.runtime.verification import Verification
 from qgraph.sharing import Line, Sharing
 from qgraph.targets.base import Session, Target
 

@@ -52,7 +52,7 @@ class CpuInt4(CpuFp32):
 
     def lower_passes(self) -> Pipeline:
         """Return the passes that fuse what stays in float, and end in low-bit kernels."""
-        return Pipeline.parse(f"{FUSE},matmul-nbits{{table=onnxruntime-cpu}},remove-unused")
+        return Pipeline.parse(f"{FUSE},matmul-nbits{{table=onnxruntime-cpu}},keep-sums,remove-unused")
 
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return the low-bit products that have no kernel, and what computes in bfloat16."""

@@ -49,6 +49,8 @@ _BIASES = "WeightBiasQuantization"
 """Makes int32 of float biases before TensorRT is asked, which imports none (ONNX Runtime, pull request 22969)."""
 _RULES = ("Level2_RuleBasedTransformer", "QDQSelectorActionTransformer")
 """Take 8-bit floats for integers where what TensorRT leaves runs on the CPU: drop a Relu, fuse what has no kernel."""
+_WEIGHT_PASSES = ("awq", "gptq", "hqq", "mixed-bits", "rtn")
+_BITS = 8
 _SHAPE = re.compile(r"(.+):(\d+(?:x\d+)*)")
 _PROFILE = ("min_shapes", "opt_shapes", "max_shapes")
 _LADDER = (
@@ -93,6 +95,19 @@ class TensorrtTarget(NvidiaTarget):
                 raise ValueError(
                     f"the shapes of '{_input_of(least)}' must grow from min_shapes to max_shapes, not {told}"
                 )
+
+    def refuse_passes(self, compress: Pipeline) -> None:
+        """Raise a UserError for weights that are rounded without what they multiply, or to other than 8 bits."""
+        for one in compress:
+            if one.name not in _WEIGHT_PASSES:
+                continue
+            bits = getattr(one, "bits", _BITS)
+            if bits != _BITS:
+                why = f"multiplies 8-bit numbers, and {one.name} would round weights to {bits} bits"
+                raise UserError(f"{self.name} {why}: use --target cuda-int4, whose kernels read weights of few bits")
+            if not any(other.name == "qdq" for other in compress):
+                why = f"multiplies in 8 bits where activations have 8 bits too, and {one.name} rounds weights alone"
+                raise UserError(f"{self.name} {why}: leave --passes out, or use --target cuda-int8")
 
     def options(self) -> Mapping[str, Mapping[str, str]]:
         """Return the options of the TensorRT provider."""

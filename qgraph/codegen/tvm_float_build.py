@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qgraph.codegen.tvm_float_schedule import scheduled_float
+from qgraph.codegen.tvm_gpu_schedule import default_rules
 from qgraph.codegen.tvm_packing import Lanes, packed_layers
 from qgraph.errors import UserError
 
@@ -98,23 +99,24 @@ def _common() -> list[Any]:
 def compiled(fused: Any, target: Any) -> Any:
     """Schedule what is not scheduled yet, and return the executable."""
     import tvm
+    from tvm import relax
 
     with _reasoned(), tvm.transform.PassContext(opt_level=3, config=OPTIONS):
         scheduled = scheduled_float(fused, lanes_of(target))
-        return tvm.compile(scheduled, target=target, relax_pipeline=_repeatable())
+        return tvm.compile(scheduled, target=target, relax_pipeline=_repeatable(relax.get_pipeline("default")))
 
 
-def _repeatable() -> Any:
+def _repeatable(passes: Any) -> Any:
     """Return TVM's own passes, and behind them one that brings what computes sizes into the order of their slots.
 
     TVM orders these by addresses, so that the bytes of a library for open sizes would differ from run to run.
     """
     import tvm
-    from tvm import relax, tirx
+    from tvm import tirx
 
     def ordered(module: Any, context: Any) -> Any:
         del context
-        lowered = relax.get_pipeline("default")(module)
+        lowered = passes(module)
         for name, function in lowered.functions_items():
             if name.name_hint.startswith(_SIZES) and isinstance(function.body, tirx.SeqStmt):
                 lowered.update_func(name, function.with_body(tirx.SeqStmt(sorted(function.body, key=_slot))))
@@ -161,11 +163,11 @@ def _import_metal_intrinsics() -> None:
 def compiled_for_gpu(fused: Any, target: Any) -> Any:
     """Give every function the default schedule of its kind, and return the executable."""
     import tvm
+    from tvm import relax
     from tvm.s_tir import dlight
 
-    gpu = dlight.gpu
-    rules = (gpu.Matmul(), gpu.GEMV(), gpu.Reduction(), gpu.GeneralReduction(), gpu.Fallback())
     with _reasoned(), target, tvm.transform.PassContext(opt_level=3):
         if target.kind.name == "metal":
             _import_metal_intrinsics()
-        return tvm.compile(dlight.ApplyDefaultSchedule(*rules)(fused), target=target)
+        scheduled = dlight.ApplyDefaultSchedule(*default_rules())(fused)
+        return tvm.compile(scheduled, target=target, relax_pipeline=_repeatable(relax.get_default_pipeline(target)))

@@ -185,6 +185,12 @@ def test_heads_below_one_another_may_be_faster(most: int, fused: int):
     ] * (1 - fused)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_heads_that_share_keys_may_be_left(name: str):
+    report = FuseAttention(grouped=False).apply(ir.from_onnx_text(CASES[name]), Context())
+    assert [one.reason for one in report.skipped] == ["its 4 query heads share 2 of keys, which is left alone as asked"]
+
+
 def exported(work: Path, **config: Any) -> Path:
     whole = {"model_type": "llama", **DEFAULTS, **config}
     decoder.export(folder(work / "checkpoint", whole, random_weights(whole)), work / "model.onnx")
