@@ -67,7 +67,7 @@ class NvidiaTarget(Target, abc.ABC):
     opset: ClassVar[int] = 18
     """The highest opset at which no release of the CUDA provider from 1.24 on loses kernels that it has earlier.
 
-    The one of its table has them up to opset 25; before, Pad and Equal ended at 18.
+    Before the release of its table, Pad and Equal ended there; in that one, MaxPool and a few others end at 21.
     """
 
     def prepare_passes(self) -> Pipeline:

@@ -21,6 +21,7 @@ import integer_accuracy
 import integer_bits
 import integer_operators
 import integer_subjects
+import layout
 import lesser_processor
 import metrics
 import placement
@@ -384,4 +385,14 @@ def test_the_table_knows_which_sums_saturate_on_lesser_processors(processor: str
         pytest.skip("no such processor can be had here, or the table is of another release")
     found = list(lesser_processor.products_of(processor))
     assert [bool(one.saturates) for one in found] == [processor in one.saturates for one in table.products]
-    assert sum(bool(one.saturates) for one in found) == 11
+    assert sum(bool(one.saturates) for one in found) == 17
+
+
+def test_a_channel_shuffle_is_the_same_in_both_layouts() -> None:
+    first, last = layout.shuffle(4, 6)
+    assert first > 0
+    assert last > 0
+    row = {"model": "m", "convolutions": 3, "transposes": 1, "total": 200, "transposing": 5, "share": 0.025}
+    page = layout.render([row], [(4, 6, 1.4, 2.6)])
+    assert "| m | 3 | 1 | 200 | 5 | 2.5% |" in page
+    assert "| 2 x 4 | 6 x 6 | 1 | 3 |" in page

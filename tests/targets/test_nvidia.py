@@ -434,10 +434,10 @@ def test_what_is_wrong_with_a_range_is_said_once():
 
 @pytest.mark.parametrize("name", ["cuda-int8", "cuda-fp8"])
 def test_a_refused_model_is_sent_only_to_targets_that_take_it(name: str, tmp_path: Path):
-    signature = "g (double[2,64] x, double[64,64] w) => (double[2,64] y)"
+    signature = "g (float[2,16] x, float[16,16] w) => (float[2,16] y)"  # too small to be stored in 8 bits
     model = ir.from_onnx_text(f'<ir_version: 8, opset_import: ["" : 18]> {signature} {{ y = MatMul(x, w) }}')
     weight = model.graph.inputs.pop(1)
-    weight.const_value = ir.tensor(np.ones((64, 64)), name="w")
+    weight.const_value = ir.tensor(np.ones((16, 16), np.float32), name="w")
     model.graph.register_initializer(weight)
     with pytest.raises(UserError, match=r"in float32 or float16, .* Use --target cuda-fp16\.$"):
         qgraph.compile(model, name, output=tmp_path / "out")
