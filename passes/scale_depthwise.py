@@ -26,7 +26,7 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.calibration import calibrate
-from qgraph.analysis.channel_rules import Source
+from qgraph.analysis.channel_tracer import Source
 from qgraph.analysis.scale_folding import rescale
 from qgraph.numerics.schemes import UINT8
 from qgraph.pipeline import Context, Pass, Report, Skipped

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from qgraph.registry import Kind
     from qgraph.runtime.capability_check import TableCheck
     from qgraph.runtime.difference import Difference
+    from qgraph.runtime.figures import Verification
     from qgraph.runtime.placement import PlacedNode, Placement
-    from qgraph.runtime.verification import Verification
     from qgraph.verbs import Inspection, Measured, Outputs
 
 __all__ = [
@@ -107,9 +107,13 @@ def probe_lines(checks: Sequence[TableCheck]) -> list[tuple[str, str]]:
         other = "" if one.installed == one.version else f" (of {one.version}; {one.installed} is installed)"
         count = len(one.differences)
         verdict = "agrees" if one.agrees else f"{count} difference{'s' if count > 1 else ''}"
-        ran, loaded, none, unbuilt = (one.probes.get(state, 0) for state in ("ran", "loaded", "none", "not built"))
-        models = f"{ran} ran, {loaded} loaded, {none} without a kernel, {unbuilt} could not be built"
-        checked = f"{one.entries} kernels of the registry; {one.fusions} fused forms; one-node models: {models}"
+        checked = f"{one.entries} kernels of the registry"
+        if one.probes:
+            ran, loaded, none, unbuilt = (one.probes.get(state, 0) for state in ("ran", "loaded", "none", "not built"))
+            models = f"{ran} ran, {loaded} loaded, {none} without a kernel, {unbuilt} could not be built"
+            checked += f"; {one.fusions} fused forms; one-node models: {models}"
+        if one.products:
+            checked += f"; {one.products} products of bytes on {one.processor}"
         lines.append((one.table, f"{verdict}{other}: {checked}"))
         lines += [("", text) for text in one.differences[:_DIFFERENCES]]
         if count > _DIFFERENCES:

@@ -11,14 +11,14 @@ import qgraph.ir
 from qgraph.artifact import Artifact, open_artifact
 from qgraph.errors import UserError
 from qgraph.feeds import signature
+from qgraph.loading import Data, source_facts
 from qgraph.pipeline import Context, Feeds
 from qgraph.report.data import deployable_bytes, target_text
 from qgraph.report.side_by_side import Contender, SideBySide
 from qgraph.runtime.benchmark import Benchmark, compare
+from qgraph.runtime.figures import Verification
 from qgraph.runtime.placement import kernel_counts
 from qgraph.runtime.session import TensorSpec, open_session, random_feeds
-from qgraph.runtime.verification import Verification
-from qgraph.stages import Data, source_facts
 
 __all__ = ["compare_artifacts", "contender", "refuse_existing_page", "write_page"]
 
@@ -116,7 +116,7 @@ def _source_beside(opened: Sequence[Artifact]) -> Path | None:
     for one in opened:
         facts = one.manifest["source"]
         path = one.path.resolve().parent / str(facts["name"])
-        if path.is_file() and source_facts(path.name, path, qgraph.ir.load(path))["sha256"] == facts["sha256"]:
+        if path.is_file() and source_facts(path, qgraph.ir.load(path))["sha256"] == facts["sha256"]:
             return path
     return None
 

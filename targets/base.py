@@ -17,7 +17,7 @@ from qgraph.errors import UserError
 from qgraph.pipeline import Context, Pipeline, Skipped
 from qgraph.runtime.placement import Placement
 
-__all__ = ["Kernels", "Session", "Step", "Target", "cleaned_up", "float64_edges", "repeated_outputs"]
+__all__ = ["Kernels", "Runs", "Session", "Step", "Target", "cleaned_up", "float64_edges", "repeated_outputs"]
 
 
 def cleaned_up(*then: str, opset: int = 21) -> Pipeline:
@@ -107,6 +107,23 @@ class Kernels:
 
 def _counted(kernels: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {op}" for op, count in sorted(kernels.items())) or "nothing"
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """What is known of how an artifact runs; all but `told` as the target's method of that name gives it.
+
+    Attributes:
+        told: where nodes run, in one line for people, or ''.
+        providers: with the options that this model wants besides; None where `Target.providers` says it all.
+    """
+
+    kernels: Kernels | None
+    placement: Placement | None
+    footprint: Mapping[str, Any] | None
+    runtime: Mapping[str, Any] | None
+    told: str = ""
+    providers: Sequence[tuple[str, Mapping[str, str]]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,3 +288,14 @@ class Target(abc.ABC):
         """Return what really runs after the runtime's own optimisation, or None where it cannot be known here."""
         del folder
         return None
+
+    def runs(self, folder: Path, *, whole: bool = True) -> Runs:
+        """Return all that is known of how the files in `folder` run; for targets that find it out in one go.
+
+        Args:
+            folder: holds what `lower` wrote.
+            whole: whether the model fits into a session here; else nothing is asked that needs one.
+        """
+        kernels = self.kernels(folder) if whole else None
+        placement = self.placement(folder) if whole else None
+        return Runs(kernels, placement, self.footprint(folder), self.runtime(folder))

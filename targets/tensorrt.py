@@ -22,7 +22,6 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -38,12 +37,14 @@ from qgraph.pipeline import Context, Pipeline, Skipped
 from qgraph.targets.base import Kernels, Step
 from qgraph.targets.nvidia import CUDA, TENSORRT, NvidiaTarget
 
-__all__ = ["TensorrtFp8", "TensorrtInt8", "TensorrtTarget"]
+__all__ = ["FUSE", "TensorrtFp8", "TensorrtInt8", "TensorrtTarget"]
 
 _INT8 = "qdq{activations=int8,symmetric=true,placement=tensorrt}"
 _ALIKE = "scale-depthwise"
 """One scale for a tensor, without a zero point, leaves small channels few of 255 steps; depthwise layers need them."""
 _FLOAT8 = "qdq{weights=float8e4m3fn,activations=float8e4m3fn,symmetric=true,placement=tensorrt}"
+FUSE = "fuse-gelu{table=tensorrt},fuse-norms{table=tensorrt}"
+"""What TensorRT has layers for; it computes norms in float32 then."""
 _BIASES = "WeightBiasQuantization"
 """Makes int32 of float biases before TensorRT is asked, which imports none (ONNX Runtime, pull request 22969)."""
 _RULES = ("Level2_RuleBasedTransformer", "QDQSelectorActionTransformer")
@@ -113,11 +114,11 @@ class TensorrtTarget(NvidiaTarget):
         profile = {f"trt_profile_{name}": ",".join(getattr(self, name)) for name in _PROFILE if getattr(self, name)}
         return {TENSORRT: {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1", **self.flags, **profile}}
 
-    def kernels(self, folder: Path) -> Kernels:
+    def counted(self, model: ir.Model) -> Kernels:
         """Count layers by what they multiply, as the model says it; TensorRT picks its kernels on the device itself."""
         counts = {name: Counter[str]() for name in ("integer", "low-bit", "float", "none")}
         left = []
-        for node in qgraph.ir.walk(qgraph.ir.load(folder / "model.onnx")):
+        for node in qgraph.ir.walk(model):
             kind = self.computes(node) or "none"
             counts[kind][node.op_type] += 1
             if kind == "float":
@@ -175,8 +176,8 @@ class TensorrtInt8(TensorrtTarget):
         return Pipeline.parse(f"{_ALIKE},{_INT8}" if _has_grouped(model) else _INT8)
 
     def lower_passes(self) -> Pipeline:
-        """Return the last clean-up."""
-        return Pipeline.parse("remove-unused")
+        """Return the passes that end in what TensorRT computes as one layer."""
+        return Pipeline.parse(f"{FUSE},remove-unused")
 
     def ladder(self, compress: Pipeline) -> Sequence[Step]:
         """Return other ranges of activations, equalization, and corrected biases."""
@@ -205,7 +206,7 @@ class TensorrtFp8(TensorrtTarget):
 
     def lower_passes(self) -> Pipeline:
         """Return the passes that end in float16 where it is not 8 bits."""
-        return Pipeline.parse("to-fp16{quantizers=true},remove-unused")
+        return Pipeline.parse(f"{FUSE},to-fp16{{quantizers=true}},remove-unused")
 
 
 def _has_grouped(model: ir.Model) -> bool:

@@ -18,8 +18,8 @@ from qgraph.report.markup import Child, Markup, clip, element
 from qgraph.report.parts import bound_text, budget_text, document, name_cell, number, row, section, table
 from qgraph.report.placement_page import placement_section
 from qgraph.report.search_page import search_section
+from qgraph.runtime.figures import OutputFigures, Verification
 from qgraph.runtime.placement import kernel_counts
-from qgraph.runtime.verification import OutputFigures, Verification
 
 __all__ = ["render"]
 
