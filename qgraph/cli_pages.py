@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from qgraph.analysis.cost import ModelCost, NodeCost, Port
     from qgraph.catalog import Entry
     from qgraph.cli_display import Display
-    from qgraph.doctor import Survey
+    from qgraph.doctor import Readiness, Survey
     from qgraph.evaluation import Perplexity
     from qgraph.registry import Kind
     from qgraph.runtime.capability_check import TableCheck
@@ -89,12 +89,18 @@ def survey_tables(survey: Survey) -> list[Table]:
         )
         for one in survey.runtimes
     ]
-    targets = [(one.target, "usable" if one.usable else "not here", one.missing) for one in survey.targets]
+    targets = [(one.target, _state(one), one.missing) for one in survey.targets]
     return [
         Table(("this machine", ""), tuple(machine)),
         Table(("runtime", "version", "offers, or how to get it"), tuple(runtimes)),
         Table(("target", "", "what is missing"), tuple(targets)),
     ]
+
+
+def _state(one: Readiness) -> str:
+    if one.usable:
+        return "usable"
+    return "builds only" if one.builds else "not here"
 
 
 def probe_lines(checks: Sequence[TableCheck]) -> list[tuple[str, str]]:
@@ -110,6 +116,9 @@ def probe_lines(checks: Sequence[TableCheck]) -> list[tuple[str, str]]:
         ran, loaded, none, unbuilt = (one.probes.get(state, 0) for state in ("ran", "loaded", "none", "not built"))
         models = f"{ran} ran, {loaded} loaded, {none} without a kernel, {unbuilt} could not be built"
         checked = f"{one.entries} kernels of the registry; {one.fusions} fused forms; one-node models: {models}"
+        if one.importer:
+            models = f"{loaded} imported, {none} refused, {unbuilt} could not be built"
+            checked = f"{one.entries} operators have a converter; ONNX's examples of operators: {models}"
         lines.append((one.table, f"{verdict}{other}: {checked}"))
         lines += [("", text) for text in one.differences[:_DIFFERENCES]]
         if count > _DIFFERENCES:
