@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from qgraph.analysis.cost import ModelCost, NodeCost, Port
     from qgraph.catalog import Entry
     from qgraph.cli_display import Display
-    from qgraph.doctor import Survey
+    from qgraph.doctor import Readiness, Survey
     from qgraph.evaluation import Perplexity
     from qgraph.registry import Kind
     from qgraph.runtime.capability_check import TableCheck
@@ -89,12 +89,18 @@ def survey_tables(survey: Survey) -> list[Table]:
         )
         for one in survey.runtimes
     ]
-    targets = [(one.target, "usable" if one.usable else "not here", one.missing) for one in survey.targets]
+    targets = [(one.target, _state(one), one.missing) for one in survey.targets]
     return [
         Table(("this machine", ""), tuple(machine)),
         Table(("runtime", "version", "offers, or how to get it"), tuple(runtimes)),
         Table(("target", "", "what is missing"), tuple(targets)),
     ]
+
+
+def _state(one: Readiness) -> str:
+    if one.usable:
+        return "usable"
+    return "builds only" if one.builds else "not here"
 
 
 def probe_lines(checks: Sequence[TableCheck]) -> list[tuple[str, str]]:
@@ -108,8 +114,11 @@ def probe_lines(checks: Sequence[TableCheck]) -> list[tuple[str, str]]:
         count = len(one.differences)
         verdict = "agrees" if one.agrees else f"{count} difference{'s' if count > 1 else ''}"
         checked = f"{one.entries} kernels of the registry"
-        if one.probes:
-            ran, loaded, none, unbuilt = (one.probes.get(state, 0) for state in ("ran", "loaded", "none", "not built"))
+        ran, loaded, none, unbuilt = (one.probes.get(state, 0) for state in ("ran", "loaded", "none", "not built"))
+        if one.importer:
+            models = f"{loaded} imported, {none} refused, {unbuilt} could not be built"
+            checked = f"{one.entries} operators have a converter; ONNX's examples of operators: {models}"
+        elif one.probes:
             models = f"{ran} ran, {loaded} loaded, {none} without a kernel, {unbuilt} could not be built"
             checked += f"; {one.fusions} fused forms; one-node models: {models}"
         if one.products:

@@ -16,6 +16,7 @@ from typing import Any
 import qgraph
 from qgraph import registry
 from qgraph.catalog import Entry, catalog
+from qgraph.errors import UserError
 from qgraph.runtime.benchmark import machine
 from qgraph.runtime.processor import processor_flags
 
@@ -24,6 +25,8 @@ __all__ = ["Readiness", "Runtime", "Survey", "survey"]
 DISTRIBUTION = "qgraph-compiler"
 _NVIDIA_SMI_SECONDS = 10
 _MEND_DRIVER = "restart the machine, or install the driver anew, so that kernel module and library are of one version"
+_OF_DEVICES = ("apple", "cuda", "tvm")
+"""The extras whose runtimes may be here without the device that a target is for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +50,19 @@ class Runtime:
 
 @dataclasses.dataclass(frozen=True)
 class Readiness:
-    """Whether a target's artifacts run here; `missing` says what is not there and what to install, or is ''."""
+    """Whether a target's artifacts run here.
+
+    Attributes:
+        target: its name.
+        usable: whether they do.
+        missing: what is not there and what to install, or ''.
+        builds: whether its runtime is here and only the device is not, so that they are built, and verified elsewhere.
+    """
 
     target: str
     usable: bool
     missing: str = ""
+    builds: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,9 +186,18 @@ def _nvidia_devices() -> tuple[tuple[str, ...], str]:
 
 def _readiness(target: Entry, runtimes: Sequence[Runtime]) -> Readiness:
     missing = target.fault or _missing(target.facts["extra"], runtimes)
-    if not missing:
-        missing = registry.find("target", target.name)().lacks()  # a provider may be there and not start
-    return Readiness(target.name, usable=not missing, missing=missing)
+    if missing:
+        return Readiness(target.name, usable=False, missing=missing)
+    one = registry.find("target", target.name)()
+    missing = one.lacks()  # a provider may be there and not start
+    if missing or target.facts["extra"] not in _OF_DEVICES:
+        return Readiness(target.name, usable=not missing, missing=missing)
+    try:
+        elsewhere = one.stand_in()
+    except UserError as error:
+        return Readiness(target.name, usable=False, missing=str(error))
+    why = f"its device: artifacts are built here, and run on {elsewhere}" if elsewhere else ""
+    return Readiness(target.name, usable=not why, missing=why, builds=bool(why))
 
 
 def _missing(extra: str, runtimes: Sequence[Runtime]) -> str:

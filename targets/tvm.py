@@ -23,7 +23,7 @@ import qgraph.ir
 from qgraph.analysis.kernel_support import unsupported
 from qgraph.capabilities import table
 from qgraph.codegen import tvm_artifact, tvm_float_build, tvm_machines
-from qgraph.codegen.tvm_import import imported, refused
+from qgraph.codegen.tvm_import import advice, imported, refused
 from qgraph.codegen.tvm_kernels import Limits, check_kernels, sources
 from qgraph.codegen.tvm_session import ModelSession
 from qgraph.codegen.tvm_tuning import Log, tuned
@@ -37,6 +37,8 @@ _LOWER = "to-plain-operators,infer-shapes,fold-constants,remove-unused"
 _STAND_IN = "stand-in"
 _PYTHON = ("NonZero", "Unique")
 """Operators that TVM computes in Python: relax.run.nonzero and relax.run.unique, see tvm/relax/op/set.py."""
+_UNROLLED = ("GRU", "GroupQueryAttention", "LSTM", "RNN")
+"""Operators that are written plainly where the sizes of their inputs are known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ class _Tvm(Target):
         Raises:
             UserError: TVM is not installed.
         """
-        return repeated_outputs(model) or unsupported(model, table("tvm")) or _in_python(model) or refused(model)
+        return repeated_outputs(model) or _unknown(model) or _in_python(model) or refused(model)
 
     def session(self, folder: Path, *, threads: int = 0) -> Session:
         """Run the library, or where its device is not here, the same module compiled for this processor.
@@ -80,6 +82,13 @@ class _Tvm(Target):
         entries = tvm_artifact.write_parameters(imported_model.parameters, folder / tvm_artifact.PARAMETERS)
         tvm_artifact.write_runners(model, folder, entries, device=device, target=target, library=library)
         return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _unknown(model: ir.Model) -> list[Skipped]:
+    """Return the nodes that the importer does not take, with advice where fixed sizes help."""
+    found = unsupported(model, table("tvm"))
+    labels = {qgraph.ir.node_label(node) for node in qgraph.ir.walk(model) if node.op_type in _UNROLLED}
+    return [Skipped(one.node, one.reason + (advice(model) if one.node in labels else "")) for one in found]
 
 
 def _in_python(model: ir.Model) -> list[Skipped]:

@@ -137,6 +137,11 @@ def _scalar(one: Constraint, facts: NodeFacts) -> str | None:
     return None if one_element else f"input {one.input} must have one element"
 
 
+def _outputs(one: Constraint, facts: NodeFacts) -> str | None:
+    behind = [value for value in facts.node.outputs[one.factor :] if value.name]
+    return f"output {one.factor} must be left out" if behind else None
+
+
 def _static(one: Constraint, facts: NodeFacts) -> str | None:
     values = (*facts.node.inputs, *facts.node.outputs) if one.input is None else (_input(one, facts),)
     for value in values:
@@ -171,6 +176,7 @@ _CHECKS: Mapping[str, Callable[[Constraint, NodeFacts], str | None]] = {
     "present": _present,
     "rank": _rank,
     "scalar": _scalar,
+    "outputs": _outputs,
     "static": _static,
     "attribute": _attribute,
     "multiple": _multiple,

@@ -8,6 +8,7 @@ static                      every input and output has a shape of known numbers
 static I                    input I has
 attribute NAME in V, V      an attribute, or its default; `none` where it has neither. Integers may be `1..4`,
                             the elements of a list are joined by spaces: `attribute axes in 0 1`
+outputs N                   no output behind the first N is there
 multiple I AXIS N           the size of input I along AXIS (negative: from the end) is a multiple of N
 """
 
@@ -36,7 +37,7 @@ class Constraint:
         attribute: name of the attribute that it is about, or ''.
         values: what is allowed, as text; a range of integers is two of them.
         axis: of `multiple`.
-        factor: of `multiple`.
+        factor: of `multiple`; of `outputs`, how many there may be.
     """
 
     word: str
@@ -101,6 +102,10 @@ def _attribute(word: str, text: str, rest: str) -> Constraint:
     return Constraint(word, text, attribute=name, values=_values(values))
 
 
+def _outputs(word: str, text: str, rest: str) -> Constraint:
+    return Constraint(word, text, factor=_index(rest))
+
+
 def _multiple(word: str, text: str, rest: str) -> Constraint:
     index, axis, factor = rest.split()
     if int(factor) < 1:
@@ -137,6 +142,7 @@ _WORDS: dict[str, Callable[[str, str, str], Constraint]] = {
     "absent": _about_input,
     "present": _about_input,
     "scalar": _about_input,
+    "outputs": _outputs,
     "static": _static,
     "rank": _rank,
     "attribute": _attribute,
@@ -147,6 +153,7 @@ _FORMS = {
     "absent": "absent I",
     "present": "present I",
     "scalar": "scalar I",
+    "outputs": "outputs N",
     "static": "static' or 'static I",
     "rank": "rank I in A..B",
     "attribute": "attribute NAME in V, V",

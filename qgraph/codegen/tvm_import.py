@@ -21,7 +21,7 @@ import qgraph.ir
 from qgraph.codegen.tvm_lowering import require_tvm
 from qgraph.pipeline import Skipped
 
-__all__ = ["Imported", "Parameter", "imported", "refused"]
+__all__ = ["Imported", "Parameter", "advice", "imported", "refused"]
 
 _LEAST_BYTES = 256
 """Smaller ones are constants of the library."""
@@ -115,11 +115,15 @@ def refused(model: ir.Model) -> list[Skipped]:
         middle = (least + most) // 2
         found = _stops(_head(clone, nodes[:middle]))
         least, most, reason = (middle, most, reason) if found is None else (least, middle, found)
-    return [Skipped(qgraph.ir.node_label(nodes[most - 1]), f"{nodes[most - 1].op_type}: {reason}{_advice(model)}")]
+    return [Skipped(qgraph.ir.node_label(nodes[most - 1]), f"{nodes[most - 1].op_type}: {reason}{advice(model)}")]
 
 
-def _advice(model: ir.Model) -> str:
-    """Say how to fix the sizes, if any is open: most of what the importer refuses is about shapes."""
+def advice(model: ir.Model) -> str:
+    """Say how to fix the sizes, if any is open: most of what the importer refuses is about shapes.
+
+    Returns:
+        A sentence to put behind a reason, or ''.
+    """
     for value in model.graph.inputs:
         if value.shape is not None and not value.shape.is_static():
             example = ",".join(str(size) if isinstance(size, int) else "1" for size in value.shape)

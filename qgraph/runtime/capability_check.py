@@ -1,8 +1,12 @@
-"""The tables of capabilities held against what is installed here: registry, one-node models, fused forms, sums."""
+"""The tables of capabilities held against what is installed here: registry, one-node models, fused forms, sums.
+
+ONNX Runtime's CPU provider is asked for its kernels, and runs; TVM's importer is handed ONNX's examples of operators.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,6 +15,7 @@ from qgraph import capabilities
 from qgraph.capabilities import ByteProduct, Entry, Fusion, Table, Types
 from qgraph.errors import UserError
 from qgraph.runtime.fusion_probes import found_fusions
+from qgraph.runtime.importer_probes import WORKER, converters, examples
 from qgraph.runtime.kernel_probes import Outcome, Probe, outcomes, probes
 from qgraph.runtime.kernel_registry import registry_entries
 from qgraph.runtime.processor import product_processor
@@ -19,7 +24,7 @@ from qgraph.runtime.session import CPU_PROVIDER, installed_providers
 
 __all__ = ["TableCheck", "check_table", "check_tables", "registry_differences"]
 
-ONNX_RUNTIME = "ONNX Runtime"
+ONNX_RUNTIME, TVM = "ONNX Runtime", "Apache TVM"
 _FROM_REGISTRY = "registry"
 
 
@@ -32,13 +37,14 @@ class TableCheck:
         version: of the runtime that the table was taken of.
         installed: version of the runtime here, or ''.
         unchecked: why nothing of it could be derived here, or ''.
-        entries: number of entries of kernels that were compared with the registry.
+        entries: number of entries of kernels that were compared with the registry; of an importer, its converters.
         probes: state ("ran", "loaded", "none", "not built") -> number of one-node models.
         not_built: operators that no probe could be built for.
         fusions: number of forms that were looked at.
         processor: which of `qgraph.capabilities.PROCESSORS` the one at hand is, or ''.
         products: number of kernels whose sums of products of bytes were looked at on it.
         differences: what differs, a line each, as the runtime here has it.
+        importer: whether an importer was asked, of which nothing runs.
     """
 
     table: str
@@ -52,6 +58,7 @@ class TableCheck:
     processor: str = ""
     products: int = 0
     differences: tuple[str, ...] = ()
+    importer: bool = False
 
     @property
     def agrees(self) -> bool:
@@ -72,7 +79,7 @@ def check_table(table: Table, progress: Callable[[str, int, int], None] | None =
     """Derive from what is installed here as much of a table as can be, and compare.
 
     Of ONNX Runtime's other providers than the CPU's, the registry alone is compared: models are probed on the CPU only.
-    Nothing that is missing raises.
+    TVM's importer is asked, but nothing of it runs. Nothing that is missing raises.
 
     Args:
         table: to check.
@@ -81,6 +88,8 @@ def check_table(table: Table, progress: Callable[[str, int, int], None] | None =
     unchecked, installed = _unchecked(table)
     if unchecked:
         return TableCheck(table.name, table.version, installed, unchecked)
+    if table.runtime == TVM:
+        return _check_importer(table, installed, progress)
     try:
         kernels = registry_entries(table.provider)
     except UserError as error:
@@ -115,8 +124,33 @@ def check_table(table: Table, progress: Callable[[str, int, int], None] | None =
     )
 
 
+def _check_importer(
+    table: Table, installed: str, progress: Callable[[str, int, int], None] | None
+) -> TableCheck:  # fmt: skip
+    """Compare with what the importer makes of examples, and where there are none, with its converters."""
+    every = list(examples())
+    results = list(_counted(outcomes((one.model for one in every), WORKER), len(every), table.name, progress))
+    known = converters()
+    shown = {probe.name for probe in every}
+    untried = {*table.operators} - shown
+    differences = [
+        *dict.fromkeys(_probe_differences(table, every, results)),
+        *(f"the importer has a converter that the table lacks: {one}" for one in sorted(known - shown - untried)),
+        *(f"the importer lacks a converter that the table has: {one}" for one in sorted(untried - known)),
+    ]
+    states = dict(sorted(Counter(result.state for result in results).items()))
+    return TableCheck(
+        table.name, table.version, installed, "", len(known), states, differences=tuple(differences), importer=True
+    )
+
+
 def _unchecked(table: Table) -> tuple[str, str]:
     """Return why a table cannot be checked here, or '', and the version that is installed, or ''."""
+    if table.runtime == TVM:
+        try:
+            return "", importlib.metadata.version("apache-tvm")
+        except importlib.metadata.PackageNotFoundError:
+            return "TVM is not installed: pip install 'qgraph-compiler[tvm]'", ""
     if table.runtime != ONNX_RUNTIME:
         return f"{table.runtime} tells nothing of its kernels that a probe could ask for", ""
     providers = installed_providers()

@@ -181,13 +181,18 @@ def _type(word: str) -> ir.TypeProtocol | None:
     return ir.TensorType(_TYPES[word]) if word in _TYPES else None
 
 
-def outcomes(models: Iterable[ir.Model]) -> Iterator[Outcome]:
-    """Load, and where it can be, run each model, in a process of their own that may die of one."""
+def outcomes(models: Iterable[ir.Model], worker_module: str = "qgraph.runtime.probe_worker") -> Iterator[Outcome]:
+    """Load, and where it can be, run each model, in a process of their own that may die of one.
+
+    Args:
+        models: with a node each.
+        worker_module: what the process runs; answers as `probe_worker` does.
+    """
     worker: subprocess.Popen[bytes] | None = None
     try:
         for model in models:
             if worker is None:
-                worker = _start()
+                worker = _start(worker_module)
             outcome, alive = _ask(worker, ir.to_proto(model).SerializeToString())
             if not alive:
                 _stop(worker)
@@ -198,8 +203,8 @@ def outcomes(models: Iterable[ir.Model]) -> Iterator[Outcome]:
             _stop(worker)
 
 
-def _start() -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "qgraph.runtime.probe_worker"]
+def _start(module: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", module]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TextIO
 
 import numpy as np
@@ -26,10 +26,13 @@ _NO_KERNEL = ("NOT_IMPLEMENTED", "is not currently registered or supported")
 _PROVIDER = "CPUExecutionProvider"
 
 
-def serve(requests: BinaryIO, answers: TextIO) -> None:
-    """Answer until the requests end."""
+def serve(
+    requests: BinaryIO, answers: TextIO, answer: Callable[[bytes], Iterator[str]] | None = None
+) -> None:  # fmt: skip
+    """Answer until the requests end, with the lines that `answer` gives for a model: by default, of ONNX Runtime."""
+    answer = answer or _answer
     while len(head := requests.read(4)) == 4:
-        for line in _answer(requests.read(struct.unpack("<I", head)[0])):
+        for line in answer(requests.read(struct.unpack("<I", head)[0])):
             answers.write(line + "\n")
             answers.flush()
 

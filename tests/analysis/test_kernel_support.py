@@ -73,6 +73,12 @@ PAIR = "y = Add(x, x)"
         (operator("Relu", "constraints = ['scalar 0']"), RELU, "Relu: input 0 must have one element for Some Runtime"),
         (operator("Relu", "constraints = ['present 1']"), RELU, "Relu: input 1 must be there for Some Runtime"),
         (operator("Relu", "constraints = ['absent 0']"), RELU, "Relu: input 0 must be left out for Some Runtime"),
+        (operator("Relu", "constraints = ['outputs 1']"), RELU, None),
+        (
+            operator("MaxPool", "constraints = ['outputs 1']"),
+            "y, i = MaxPool <kernel_shape = [2, 2]> (x)",
+            "MaxPool: output 1 must be left out for Some Runtime",
+        ),
         (operator("Relu", "constraints = ['multiple 0 1 4']"), RELU, None),
         (
             operator("Relu", "constraints = ['multiple 0 -1 4']"),

@@ -235,7 +235,7 @@ def test_doctor_tells_what_is_usable(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["doctor", "--json"]) == 0
     shown = capsys.readouterr()
     document = json.loads(shown.out)
-    assert {"target": "cpu-int8", "usable": True, "missing": ""} in document["targets"]
+    assert {"target": "cpu-int8", "usable": True, "missing": "", "builds": False} in document["targets"]
     assert document["runtimes"][0]["name"] == "ONNX Runtime"
     assert "CPUExecutionProvider" in document["runtimes"][0]["offers"]
     assert "ONNX Runtime" in shown.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import io
 import struct
 from collections.abc import Mapping
@@ -13,13 +14,14 @@ import pytest
 from qgraph import capabilities, cli_pages
 from qgraph.analysis.kernel_support import unsupported
 from qgraph.capabilities import Entry, Table, Types
-from qgraph.runtime import capability_check, kernel_probes, kernel_registry, probe_worker
+from qgraph.runtime import capability_check, importer_probes, kernel_probes, kernel_registry, probe_worker
 from qgraph.runtime.capability_check import TableCheck, check_table, registry_differences
 from qgraph.runtime.fusion_probes import FORMS, found_fusions
 from qgraph.runtime.kernel_probes import outcomes, probes
 from qgraph.runtime.kernel_registry import registry_entries, type_word
 
 CPU = "onnxruntime-cpu"
+_SOME = ("Attention", "Det", "If", "MaxPool", "OneHot", "Pow", "Relu")
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,41 @@ def test_fused_forms_that_differ_are_told(table: Table):
     assert capability_check._fusion_differences([one], []) == [
         f"no probe shows what becomes of {one.pattern} ({one.when[0]})"
     ]
+
+
+def test_the_importer_of_tvm_takes_what_its_table_says_and_no_more(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("tvm", reason="Apache TVM is not installed")
+    table = capabilities.table("tvm")
+    some = [probe for name in _SOME for probe in importer_probes.examples(name)]
+    monkeypatch.setattr(capability_check, "examples", lambda: some)
+    check = check_table(table)
+    if check.installed == table.version:
+        assert check.agrees, check.differences
+    assert check.probes["loaded"] > 10
+    assert check.probes["none"] > 5
+    operators = {**table.operators, "Det": (Entry("Det"),), "Bogus": (Entry("Bogus"),)}
+    del operators["Relu"]
+    told = check_table(dataclasses.replace(table, operators=operators)).differences
+    assert "the table takes Det of opset 22 with float32, the runtime does not: " in "\n".join(told)
+    assert "the runtime takes Relu of opset 14 with float32, the table does not: Apache TVM has no Relu" in told
+    assert "the importer lacks a converter that the table has: Bogus" in told
+    ((name, text), *_) = cli_pages.probe_lines([check])
+    assert (name, "158 operators have a converter; ONNX's examples of operators" in text) == ("tvm", True)
+
+
+def test_examples_have_constants_behind_their_first_input():
+    for probe in importer_probes.examples("Clip"):
+        assert [value.name for value in probe.model.graph.inputs] == ["x"]
+        assert len(probe.types) == len(probe.model.graph.initializers) + 1 or "" in probe.types
+
+
+def test_without_tvm_one_line_says_so(monkeypatch: pytest.MonkeyPatch):
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    (line,) = cli_pages.probe_lines([check_table(capabilities.table("tvm"))])
+    assert line == ("tvm", "not checked: TVM is not installed: pip install 'qgraph-compiler[tvm]'")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -16,7 +17,11 @@ import pytest
 
 import qgraph
 import qgraph.ir
+from qgraph.codegen.tvm_float_build import fused_for_cpu
+from qgraph.codegen.tvm_float_schedule import scheduled_float
+from qgraph.codegen.tvm_import import imported
 from qgraph.codegen.tvm_kernels import Limits, check_kernels
+from qgraph.codegen.tvm_machines import cpu_target
 from qgraph.codegen.tvm_packing import Lanes
 from qgraph.errors import UserError
 from qgraph.runtime.session import open_session
@@ -66,6 +71,12 @@ def _with_weights(model: ir.Model, weights: dict[str, np.ndarray]) -> ir.Model:
                     qgraph.ir.initializer(model.graph, name, weights[name])
                 node.replace_input_with(place, model.graph.initializers[name])
     return model
+
+
+def is_near(artifact: qgraph.Artifact) -> bool:
+    """Tell whether ONNX Runtime gave the same, or next to the same, of the source."""
+    (one,) = artifact.manifest["verification"]["outputs"]
+    return bool(one["exact"] or one["sqnr_db"] > 100)
 
 
 def images(count: int) -> np.ndarray:
@@ -143,6 +154,19 @@ def test_the_runner_in_cxx_gives_the_same_bits(artifact: qgraph.Artifact, tmp_pa
     np.testing.assert_array_equal(found, np.concatenate([one.reshape(-1) for one in right]))
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+@pytest.mark.parametrize("python", ["no-such-python", f"{sys.executable} -S -I"])
+def test_without_tvm_the_makefile_says_what_the_runner_wants(artifact: qgraph.Artifact, tmp_path: Path, python: str):
+    for name in ("run.cc", "signature.h", "Makefile"):
+        shutil.copy(artifact.path / name, tmp_path)
+    done = subprocess.run(
+        ["make", "-s", "run", f"PYTHON={python}"], check=False, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode
+    assert f"error: the runner wants TVM's headers and runtime, which {python} does not have" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.skipif(shutil.which("g++") is None or shutil.which("make") is None, reason="no C++ compiler here")
 def test_both_runners_sort(tmp_path: Path):
     model = ir.from_onnx_text("""
@@ -163,6 +187,75 @@ def test_both_runners_sort(tmp_path: Path):
     environment = {**os.environ, "MODEL_FOLDER": str(made)}
     done = subprocess.run([tmp_path / "run", "x.bin"], check=True, cwd=tmp_path, capture_output=True, env=environment)
     np.testing.assert_array_equal(np.frombuffer(done.stdout[: right.nbytes], np.float32), right.reshape(-1))
+
+
+def test_sums_for_one_channel_are_not_unrolled_beyond_their_rows(tmp_path: Path):
+    """A filter over a long signal: what was unrolled by mistake took minutes to compile."""
+    model = ir.from_onnx_text("""
+        <ir_version: 10, opset_import: ["" : 21]>
+        signal (float[N, 1, 1, 8000] x) => (float[N, 1, 1, 3937] y) {
+            c = Conv <strides = [1, 2]> (x, f)
+            y = Relu (c)
+        }
+    """)
+    _with_weights(model, {"f": _numbers((1, 1, 1, 128))})
+    fused = fused_for_cpu(imported(model).module, cpu_target())
+    text = scheduled_float(fused, Lanes(16, 32)).script()
+    assert "T.parallel(" in text
+    assert max(int(count) for count in re.findall(r"T\.unroll\(T\.int64\((\d+)\)\)", text)) <= 14
+    assert is_near(qgraph.compile(model, TvmCpu(), output=tmp_path / "made"))
+
+
+def test_one_row_spreads_over_threads():
+    model = ir.from_onnx_text("""
+        <ir_version: 10, opset_import: ["" : 21]>
+        row (float[1, 256] x) => (float[1, 512] y) { y = MatMul (x, w) }
+    """)
+    _with_weights(model, {"w": _numbers((256, 512))})
+    text = scheduled_float(fused_for_cpu(imported(model).module, cpu_target()), Lanes(16, 32)).script()
+    assert "T.parallel(T.int64(16))" in text
+
+
+def test_slices_of_open_sizes_are_as_large_as_they_are(tmp_path: Path):
+    """As tf2onnx writes them: every axis named, and ends that lie far behind."""
+    far = 2**31 - 1
+    model = ir.from_onnx_text(f"""
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[N, 9] x) => (float[N, 16] y)
+        <int64[2] s = {{0, 2}}, int64[2] e = {{{far}, {far}}}, int64[2] a = {{0, 1}}, int64[4] p = {{0, 0, 0, 2}}> {{
+            t = Slice (x, s, e, a)
+            u = Pad (t, p)
+            y = Concat <axis = 1> (u, t)
+        }}
+    """)
+    made = qgraph.compile(model, TvmCpu(), output=tmp_path / "made").path
+    x = np.random.default_rng(0).normal(size=(5, 9)).astype(np.float32)
+    right = np.concatenate([x[:, 2:], np.zeros((5, 2), np.float32), x[:, 2:]], 1)
+    np.testing.assert_array_equal(qgraph.open(made).run(None, {"x": x})[0], right)
+
+
+def test_a_recurrent_layer_of_open_length_is_refused_with_the_flag_that_helps(tmp_path: Path):
+    model = ir.from_onnx_text("""
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[T, 1, 4] x) => (float[T, 1, 1, 3] y) { y = RNN <hidden_size = 3> (x, w, r) }
+    """)
+    _with_weights(model, {"w": _numbers((1, 3, 4)), "r": _numbers((1, 3, 3))})
+    with pytest.raises(UserError, match=r"Apache TVM has no RNN\. Sizes .* are open: .*--shape x=1,1,4"):
+        qgraph.compile(model, TvmCpu(), output=tmp_path / "open")
+    assert is_near(qgraph.compile(model, TvmCpu(), output=tmp_path / "fixed", shapes={"x": (5, 1, 4)}))
+
+
+def test_gpu_schedules_take_what_is_read_twice_behind_a_product(tmp_path: Path):
+    model = ir.from_onnx_text("""
+        <ir_version: 10, opset_import: ["" : 21]>
+        g (float[N, 64, 8, 8] x) => (float[N, 96, 8, 8] y) {
+            c = Conv (x, w, b)
+            y = HardSwish (c)
+        }
+    """)
+    _with_weights(model, {"w": _numbers((96, 64, 1, 1)), "b": _numbers((96,))})
+    made = qgraph.compile(model, TvmMetal(), output=tmp_path / "gpu")
+    assert "simdgroup" in (made.path / "source" / "kernels.metal").read_text()
 
 
 def test_weights_of_few_bits_stay_small(artifact: qgraph.Artifact, tmp_path: Path):
