@@ -32,7 +32,7 @@ import onnx_ir as ir
 import qgraph
 from qgraph import spec
 from qgraph.analysis.calibration import calibrate
-from qgraph.analysis.finished_layers import fingerprint
+from qgraph.analysis.finished_layers import fingerprint, likeness
 from qgraph.analysis.tensor_statistics import statistics
 from qgraph.cache import Cache, key_of
 from qgraph.errors import UserError
@@ -40,12 +40,15 @@ from qgraph.manifest import sha256
 from qgraph.pipeline import Context, IrPass, Pass, Pipeline, Report, Rewrite, Samples
 from qgraph.runtime.benchmark import machine
 from qgraph.runtime.recorded import Recorded
+from qgraph.runtime.watched_source import WatchedSource
 from qgraph.stored_states import State, read_outputs, read_state, write_outputs, write_state
 
 __all__ = ["BusyError", "Line", "Sharing", "joined"]
 
 _STATES = 16
 """States of the model that are kept in memory; they share most of their weights."""
+_WATCHED = 4
+"""Sources whose inner tensors are kept."""
 _WORTH_COPYING = 0.1
 _WORTH_WRITING = 0.5
 """Seconds of work behind which a state is kept, in memory and on disk. What is kept decides on nothing but time."""
@@ -71,6 +74,7 @@ class Sharing:
         self.claims = claims
         self._memory = memory
         self._states: OrderedDict[str, State] = OrderedDict()
+        self._watched: OrderedDict[tuple[Any, ...], WatchedSource] = OrderedDict()
         self._facts: dict[tuple[Any, ...], Any] = {}
         self._digests: dict[int, str] = {}
         self._held: list[object] = []
@@ -145,6 +149,18 @@ class Sharing:
         outputs = recorded.outputs
         if self.cache is not None and outputs is not None:
             self.cache.keep(self._outputs_key(root, samples), functools.partial(write_outputs, outputs))
+
+    def watched(self, watched: WatchedSource) -> WatchedSource:
+        """Return one that stands for a like source with the same samples, if there is one, else this."""
+        if not self._memory:
+            return watched
+        source = watched.source
+        key = (likeness(source) if isinstance(source, ir.Model) else source, _fingerprint(watched.samples))
+        found = self._watched.setdefault(key, watched)
+        self._watched.move_to_end(key)
+        while len(self._watched) > _WATCHED:
+            self._watched.popitem(last=False)
+        return found
 
     def _outputs_key(self, root: str, samples: Samples) -> str:
         return key_of("outputs", root, self._digest(samples))

@@ -33,7 +33,7 @@ from qgraph.plan import Plan, recipe_text
 from qgraph.report.data import ReportData
 from qgraph.report.html import render
 from qgraph.report.ladder import Rung
-from qgraph.report.layers import LayerFacts, few, look_inside
+from qgraph.report.layers import KEPT_SOURCE, LayerFacts, few, look_inside
 from qgraph.report.units import bytes_text, count_text
 from qgraph.runtime.benchmark import Benchmark, compare
 from qgraph.runtime.placement import Placement
@@ -43,6 +43,7 @@ from qgraph.runtime.session import input_signature, open_session, random_feeds
 from qgraph.runtime.user_metric import UserMetric
 from qgraph.runtime.verification import Verification, refuse_unmeasurable
 from qgraph.runtime.verification import verify as verify_sessions
+from qgraph.runtime.watched_source import WatchedSource
 from qgraph.samples import open_samples, signature, split
 from qgraph.sharing import Line, Sharing
 from qgraph.target_options import options_of
@@ -60,6 +61,8 @@ _SLICE = 16
 """... of this part of it."""
 _RECORDED = 4
 """The source's outputs are kept up to this part of that memory."""
+_WATCHED = 8
+"""The source's inner tensors are kept for the report up to this part of that memory."""
 _NOISE = 1.05
 """How many times longer than its budget a result may take: timings repeat within a few per cent."""
 
@@ -491,12 +494,19 @@ class Run:
             why = "the model is compared in slices, for its size" if self.sliced else f"{nodes:,} nodes take long"
             return LayerFacts(remark=f"Not taken: {why}. `qgraph diff MODEL ARTIFACT --calib DATA` takes it.")
         seconds = self.bench["before"].seconds if self.bench is not None else None
+        watched = self._watched(source, few(self.samples, seconds))
         facts = look_inside(
-            source, stage, few(self.samples, seconds), threads=self.context.threads, progress=self.context.progress
+            watched, stage, watched.samples, threads=self.context.threads, progress=self.context.progress
         )
         if facts.tensors:
             self.event("layers", facts.told())
         return facts
+
+    def _watched(self, source: Path | ir.Model, samples: Sequence[Feeds]) -> WatchedSource:
+        """Return the source's side of comparing tensors; it serves for all targets that have the same source."""
+        keep = min(KEPT_SOURCE, self.context.calibration_memory // _WATCHED)
+        watched = WatchedSource(source, samples, threads=self.context.threads, keep=keep)
+        return watched if self.sharing is None else self.sharing.watched(watched)
 
 
 def told(report: Report) -> str:
