@@ -19,15 +19,13 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.errors import UserError
+from qgraph.errors import UserError, is_disk_full
 from qgraph.numerics.packing import pack_bits, unpack_bits
 from qgraph.numerics.weights import QuantizedWeight, WeightScheme
 from qgraph.onnx_file import MappedTensor
 from qgraph.pipeline import Context
 
 __all__ = ["Finished", "FinishedLayers", "fingerprint", "likeness"]
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Finished(NamedTuple):
@@ -94,7 +92,7 @@ class FinishedLayers:
             unfinished.unlink(missing_ok=True)
             if error.errno == errno.ENOENT:
                 raise _removed(self._folder) from error
-            if error.errno not in _FULL:
+            if not is_disk_full(error):
                 raise
             raise UserError(
                 f"the disk is full: {self._folder} has no room for another finished layer. Those that are done are "

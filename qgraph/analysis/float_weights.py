@@ -9,7 +9,6 @@ kernels, which round otherwise.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -46,7 +45,7 @@ def in_float(model: ir.Model, room: int) -> InFloat:
         room: bytes; where the weights need more in float32, the model is left as it is.
     """
     found = [node for node in model.graph if _is_weight(node)]
-    needed = sum(4 * math.prod(node.inputs[0].shape.numpy()) for node in found if _has_size(node.inputs[0]))
+    needed = sum(4 * _elements(node.inputs[0]) for node in found)
     if not found or needed > room or any(qgraph.ir.is_op(node, *_QUANTIZES) for node in qgraph.ir.walk(model)):
         return InFloat(model, {})
     copy = model.clone()
@@ -59,8 +58,8 @@ def in_float(model: ir.Model, room: int) -> InFloat:
     return InFloat(copy, ranges)
 
 
-def _has_size(value: ir.Value | None) -> bool:
-    return value is not None and value.shape is not None and value.shape.is_static()
+def _elements(value: ir.Value | None) -> int:
+    return value.const_value.size if value is not None and value.const_value is not None else 0
 
 
 def _is_weight(node: ir.Node) -> bool:

@@ -254,7 +254,9 @@ def dequantized(node: ir.Node, stored: ir.Value) -> np.ndarray | None:
     if block and parameters[0].size > 1 and apart[axis] == parameters[0].shape[axis] * block:
         place = axis % len(apart)
         apart[place : place + 1] = [apart[place] // block, block]
-        scale, zero = (entries if entries.size == 1 else np.expand_dims(entries, place + 1) for entries in parameters[:2])
+        scale, zero = (
+            entries if entries.size == 1 else np.expand_dims(entries, place + 1) for entries in parameters[:2]
+        )
     else:
         scale, zero = (_spread(entries, node, integers.shape) for entries in parameters[:2])
     real = integers.astype(np.float32).reshape(apart)

@@ -32,7 +32,7 @@ from qgraph.analysis.quantization_sensitivity import Sensitivities
 from qgraph.errors import UserError
 from qgraph.pipeline import Progress, Samples
 from qgraph.runtime.metrics import ErrorSums, round_figure
-from qgraph.runtime.watched_source import Give, WatchedSource, model_file, run_probe, without_dropout
+from qgraph.runtime.watched_source import WatchedSource, model_file, run_probe, without_dropout
 
 __all__ = ["Difference", "Observe", "TensorError", "Unmatched", "difference"]
 
@@ -175,10 +175,10 @@ def difference(
     slices = list(_slices(pairs, before.bytes_of([pair.source for pair in pairs]), memory))
     sums: dict[str, ErrorSums] = {}
     for number, some in enumerate(slices):
-        give = before.giving([pair.name for pair in some])
+        given = before.giving([pair.name for pair in some])
         probe = Probe(after, _real_outputs(_results(some)), frozenset(before.largest), threads=threads)
         steps = _Steps(progress, number * len(samples), len(slices) * len(samples))
-        sums.update(_compare(some, give, probe, samples, steps, observe))
+        sums.update(_compare(some, given, probe, samples, steps, observe))
     unmatched += [
         Unmatched(pair.name, _op(pair.source), "the result's tensor has another shape or type")
         for pair in pairs
@@ -286,15 +286,14 @@ def _results(pairs: Sequence[_Pair]) -> list[str]:
 
 def _compare(
     pairs: Sequence[_Pair],
-    give: Give,
+    given: Iterator[list[np.ndarray]],
     probe: Probe,
     samples: Samples,
     steps: _Steps,
     observe: Observe | None,
 ) -> dict[str, ErrorSums]:
     sums = {pair.name: ErrorSums() for pair in pairs}
-    for number, feed in enumerate(samples):
-        ones = give(number, feed)
+    for number, (feed, ones) in enumerate(zip(samples, given, strict=True)):
         twos = dict(zip(_results(pairs), run_probe(probe, feed, "the result"), strict=True))
         for pair, one in zip(pairs, ones, strict=True):
             if pair.name not in sums:

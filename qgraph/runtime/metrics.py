@@ -100,9 +100,13 @@ class _Sums(NamedTuple):
         # np.sum adds in one fixed order; a BLAS dot product splits its sum by threads.
         with np.errstate(over="ignore", invalid="ignore"):
             error = source - result
-            pairs = ((source, source), (result, result), (source, result), (error, error))
-            sums = [float(np.sum(one * other)) for one, other in pairs]
-        return cls(*sums, max(float(error.max(initial=0.0)), -float(error.min(initial=0.0))))
+            return cls(
+                signal=float(np.sum(source * source)),
+                result_power=float(np.sum(result * result)),
+                product=float(np.sum(source * result)),
+                noise=float(np.sum(error * error)),
+                max_abs=max(float(error.max(initial=0.0)), -float(error.min(initial=0.0))),
+            )
 
     @property
     def finite(self) -> bool:

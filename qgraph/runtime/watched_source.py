@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +19,7 @@ from qgraph.errors import UserError
 from qgraph.pipeline import Feeds, Samples
 from qgraph.runtime.session import first_line
 
-__all__ = ["Give", "WatchedSource", "model_file", "run_probe", "without_dropout"]
-
-Give = Callable[[int, Feeds], list[np.ndarray]]
-"""Takes the number of a sample and the sample, and gives tensors."""
+__all__ = ["WatchedSource", "model_file", "run_probe", "sizes", "stated_size", "without_dropout"]
 
 
 class WatchedSource:
@@ -82,21 +79,24 @@ class WatchedSource:
         found = sizes(self.model, self.tensors, self.largest, self._threads)
         return {str(value.name): size for value, size in zip(self.tensors, found, strict=True)}
 
-    def giving(self, names: Sequence[str]) -> Give:
-        """Return what gives some tensors, sample by sample, without running where they were kept."""
-        if sum(self.bytes_of(self.tensors)) * len(self.samples) > self._keep:
-            probe = self._probe(names)
-            return lambda number, feed: run_probe(probe, feed, "the source")
-        if self._kept is None:
-            every = [str(value.name) for value in self.tensors]
-            probe = self._probe(every)
-            runs = (run_probe(probe, feed, "the source") for feed in self.samples)
-            self._kept = [dict(zip(every, arrays, strict=True)) for arrays in runs]
-        kept = self._kept
-        return lambda number, feed: [kept[number][name] for name in names]
+    def giving(self, names: Sequence[str]) -> Iterator[list[np.ndarray]]:
+        """Yield some tensors, sample by sample, without running where they were kept.
 
-    def _probe(self, names: Sequence[str]) -> Probe:
-        return Probe(self.model, raw_outputs(names), frozenset(self.largest), threads=self._threads)
+        Raises:
+            UserError: the model cannot run a sample.
+        """
+        if self._kept is None and sum(self.bytes_of(self.tensors)) * len(self.samples) <= self._keep:
+            every = [str(value.name) for value in self.tensors]
+            self._kept = [dict(zip(every, arrays, strict=True)) for arrays in self._run(every)]
+        if self._kept is None:
+            yield from self._run(names)
+        else:
+            yield from ([arrays[name] for name in names] for arrays in self._kept)
+
+    def _run(self, names: Sequence[str]) -> Iterator[list[np.ndarray]]:
+        probe = Probe(self.model, raw_outputs(names), frozenset(self.largest), threads=self._threads)
+        for feed in self.samples:
+            yield run_probe(probe, feed, "the source")
 
 
 def model_file(path: Path) -> Path:
