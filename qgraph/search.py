@@ -43,6 +43,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qgraph.analysis.quantization_sensitivity import Sensitivities
+from qgraph.beginnings import Beginning
 from qgraph.building import Built
 from qgraph.errors import UserError
 from qgraph.pipeline import Pipeline, Report, Samples
@@ -138,7 +139,8 @@ class Search:
         # A context of its own: the reference that the run's gets from a candidate is not that of the others.
         context = dataclasses.replace(run.context, _analyses={})
         self._place = Workplace(model, run.target, plan.lower or Pipeline(), context, tuning, recorded)
-        self._shop = Workshop(self._place)
+        self._beginning = Beginning.of(run.line)
+        self._shop = Workshop(self._place, self._beginning)
         self._executor: Executor | None = None
         self._known: set[Pipeline] = set()
         self._folders = 0
@@ -176,8 +178,8 @@ class Search:
         return Searched(plan, built, tested, rungs, self._tried(), self.interrupted)
 
     def _once_more(self, chosen: Candidate, stage: Path) -> Built:
-        """Build what was chosen as its recipe would, with nothing that other candidates have found out."""
-        built, context = Workshop(self._place).build(chosen.compress, stage)
+        """Build what was chosen as its recipe would, with nothing that other candidates alone have found out."""
+        built, context = Workshop(self._place, self._beginning).build(chosen.compress, stage)
         self._run.context.reference = context.reference
         self._run.event("build", f"{chosen.name}   {built.told()}")
         return built

@@ -36,6 +36,7 @@ LAYERS = (
     ("artifact",),
     ("plan", "building", "stored_states"),
     ("sharing",),
+    ("beginnings",),
     ("stages",),
     ("search_edits", "search_precision", "search_ranking", "search_workshop"),
     ("search_candidates", "search_executors"),
