@@ -1,49 +1,65 @@
-"""Write the table of ONNX Runtime's CPU provider from the installed runtime.
+"""Write the tables of ONNX Runtime's providers from the installed runtime.
 
-    python benchmarks/capability_table.py [qgraph/capabilities/onnxruntime-cpu.toml]
+    python benchmarks/capability_table.py [onnxruntime-cpu | onnxruntime-cuda]
 
-The kernels come from its registry. Operators without a kernel that it expands by their definition, and what it makes of
-several nodes, come from probes: small models that are loaded and run. What the table says in `constraints` and `note`
-was found otherwise and is kept. `qgraph doctor --probe` holds the table against the runtime.
+The kernels come from its registry, which the GPU build tells once its libraries load, with or without a device. For the
+CPU, operators without a kernel that it expands by their definition, what it makes of several nodes, and how kernels add
+products of bytes come from probes: small models that are loaded and run, the last of them as on lesser processors too
+(`lesser_processor`; where that cannot be, what the table has of others is kept). What is found otherwise stands here,
+in CONSTRAINTS and NOTES. `qgraph doctor --probe` holds the tables against the runtime.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from lesser_processor import processors_here, products_of
+
 from qgraph import capabilities
-from qgraph.capabilities import Constraint, Entry, Fusion, Table, Types
+from qgraph.capabilities import PROCESSORS, ByteProduct, Entry, Fusion, Table, Types
+from qgraph.errors import UserError
 from qgraph.runtime.fusion_probes import found_fusions
 from qgraph.runtime.kernel_probes import outcomes, probes
 from qgraph.runtime.kernel_registry import joined, registry_entries, runtime_schemas
 from qgraph.runtime.session import CPU_PROVIDER
 
-__all__ = ["definitions", "table_text"]
+__all__ = ["definitions", "made", "table_text"]
 
-NAME = "onnxruntime-cpu"
-FILE = Path(__file__).resolve().parent.parent / "qgraph" / "capabilities" / f"{NAME}.toml"
+FOLDER = Path(__file__).resolve().parent.parent / "qgraph" / "capabilities"
+CPU, CUDA = "onnxruntime-cpu", "onnxruntime-cuda"
+PROVIDERS = {CPU: CPU_PROVIDER, CUDA: "CUDAExecutionProvider"}
 HIGHEST_OPSET = 26
-SOURCES = {
-    "registry": "the kernel registry of the installed runtime",
-    "definition": "no kernel, but expanded by its definition: one-node models loaded",
-    "probe": "a small model loaded, and the graph that really runs looked at",
+SOURCES: Mapping[str, Mapping[str, str]] = {
+    CPU: {
+        "registry": "the kernel registry of the installed runtime, {version}",
+        "definition": "no kernel, but expanded by its definition: one-node models loaded in {version}",
+        "probe": "a small model loaded in {version}, and the graph that really runs looked at",
+        "product": "a small model run in {version}, on a processor with VNNI and with its VNNI and AVX-512 hidden",
+    },
+    CUDA: {"registry": "the kernel registry of onnxruntime-gpu {version} for CUDA 13, read without a device"},
 }
-CONVERSIONS = {"float16": "float32"}
-"""Nodes without a float16 kernel run in float32 between two Cast."""
-CONSTRAINTS: Mapping[str, tuple[str, ...]] = {
-    "com.microsoft.GatherBlockQuantized": (
-        "attribute bits in none, 2, 4, 8",
-        "attribute block_size in none, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192",
-    ),
-    "com.microsoft.MatMulNBits": (
-        "attribute bits in none, 2, 4, 8",
-        "attribute block_size in none, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192",
-    ),
+CONVERSIONS: Mapping[str, Mapping[str, str]] = {CPU: {"float16": "float32"}, CUDA: {}}
+"""On the CPU, nodes without a float16 kernel run in float32 between two Cast."""
+_BLOCKS = "attribute block_size in none, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192"
+CONSTRAINTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    CPU: {
+        "com.microsoft.GatherBlockQuantized": ("attribute bits in none, 2, 4, 8", _BLOCKS),
+        "com.microsoft.MatMulNBits": ("attribute bits in none, 2, 4, 8", _BLOCKS),
+    },
+    CUDA: {"com.microsoft.MatMulNBits": ("attribute bits in none, 2, 4, 8",)},
+}
+NOTES: Mapping[str, Mapping[str, str]] = {
+    CPU: {},
+    CUDA: {
+        "MatMulInteger": "int8 by int8 only: DynamicQuantizeLinear makes uint8",
+        "com.microsoft.GemmFloat8": "needs compute capability 8.9 (Ada) or 9.0 (Hopper)",
+    },
 }
 _FLOAT8 = ["float8e4m3fn", "float8e4m3fnuz", "float8e5m2", "float8e5m2fnuz"]
 _PLAIN = ["bfloat16", "bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "string", "uint8",
@@ -97,38 +113,42 @@ def _spans() -> Mapping[str, Sequence[tuple[int, int | None]]]:
     return spans
 
 
-def _constrained(entry: Entry, before: Mapping[str, tuple[Entry, ...]]) -> Entry:
-    """Return an entry with what the table so far says of it beyond types."""
-    same = next((one for one in before.get(entry.name, ()) if one.inputs == entry.inputs), None)
-    words = tuple(map(capabilities.parse_constraint, CONSTRAINTS.get(entry.name, ())))
-    constraints: tuple[Constraint, ...] = words or (same.constraints if same is not None else ())
-    return dataclasses.replace(entry, constraints=constraints, note="" if same is None else same.note)
+def _constrained(entry: Entry, name: str) -> Entry:
+    """Return an entry with what is known of it beyond types."""
+    constraints = tuple(map(capabilities.parse_constraint, CONSTRAINTS[name].get(entry.name, ())))
+    return dataclasses.replace(entry, constraints=constraints, note=NOTES[name].get(entry.name, ""))
 
 
-def table_text(table: Table, version: str) -> str:
+def table_text(table: Table) -> str:
     """Return a table as TOML: one line for each entry."""
+    body = [
+        *_listed("operators", [_entry(one) for name in sorted(table.operators) for one in table.operators[name]]),
+        *_listed("fusions", [_fusion(one) for one in table.fusions]),
+        *_listed("products", [_product(one) for one in table.products]),
+    ]
+    words = {word for line in body for word in re.findall(r'"(\w+)"', line)}
     lines = [
         "# Written by benchmarks/capability_table.py; `qgraph doctor --probe` holds it against the installed runtime.",
         f'runtime = "{table.runtime}"',
         f'provider = "{table.provider}"',
-        f'version = "{version}"',
+        f'version = "{table.version}"',
         f"opset = {table.opset}",
         "",
         *(f'sources.{key} = "{text}"' for key, text in table.sources.items()),
         "",
-        *(f"types.{name} = {_list(words)}" for name, words in GROUPS.items()),
-        "",
-        *(f'conversions.{one} = "{other}"' for one, other in table.conversions.items()),
-        "",
-        "operators = [",
-        *(f"  {_entry(entry)}," for name in sorted(table.operators) for entry in table.operators[name]),
-        "]",
-        "",
-        "fusions = [",
-        *(f"  {_fusion(one)}," for one in table.fusions),
-        "]",
+        *(f"types.{name} = {_list(members)}" for name, members in GROUPS.items() if name in words),
+        *(
+            ["", *(f'conversions.{one} = "{other}"' for one, other in table.conversions.items())]
+            if table.conversions
+            else []
+        ),
+        *body,
     ]
     return "\n".join(lines) + "\n"
+
+
+def _listed(key: str, entries: Sequence[str]) -> list[str]:
+    return ["", f"{key} = [", *(f"  {one}," for one in entries), "]"] if entries else []
 
 
 def _entry(entry: Entry) -> str:
@@ -146,6 +166,14 @@ def _entry(entry: Entry) -> str:
 def _fusion(one: Fusion) -> str:
     parts = [f'pattern = "{one.pattern}"', f"when = {_list(one.when)}", f'kernel = "{one.kernel}"']
     parts += [f'arithmetic = "{one.arithmetic}"'] if one.arithmetic else []
+    parts.append(f'source = "{one.source}"')
+    return f"{{ {', '.join(parts)} }}"
+
+
+def _product(one: ByteProduct) -> str:
+    parts = [f'kernel = "{one.kernel}"', f"weights = {json.dumps(one.weights)}", f'activations = "{one.activations}"']
+    parts += [f'stored = "{one.stored}"'] + ([f"when = {_list(one.when)}"] if one.when else [])
+    parts += [f"saturates = {_list(one.saturates)}"] if one.saturates else []
     parts.append(f'source = "{one.source}"')
     return f"{{ {', '.join(parts)} }}"
 
@@ -169,21 +197,55 @@ def _list(words: Iterable[str]) -> str:
     return f"[{', '.join(json.dumps(word) for word in words)}]"
 
 
-def main() -> None:
+def made(name: str) -> Table:
+    """Return a table as the installed runtime has it.
+
+    Raises:
+        UserError: ONNX Runtime is not installed, or lacks the provider.
+    """
     import onnxruntime
 
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else FILE
-    before = capabilities.table(NAME).operators if NAME in capabilities.names() else {}
+    version = onnxruntime.__version__
     operators: dict[str, tuple[Entry, ...]] = {}
-    for entry in registry_entries():
-        operators[entry.name] = (*operators.get(entry.name, ()), _constrained(entry, before))
-    table = Table(NAME, "ONNX Runtime", CPU_PROVIDER, onnxruntime.__version__, HIGHEST_OPSET, SOURCES, operators,
-                  CONVERSIONS)  # fmt: skip
+    for entry in registry_entries(PROVIDERS[name]):
+        operators[entry.name] = (*operators.get(entry.name, ()), _constrained(entry, name))
+    if not operators:
+        raise UserError(f"ONNX Runtime {version} has no kernels of {PROVIDERS[name]}")
+    sources = {key: text.format(version=version) for key, text in SOURCES[name].items()}
+    table = Table(name, "ONNX Runtime", PROVIDERS[name], version, HIGHEST_OPSET, sources, operators, CONVERSIONS[name])
+    if name != CPU:
+        return table
     for entry in definitions(table):
         operators[entry.name] = (*operators.get(entry.name, ()), entry)
-    table = dataclasses.replace(table, operators=operators, fusions=tuple(found_fusions()))
-    path.write_text(table_text(table, onnxruntime.__version__), encoding="utf-8")
-    print(f"{path}: {sum(map(len, operators.values()))} entries of {len(operators)} operators")
+    return dataclasses.replace(table, operators=operators, fusions=tuple(found_fusions()), products=_products())
+
+
+def _products() -> tuple[ByteProduct, ...]:
+    """Return how kernels add products of bytes on the processors that can be had here, and as known on others."""
+    here = processors_here()
+    found = {processor: {_form(one): one for one in products_of(processor)} for processor in here}
+    before = {_form(one): one for one in capabilities.table(CPU).products} if CPU in capabilities.names() else {}
+    every: list[ByteProduct] = []
+    for form in next(iter(found.values()), before):
+        known = before.get(form)
+        saturates = [
+            name
+            for name in PROCESSORS
+            if (found[name][form].saturates if name in found else known is not None and name in known.saturates)
+        ]
+        every.append(dataclasses.replace(form, saturates=tuple(saturates)))
+    return tuple(every)
+
+
+def _form(one: ByteProduct) -> ByteProduct:
+    return dataclasses.replace(one, saturates=())
+
+
+def main() -> None:
+    for name in sys.argv[1:] or [CPU]:
+        table = made(name)
+        (FOLDER / f"{name}.toml").write_text(table_text(table), encoding="utf-8")
+        print(f"{name}: {sum(map(len, table.operators.values()))} entries of {len(table.operators)} operators")
 
 
 if __name__ == "__main__":

@@ -64,15 +64,17 @@ def run_process(command: Sequence[str], log: Path, *, threads: int = THREADS, li
     return Process(status, seconds, peak, log.read_text(errors="replace").strip())
 
 
-def session(model: Path, threads: int = THREADS) -> Any:
-    """Open `model` in ONNX Runtime with spinning off."""
+def session(model: Path, threads: int = THREADS, provider: str = "CPUExecutionProvider") -> Any:
+    """Open `model` in ONNX Runtime with spinning off; what `provider` has no kernel for runs on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        str(model), options, providers=list(dict.fromkeys((provider, "CPUExecutionProvider")))
+    )
 
 
 def in_turn(sessions: Mapping[str, Any], feeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, list[float]]:

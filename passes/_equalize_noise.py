@@ -11,7 +11,7 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.activations import Watch
 from qgraph.analysis.channel_groups import ChannelGroups, Layer
-from qgraph.analysis.channel_rules import NONE, Source
+from qgraph.analysis.channel_tracer import NONE, Source
 from qgraph.analysis.reductions import Observation, Request
 from qgraph.analysis.spatial_rules import clip_bounds
 from qgraph.errors import UserError

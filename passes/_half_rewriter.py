@@ -1,4 +1,4 @@
-"""Nodes, and the constants that they read, rewritten to a type of 16 bits, with a Cast wherever that meets float32."""
+"""Nodes, and the constants that they read, rewritten to a narrower type, with a Cast wherever that meets the wider."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.lazy_tensors import Joint, JointTensor, joint_tensors
-from qgraph.passes._half_types import BFLOAT16, Half, Kept, half_places, is_float, rounded, rounded_scales
+from qgraph.passes._half_types import BFLOAT16, Half, Kept, half_places, is_wide, rounded, rounded_scales
 
 __all__ = ["rewrite"]
 
@@ -46,7 +46,7 @@ class _Rewriter:
     def run(self) -> int:
         """Convert the nodes; return how many had anything to convert."""
         if not self._keep_io:
-            self._narrowed.update((value, None) for value in self._graph.inputs if is_float(value))
+            self._narrowed.update((value, None) for value in self._graph.inputs if is_wide(value, self._format))
             for value in self._narrowed:
                 value.type = self._type
         weights = self._weights()
@@ -62,7 +62,7 @@ class _Rewriter:
             value: None
             for node in self._nodes
             for value, fits in zip(node.inputs, self._half[node][0], strict=True)
-            if fits and value is not None and value.const_value is not None and is_float(value)
+            if fits and value is not None and value.const_value is not None and is_wide(value, self._format)
         }
         found: dict[ir.Value, ir.Value] = {}
         groups: dict[Joint, list[ir.Value]] = {}
@@ -105,7 +105,7 @@ class _Rewriter:
     def _find_places(self, node: ir.Node) -> tuple[list[bool], list[bool]]:
         """Tell which inputs and outputs become 16 bits wide, before anything has."""
         if qgraph.ir.is_op(node, "Cast"):
-            return [False], [is_float(node.outputs[0])]
+            return [False], [is_wide(node.outputs[0], self._format)]
         places = half_places(node, self._opsets, self._format)
         assert places is not None
         return places
@@ -117,12 +117,12 @@ class _Rewriter:
                 continue
             if fits and value in weights:
                 node.replace_input_with(index, weights[value])
-            elif fits and is_float(value):
+            elif fits and is_wide(value, self._format):
                 node.replace_input_with(index, self._cast(value, self._format.dtype))
             elif not fits and value in self._narrowed and not qgraph.ir.is_op(node, "Cast"):
-                node.replace_input_with(index, self._cast(value, ir.DataType.FLOAT))
+                node.replace_input_with(index, self._cast(value, self._format.wide))
         for value, fits in zip(node.outputs, outputs, strict=True):
-            if fits and is_float(value):
+            if fits and is_wide(value, self._format):
                 self._narrow(value)
         if any(outputs):
             self._convert_attributes(node)
@@ -131,7 +131,7 @@ class _Rewriter:
     def _convert_attributes(self, node: ir.Node) -> None:
         if qgraph.ir.is_op(node, "Attention") and self._format is BFLOAT16:
             # Its sums of exponentials would have 8 bits otherwise.
-            node.attributes.setdefault("softmax_precision", ir.AttrInt64("softmax_precision", int(ir.DataType.FLOAT)))
+            node.attributes.setdefault("softmax_precision", ir.AttrInt64("softmax_precision", int(self._format.wide)))
         elif qgraph.ir.is_op(node, "Cast"):
             node.attributes["to"] = ir.AttrInt64("to", int(self._format.dtype))
         elif qgraph.ir.is_op(node, "ConstantOfShape"):
@@ -151,7 +151,7 @@ class _Rewriter:
             return
         name = value.name
         value.name = qgraph.ir.fresh_name(self._graph, f"{name}_{self._format.ending}")
-        widened = self._cast(value, ir.DataType.FLOAT)
+        widened = self._cast(value, self._format.wide)
         widened.name = name
         for index, output in enumerate(self._graph.outputs):
             if output is value:
@@ -160,7 +160,7 @@ class _Rewriter:
     def _cast(self, value: ir.Value, to: ir.DataType) -> ir.Value:
         """Return a value in the other type, behind a Cast right after whatever makes it."""
         if (value, to) not in self._casts:
-            ending = self._format.ending if to == self._format.dtype else "fp32"
+            ending = self._format.ending if to == self._format.dtype else self._format.wide_ending
             label = qgraph.ir.fresh_name(self._graph, f"{value.name}_to_{ending}")
             node = ir.node("Cast", [value], {"to": int(to)}, name=label)
             output = node.outputs[0]
@@ -179,7 +179,7 @@ class _Rewriter:
         for value in list(self._narrowed):
             for use in list(value.uses()):
                 if use.node not in self._half and not qgraph.ir.is_op(use.node, "Cast"):
-                    use.node.replace_input_with(use.idx, self._cast(value, ir.DataType.FLOAT))
+                    use.node.replace_input_with(use.idx, self._cast(value, self._format.wide))
 
     def _round_group(self, group: Joint, members: Sequence[ir.Value]) -> None:
         """Round the float32 tensors that are computed together; they stay together."""
@@ -191,14 +191,12 @@ class _Rewriter:
         # A tensor that no initializer holds any more keeps its place.
         nothing: tuple[ir.DataType, tuple[int, ...]] = (ir.DataType.UINT8, ())
         specs = [old.get(index, nothing) for index in range(max(old) + 1)]
-        halves = [(self._format.dtype if dtype == ir.DataType.FLOAT else dtype, shape) for dtype, shape in specs]
+        halves = [(self._format.dtype if dtype == self._format.wide else dtype, shape) for dtype, shape in specs]
         half = self._format
 
         def compute() -> Sequence[ir.TensorProtocol]:
             return [
-                ir.tensor(rounded_scales(np.asarray(part.numpy()), half, labels))
-                if part.dtype == ir.DataType.FLOAT
-                else part
+                ir.tensor(rounded_scales(np.asarray(part.numpy()), half, labels)) if part.dtype == half.wide else part
                 for part in group.compute()
             ]
 
@@ -215,7 +213,7 @@ class _Rewriter:
         for value in sorted(self._kept.masks, key=lambda one: one.name or ""):
             tensor = value.const_value
             readers = [use for use in value.uses() if use.node in self._kept.reasons and use.node.graph is self._graph]
-            if tensor is None or not is_float(value) or not readers:
+            if tensor is None or not is_wide(value, self._format) or not readers:
                 continue
             array = np.asarray(np.clip(tensor.numpy(), self._format.mask, self._format.largest))
             cut = qgraph.ir.initializer(self._graph, f"{value.name}_cut", array)
@@ -224,7 +222,11 @@ class _Rewriter:
             if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
                 del self._graph.initializers[value.name or ""]
         for node in self._kept.reasons:
-            if qgraph.ir.is_op(node, "ConstantOfShape") and "value" in node.attributes and is_float(node.outputs[0]):
+            if (
+                qgraph.ir.is_op(node, "ConstantOfShape")
+                and "value" in node.attributes
+                and is_wide(node.outputs[0], self._format)
+            ):
                 array = np.asarray(node.attributes["value"].as_tensor().numpy())
                 array = np.clip(array, self._format.mask, self._format.largest)
                 node.attributes["value"] = ir.AttrTensor("value", ir.tensor(array))

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.lazy_tensors import JointTensor
-from qgraph.passes._half_types import BFLOAT16, FLOAT16, Half, Kept, Ranges, is_float, rounded, undefined
+from qgraph.passes._half_types import BFLOAT16, FLOAT16, Half, Kept, Ranges, is_float, is_wide, rounded, undefined
 
 __all__ = ["arithmetic_on_integers", "keep", "keep_constants", "keep_measured"]
 
@@ -35,6 +35,7 @@ _WITH_MASKS = ("Add", "ConstantOfShape", "Expand", "Max", "Mul", "Sub", "Where")
 _MOVING = ("Cast", "Concat", "Identity", "Reshape", "ScatterND", "Slice", "Squeeze", "Transpose", "Trilu", "Unsqueeze")
 _ADDENDS = {"Add": -1, "Conv": 2, "ConvTranspose": 2, "Gemm": 2, "LayerNormalization": 2, "MatMulNBits": 5, "Sub": -1}
 """Which inputs are only added to something; -1 stands for all."""
+_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 _LONGEST_ARITHMETIC = 64
 _LARGE = 1 << 24
 _BEYOND = "its constant reaches"
@@ -68,12 +69,14 @@ def keep(
     _keep_angles(graph, kept, half)
     if half is BFLOAT16:
         _keep_integers(graph, ranges, kept, half)
+    if quantizers:
+        _keep_quantized_layers_whole(graph, kept)
 
 
 def keep_constants(node: ir.Node, half: Half, kept: Kept) -> str | None:
     """Say what of a node's constants the type cannot hold; masks are noted, not refused."""
     for index, value in enumerate(node.inputs):
-        if value is None or not is_float(value) or value.const_value is None:
+        if value is None or not is_wide(value, half) or value.const_value is None:
             continue
         if isinstance(value.const_value, JointTensor):
             continue  # scales of compressed weights are looked at when they are computed
@@ -131,11 +134,11 @@ def _raises(node: ir.Node) -> bool:
 
 
 def _keep_made_large(graph: ir.Graph, kept: Kept, half: Half) -> None:
-    """Keep what reads the output of a node with a constant beyond the type: it may be as large."""
+    """Keep what reads the output of a node with a constant out of the type's range: it may be as large, or as small."""
     for node in [one for one in graph if kept.reasons.get(one, "").startswith(_BEYOND)]:
         for value in node.outputs:
             for use in value.uses():
-                kept.add(use.node, f"it reads '{value.name}', which a constant may make too large for {half.name}")
+                kept.add(use.node, f"it reads '{value.name}', which a constant may take out of what {half.name} holds")
 
 
 def keep_measured(graph: ir.Graph, ranges: Ranges, kept: Kept, limit: float, why: str) -> None:
@@ -214,6 +217,32 @@ def _keep_angles(graph: ir.Graph, kept: Kept, half: Half) -> None:
         for one in arithmetic_on_integers(node):
             reason = f"it computes angles from positions, which {half.name} holds exactly up to {half.whole} only"
             kept.add(one, reason)
+
+
+def _keep_quantized_layers_whole(graph: ir.Graph, kept: Kept) -> None:
+    """Keep a quantized layer with every DequantizeLinear that it reads: a Cast between them would make it a float one.
+
+    A DequantizeLinear with several readers keeps all of them.
+    """
+    readers = [node for node in graph if not qgraph.ir.is_op(node, *_QUANTIZERS)]
+    read = {node: [one for one in map(_dequantizer, node.inputs) if one is not None] for node in readers}
+    together: dict[ir.Node, list[ir.Node]] = {}
+    for node, dequantizers in read.items():
+        for one in dequantizers:
+            together.setdefault(node, []).append(one)
+            together.setdefault(one, []).append(node)
+    queue = [node for node in together if node in kept.reasons]
+    while queue:
+        node = queue.pop()
+        for one in together[node]:
+            if one not in kept.reasons:
+                kept.add(one, f"a quantized layer is of one type, and its '{qgraph.ir.node_label(node)}' is float32")
+                queue.append(one)
+
+
+def _dequantizer(value: ir.Value | None) -> ir.Node | None:
+    producer = None if value is None else value.producer()
+    return producer if qgraph.ir.is_op(producer, "DequantizeLinear") else None
 
 
 def arithmetic_on_integers(node: ir.Node) -> Iterable[ir.Node]:

@@ -1,4 +1,4 @@
-"""The two floating-point types of 16 bits, and which operators take them."""
+"""The floating-point types that a model may be narrowed to, and which operators take them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from qgraph.errors import UserError
 __all__ = [
     "BFLOAT16",
     "FLOAT16",
+    "FLOAT32",
     "Half",
     "Kept",
     "Ranges",
     "half_places",
     "is_float",
+    "is_wide",
     "rounded",
     "rounded_scales",
     "undefined",
@@ -42,7 +44,7 @@ _SIMPLIFIED = "SimplifiedLayerNormalization"
 
 @dataclass(frozen=True)
 class Half:
-    """A floating-point type of 16 bits.
+    """A floating-point type of half as many bits as another.
 
     Attributes:
         dtype: of its tensors.
@@ -52,6 +54,8 @@ class Half:
         mask: what stands for a mask's -3.4e38.
         whole: whole numbers are exact up to here.
         opset: the first whose Cast knows it.
+        wide: the type that is narrowed to it.
+        wide_ending: of the names of values that become of that type again.
     """
 
     dtype: ir.DataType
@@ -61,12 +65,17 @@ class Half:
     mask: float
     whole: int
     opset: int
+    wide: ir.DataType = ir.DataType.FLOAT
+    wide_ending: str = "fp32"
 
 
 FLOAT16 = Half(ir.DataType.FLOAT16, "float16", "fp16", 65504.0, -16384.0, 2048, 1)
 """After a Softmax its mask is as much zero as -3.4e38, and three of them can be added."""
 BFLOAT16 = Half(ir.DataType.BFLOAT16, "bfloat16", "bf16", 255 * 2.0**120, -255 * 2.0**120, 256, 13)
 """-3.4e38 itself would be rounded to minus infinity."""
+FLOAT32 = Half(
+    ir.DataType.FLOAT, "float32", "fp32", 3.4028234663852886e38, -(2.0**127), 1 << 24, 1, ir.DataType.DOUBLE, "fp64"
+)
 
 
 @dataclass
@@ -86,8 +95,13 @@ def is_float(value: ir.Value | None) -> bool:
     return value is not None and isinstance(value.type, ir.TensorType) and value.dtype == ir.DataType.FLOAT
 
 
+def is_wide(value: ir.Value | None, half: Half) -> bool:
+    """Tell whether a value is a tensor of the type that is narrowed to `half`."""
+    return value is not None and isinstance(value.type, ir.TensorType) and value.dtype == half.wide
+
+
 def half_places(node: ir.Node, opsets: Mapping[str, int], half: Half) -> tuple[list[bool], list[bool]] | None:
-    """Return for every input and every output whether it may be `half` where it was float32; None if nothing may be.
+    """Return for every input and every output whether it may be `half` where it was wider; None if nothing may be.
 
     Some inputs (the scales of a Resize) are float32 by definition, whatever the others are.
     """
@@ -107,9 +121,9 @@ def half_places(node: ir.Node, opsets: Mapping[str, int], half: Half) -> tuple[l
         row = []
         for index, value in enumerate(values):
             text = formals[min(index, len(formals) - 1)].type_str
-            if not is_float(value) or text == "tensor(float)":
+            if not is_wide(value, half) or text == "tensor(float)":
                 row.append(False)
-            elif f"tensor({half.name})" in allowed.get(text, ()):
+            elif f"tensor({half.dtype.name.lower()})" in allowed.get(text, ()):
                 row.append(True)
             else:
                 return None

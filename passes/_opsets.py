@@ -1,8 +1,8 @@
-"""Bringing a model to a newer opset, node by node, in place."""
+"""Newer opsets: bringing a model to one, node by node, in place, and telling where a pass needs one."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NoReturn
 
 import numpy as np
@@ -15,16 +15,44 @@ from qgraph.analysis.shapes import Shapes
 from qgraph.analysis.symbols import Dim
 from qgraph.errors import UserError
 from qgraph.passes._opset_adapters import ADAPTERS, Adapter
+from qgraph.pipeline import Skipped
 
-__all__ = ["OLDEST", "convert", "version_of"]
+__all__ = ["COMPATIBLE", "OLDEST", "convert", "raise_to", "too_old", "version_of"]
 
 OLDEST = 7
 """Elementwise operators broadcast differently before; converting from there would be guesswork."""
+COMPATIBLE = 21
+"""From here to opset 23, no operator changes."""
 
 
 def version_of(opset_imports: Mapping[str, int]) -> int | None:
     """Return the version of the default domain, or None if it is not imported."""
     return opset_imports.get("", opset_imports.get("ai.onnx"))
+
+
+def too_old(
+    model: ir.Model, operator: str, since: int, nodes: Sequence[ir.Node], *, least: int | None = None
+) -> list[Skipped]:
+    """Return why a pass leaves `nodes` alone where the model's opset has no such operator; nothing where it has.
+
+    Args:
+        model: is not changed.
+        operator: that the pass would write.
+        since: opset in which it appeared.
+        nodes: that might have become part of one.
+        least: opset from which the model can be raised to `since`, by `raise_to`; `since` itself where it cannot.
+    """
+    opset = model.graph.opset_imports.get("", 0)
+    if opset >= (least or since):
+        return []
+    to = "" if least is None else f"to {least} "
+    reason = f"the model is of opset {opset}, and {operator} of opset {since}: convert it {to}first"
+    return [Skipped(qgraph.ir.node_label(node), reason) for node in nodes]
+
+
+def raise_to(model: ir.Model, version: int) -> None:
+    """Declare that a model is of opset `version`, 23 at most, or later; it is of `COMPATIBLE` at least."""
+    model.graph.opset_imports[""] = max(model.graph.opset_imports[""], version)
 
 
 def convert(model: ir.Model, version: int) -> int:

@@ -17,9 +17,10 @@ import onnx_ir as ir
 from qgraph.passes._plain_operators import Emitter, Rewriting, UnfitError, static_sizes
 from qgraph.passes._plain_quantized import integer_product
 
-__all__ = ["MICROSOFT", "STANDARD"]
+__all__ = ["FAR", "MICROSOFT", "STANDARD", "attend", "heads_apart", "heads_joined", "padded", "repeated"]
 
-_FAR = -10000.0
+FAR = -10000.0
+"""What ONNX Runtime adds to scores of padding, where a node does not say."""
 _RANK = 4
 
 
@@ -31,22 +32,37 @@ def _number(emit: Emitter, name: str, value: float, dtype: ir.DataType) -> ir.Va
     return emit.constant(name, np.asarray(value, dtype.numpy()))
 
 
-def _heads(emit: Emitter, value: ir.Value | None, heads: int, width: int, name: str) -> ir.Value:
+def heads_apart(emit: Emitter, value: ir.Value | None, heads: int, width: int, name: str) -> ir.Value:
     """Emit [batch, tokens, heads * width] as [batch, heads, tokens, width]."""
     inner = emit.within(name)
     apart = inner("Reshape", value, inner.integers("shape", [0, 0, heads, width]))
     return inner("Transpose", apart, perm=[0, 2, 1, 3])
 
 
-def _joined(emit: Emitter, value: ir.Value, width: int) -> ir.Value:
+def heads_joined(emit: Emitter, value: ir.Value, width: int) -> ir.Value:
+    """Emit [batch, heads, tokens, any] as [batch, tokens, width]."""
     together = emit("Transpose", value, perm=[0, 2, 1, 3])
     return emit("Reshape", together, emit.integers("tokens", [0, 0, width]))
 
 
-def _attend(
-    emit: Emitter, q: ir.Value, k: ir.Value, v: ir.Value, scale: ir.Value, mask: ir.Value | None
+def attend(
+    emit: Emitter, q: ir.Value, k: ir.Value, v: ir.Value, scale: ir.Value, mask: ir.Value | None,
+    cap: ir.Value | None = None,
 ) -> ir.Value:  # fmt: skip
+    """Emit attention of [batch, heads, tokens, width].
+
+    Args:
+        emit: of the node in whose place this is.
+        q: queries.
+        k: keys, of as many heads.
+        v: values.
+        scale: of the scores.
+        mask: is added to the scores, behind the cap.
+        cap: that the scores do not pass: cap * tanh(scores / cap).
+    """
     scores = emit("Mul", emit("MatMul", q, emit("Transpose", k, perm=[0, 1, 3, 2])), scale)
+    if cap is not None:
+        scores = emit("Mul", emit("Tanh", emit("Div", scores, cap)), cap)
     if mask is not None:
         scores = emit("Add", scores, mask)
     return emit("MatMul", emit("Softmax", scores, axis=-1), v)
@@ -71,13 +87,13 @@ def _standard(node: ir.Node, emit: Emitter) -> Sequence[ir.Value | None]:
     dtype = q.dtype or ir.DataType.FLOAT
     mask = _mask(node, emit, q, k, dtype)
     if flat:
-        q = _heads(emit, q, q_heads, width, "q")
-        k, v = _heads(emit, k, heads, width, "k"), _heads(emit, v, heads, value_width, "v")
+        q = heads_apart(emit, q, q_heads, width, "q")
+        k, v = heads_apart(emit, k, heads, width, "k"), heads_apart(emit, v, heads, value_width, "v")
     if q_heads != heads:
-        k, v = (_repeated(emit, one, heads, q_heads, size) for one, size in ((k, width), (v, value_width)))
+        k, v = (repeated(emit, one, heads, q_heads) for one in (k, v))
     scale = _number(emit, "scale", node.attributes.get_float("scale", 1 / math.sqrt(width)), dtype)
-    result = _attend(emit, q, k, v, scale, mask)
-    found = _joined(emit, result, q_heads * value_width) if flat else result
+    result = attend(emit, q, k, v, scale, mask)
+    found = heads_joined(emit, result, q_heads * value_width) if flat else result
     return [found, *(None for _ in node.outputs[1:])]
 
 
@@ -108,10 +124,9 @@ def _mask(node: ir.Node, emit: Emitter, q: ir.Value, k: ir.Value, dtype: ir.Data
     return emit("Add", *parts) if len(parts) > 1 else next(iter(parts), None)
 
 
-def _repeated(emit: Emitter, value: ir.Value, heads: int, wanted: int, width: int) -> ir.Value:
+def repeated(emit: Emitter, value: ir.Value, heads: int, wanted: int) -> ir.Value:
     """Emit each head as often as queries share it."""
     places = np.repeat(np.arange(heads), wanted // heads)
-    del width
     return emit("Gather", value, emit.constant("shared", places), axis=1)
 
 
@@ -152,17 +167,27 @@ def _together(node: ir.Node, emit: Emitter, product: ir.Value, mask: ir.Value | 
     hidden = static_sizes(node.inputs[1], [1], "the width of its weight is")[0] // 3
     width = hidden // heads
     parts = emit.split(product, [hidden] * 3, -1)
-    q, k, v = (_heads(emit, part, heads, width, name) for part, name in zip(parts, "qkv", strict=True))
+    q, k, v = (heads_apart(emit, part, heads, width, name) for part, name in zip(parts, "qkv", strict=True))
     dtype = node.outputs[0].dtype or ir.DataType.FLOAT
     scale = node.attributes.get_float("scale", 0.0) or 1 / math.sqrt(width)
-    added = None
-    if mask is not None:
-        far = node.attributes.get_float("mask_filter_value", _FAR)
-        hidden_ones = emit("Sub", _number(emit, "one", 1.0, dtype), emit("Cast", mask, to=int(dtype)))
-        added = emit("Mul", hidden_ones, _number(emit, "far", far, dtype))
-        added = emit("Unsqueeze", added, emit.integers("axes", [1, 2]))
-    result = _attend(emit, q, k, v, _number(emit, "scale", scale, dtype), added)
-    return [_joined(emit, result, hidden), *(None for _ in node.outputs[1:])]
+    added = None if mask is None else padded(node, emit, mask, dtype)
+    result = attend(emit, q, k, v, _number(emit, "scale", scale, dtype), added)
+    return [heads_joined(emit, result, hidden), *(None for _ in node.outputs[1:])]
+
+
+def padded(node: ir.Node, emit: Emitter, mask: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Emit what is added to scores [batch, heads, rows, columns] for a mask, 0 for padding.
+
+    Args:
+        node: says how much.
+        emit: of the same node.
+        mask: [batch, columns] or [batch, rows, columns], integers.
+        dtype: of the scores.
+    """
+    far = _number(emit, "far", node.attributes.get_float("mask_filter_value", FAR), dtype)
+    hidden = emit("Sub", _number(emit, "one", 1.0, dtype), emit("Cast", mask, to=int(dtype)))
+    axes = [1, 2] if len(mask.shape or ()) == 2 else [1]
+    return emit("Unsqueeze", emit("Mul", hidden, far), emit.integers("axes", axes))
 
 
 STANDARD: Mapping[str, Rewriting] = {"Attention": _standard}

@@ -1,6 +1,6 @@
 """Weights of few bits in plain operators: bytes stay as they are stored, and are unpacked by masks and shifts.
 
-bytes [..., n]    =>    [..., n * 8/bits]    lowest bits first
+bytes [..., n]    =>    [..., n * 8/bits]    lowest bits first, but in MatMulBnb4 the high half
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
+from qgraph.numerics.formats import CODE_BOOKS
 from qgraph.numerics.packing import pack_bits, unpack_bits
 from qgraph.passes._plain_operators import Emitter, PlainAlready, Rewriting, UnfitError, static_sizes
 
@@ -18,6 +19,10 @@ __all__ = ["MICROSOFT", "STANDARD"]
 
 _BYTE = 8
 _FEW_BITS = {ir.DataType.INT4: 4, ir.DataType.UINT4: 4, ir.DataType.INT2: 2, ir.DataType.UINT2: 2}
+_FP4 = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
+"""Magnitudes by the three low bits; the fourth is the sign."""
+_LEVELS = {0: (*_FP4, *(-level for level in _FP4)), 1: CODE_BOOKS["nf4"].levels}
+"""Of MatMulBnb4, by its `quant_type`."""
 
 
 def unpacked(emit: Emitter, packed: ir.Value, bits: int, shape: Sequence[int]) -> ir.Value:
@@ -149,6 +154,28 @@ def _matmul_nbits(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
     return [product if bias is None else emit("Add", product, bias)]
 
 
+def _matmul_bnb4(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
+    """Write a product with a matrix of levels: rows end to end in blocks, two codes in a byte, the high half first."""
+    data, packed, largest = node.inputs[:3]
+    inputs, outputs = node.attributes.get_int("K"), node.attributes.get_int("N")
+    block, levels = node.attributes.get_int("block_size"), _LEVELS.get(node.attributes.get_int("quant_type"))
+    if levels is None or data is None or packed is None:
+        raise UnfitError("its levels are neither FP4 nor NF4")
+    if inputs * outputs % block or not node.attributes.get_int("transB", 1):
+        raise UnfitError(f"its {outputs} rows of {inputs} are no whole blocks of {block}, or it has columns")
+    dtype = node.outputs[0].dtype or data.dtype or ir.DataType.FLOAT
+    high = emit("BitShift", packed, emit.constant("shift", np.asarray(4, np.uint8)), direction="RIGHT")
+    low = emit("BitwiseAnd", packed, emit.constant("mask", np.asarray(15, np.uint8)))
+    last = emit.integers("last", [-1])
+    codes = emit.join([emit("Unsqueeze", emit("Reshape", half, last), last) for half in (high, low)], -1)
+    places = emit("Cast", emit("Reshape", codes, emit.integers("blocks", [-1, block])), to=int(ir.DataType.INT32))
+    table = emit.constant("levels", np.asarray(levels, dtype.numpy()))
+    scales = emit("Reshape", largest, emit.integers("scales", [-1, 1]))
+    weight = emit("Mul", emit("Gather", table, places, axis=0), scales)
+    rows = emit("Reshape", weight, emit.integers("matrix", [outputs, inputs]))
+    return [emit("MatMul", data, emit("Transpose", rows, perm=[1, 0]))]
+
+
 def _zeros(packed: np.ndarray | None, bits: int, rows: int, groups: int) -> np.ndarray:
     if packed is None:
         return np.full((rows, groups), 1 << bits - 1, np.float32)
@@ -184,4 +211,8 @@ def _gather(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
 
 
 STANDARD: Mapping[str, Rewriting] = {"DequantizeLinear": _dequantize}
-MICROSOFT: Mapping[str, Rewriting] = {"GatherBlockQuantized": _gather, "MatMulNBits": _matmul_nbits}
+MICROSOFT: Mapping[str, Rewriting] = {
+    "GatherBlockQuantized": _gather,
+    "MatMulBnb4": _matmul_bnb4,
+    "MatMulNBits": _matmul_nbits,
+}

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
+from qgraph.analysis.integer_forms import UNFIT_KEY
 from qgraph.passes._opsets import version_of
 from qgraph.pipeline import Report, Skipped
 
@@ -124,6 +125,7 @@ def rewrite(model: ir.Model, rewritings: Mapping[str, Rewriting], as_what: str, 
         except PlainAlready:
             continue
         except UnfitError as error:
+            node.metadata_props[UNFIT_KEY] = str(error)
             skipped.append(Skipped(qgraph.ir.node_label(node), f"{node.op_type} stays: {error}"))
             continue
         emit.nodes[-1].name = node.name or emit.nodes[-1].name

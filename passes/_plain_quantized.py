@@ -83,6 +83,12 @@ def _pair(node: ir.Node, emit: Emitter, *, op_type: str) -> Sequence[ir.Value]:
     return _codes(emit, result, inputs[6], _input(node, 7))
 
 
+def _where(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
+    condition, *inputs = node.inputs
+    chosen = emit("Where", condition, _real(emit, inputs[:3]), _real(emit, inputs[3:6]))
+    return _codes(emit, chosen, inputs[6], inputs[7])
+
+
 def _single(node: ir.Node, emit: Emitter, *, op_type: str, kept: tuple[str, ...] = ()) -> Sequence[ir.Value]:
     inputs = list(node.inputs)
     if node.attributes.get_int("channels_last", 0):
@@ -172,4 +178,5 @@ MICROSOFT: Mapping[str, Rewriting] = {
     "QLinearMul": functools.partial(_pair, op_type="Mul"),
     "QLinearSigmoid": functools.partial(_single, op_type="Sigmoid"),
     "QLinearSoftmax": functools.partial(_single, op_type="Softmax", kept=("axis",)),
+    "QLinearWhere": _where,
 }

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.analysis.channel_rules import constant_tensor
+from qgraph.analysis.channel_tracer import constant_tensor
 from qgraph.passes._plain_operators import Emitter
 
 __all__ = ["BIAS", "Cell", "Layer", "State", "given", "is_zero"]

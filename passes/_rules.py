@@ -17,7 +17,7 @@ import qgraph.ir
 if TYPE_CHECKING:
     from onnxscript.rewriter import pattern
 
-__all__ = ["Rule", "discard_unread", "number", "rewrite"]
+__all__ = ["Rule", "discard_unread", "fires", "number", "rewrite"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,22 @@ def rewrite(model: ir.Model, rules: Sequence[Rule], *, forwards: bool = False) -
     compiled = [(one, rule.write) for rule in rules for one in _orders(rule.pattern)]
     nodes = list(qgraph.ir.walk(model))
     return sum([_replaced(model, node, compiled) for node in (nodes if forwards else reversed(nodes))])
+
+
+def fires(model: ir.Model, rules: Sequence[Rule]) -> bool:
+    """Tell whether a rule would fire anywhere; what the rules write must be a node alone. The model stays as it is."""
+    compiled = [(one, rule.write) for rule in rules for one in _orders(rule.pattern)]
+    for node in qgraph.ir.walk(model):
+        graph = node.graph
+        assert isinstance(graph, ir.Graph)
+        for rule, write in compiled:
+            match = rule.match(model, graph, node)
+            new = write(**match.bindings) if match else None
+            if new is not None:
+                for index in range(len(new.inputs)):
+                    new.replace_input_with(index, None)  # a node that is dropped must not count as a reader
+                return True
+    return False
 
 
 def _orders(form: Callable[..., Any]) -> Sequence[pattern.RewriteRule]:

@@ -35,8 +35,6 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph import capabilities
-from qgraph.analysis.kernel_support import refusal_of
 from qgraph.numerics.quantize import Parameters, minmax_parameters, mse_parameters, quantize
 from qgraph.numerics.schemes import INT8_WEIGHT, UINT8_WEIGHT, Scheme
 from qgraph.passes._integer_layers import (
@@ -49,6 +47,7 @@ from qgraph.passes._integer_layers import (
     subtracted,
     without_shared,
 )
+from qgraph.passes._kernels import lacking
 from qgraph.passes._weight_options import FLOAT_KEY, chosen_bits
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
@@ -109,8 +108,8 @@ class DynamicInt8(Pass):
                 skipped.append(Skipped(label, node.metadata_props.get(FLOAT_KEY, "its weight is to stay in float")))
             elif node.op_type == "Gather" and not self.embeddings:
                 continue
-            elif (lacking := _no_kernel(layer)) is not None:
-                skipped.append(Skipped(label, lacking))
+            elif (without := _no_kernel(layer)) is not None:
+                skipped.append(Skipped(label, without))
             elif (weight := _not_finite(layer)) is not None:
                 skipped.append(Skipped(label, f"its weight '{weight}' holds NaN or infinity"))
             else:
@@ -138,8 +137,7 @@ def _no_kernel(layer: Layer) -> str | None:
         stored if index in layer.weights else None if value is None else value.dtype
         for index, value in enumerate(values)
     ]
-    reason = refusal_of(_OPERATORS[op_type], types, capabilities.table(_TABLE))
-    return None if reason is None else f"there is no kernel for it: {reason}"
+    return lacking(_OPERATORS[op_type], types, _TABLE)
 
 
 class _Rewriter:

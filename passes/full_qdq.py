@@ -25,14 +25,15 @@ then reach a quarter further than what was seen: what is clipped there costs mor
 
 Masks (what is computed from integers alone and reaches far below what a softmax can see) are cut off where the softmax
 is zero anyway. Left alone: weights that were rounded before, tensors that are quantized already, what `exclude` names,
-and operators without an integer form, each with the reason. A second run changes nothing.
+operators without an integer form, and, where the table of ONNX Runtime's CPU provider has no quantizers of the type,
+everything, each with the reason. A second run changes nothing.
 """
 
 from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import onnx_ir as ir
@@ -42,6 +43,7 @@ from qgraph.analysis.integer_units import Form, Units, integer_units
 from qgraph.errors import UserError
 from qgraph.passes._full_qdq_plan import Plan, make_plan
 from qgraph.passes._full_qdq_write import write
+from qgraph.passes._qdq_kernels import TABLES, without_quantizers
 from qgraph.passes._weight_options import FLOAT_KEY
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
@@ -49,6 +51,8 @@ __all__ = ["FullQdq"]
 
 _FIRST_OPSET = 21
 """The first whose QuantizeLinear knows int16."""
+_TABLE = TABLES["onnxruntime"]
+"""Whose kernels these are."""
 
 
 @dataclass(frozen=True)
@@ -84,27 +88,34 @@ class FullQdq(Pass):
             raise UserError(
                 f"full-qdq needs opset {_FIRST_OPSET}, and the model has {opset}: put convert-opset before it"
             )
-        units = self._units(model.graph)
-        plan = make_plan(model, context, units, self)
+        narrow, wide = (
+            without_quantizers(ir.DataType[word.upper()], _TABLE, opset) for word in (self.activations, "int16")
+        )
+        units = self._units(model.graph, narrow)
+        options = self if wide is None else replace(self, wide="none", wide_weights="none")
+        plan = make_plan(model, context, units, options)
         if not plan.values and not plan.weights:
             return Report(skipped=_told(plan))
         context.keep_reference(model)
         unused = self._unused(model.graph)
         for node, reason in plan.refused.items():
             node.metadata_props[FLOAT_KEY] = reason
-        write(model.graph, plan, self)
-        return Report(len(plan.units), _told(plan), [*_notes(plan), *unused])
+        write(model.graph, plan, options)
+        notes = [*_notes(plan), *unused] + ([f"nothing in 16 bits: {wide}"] if wide is not None else [])
+        return Report(len(plan.units), _told(plan), notes)
 
     def _unused(self, graph: ir.Graph) -> list[str]:
         labels = [qgraph.ir.node_label(node) for node in graph]
         unused = [pattern for pattern in self.exclude if not fnmatch.filter(labels, pattern)]
         return [f"exclude: no node is called '{pattern}'" for pattern in unused]
 
-    def _units(self, graph: ir.Graph) -> Units:
+    def _units(self, graph: ir.Graph, without: str | None) -> Units:
+        """Return what can be quantized, less what is excluded, or all if the runtime is without quantizers."""
         found = integer_units(graph)
         kept, refused = [], dict(found.refused)
         for unit in found.units:
-            reason = next((reason for node in unit.nodes if (reason := self._excluded(node)) is not None), None)
+            excluded = (reason for node in unit.nodes if (reason := self._excluded(node)) is not None)
+            reason = next(excluded, without)
             if reason is None:
                 kept.append(unit)
             else:

@@ -8,19 +8,22 @@ is how exporters write it below opset 20, where Gelu appeared. Source: Hendrycks
 Units" (2016).
 
 It does not fire where a constant differs from these by more than a millionth, where somebody else reads a part of it,
-and in models below opset 20, of which the report says so.
+and in models below opset 20, of which the report says so. With `table`, it does not where the runtime has no Gelu; a
+model of an earlier opset is raised where there is something to fuse and no other node loses its kernel by that.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import onnx_ir as ir
 
 import qgraph.ir
+from qgraph.passes import _opsets
+from qgraph.passes._kernels import TABLE_HELP, raised
 from qgraph.passes._rules import Rule, number, rewrite
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
@@ -35,17 +38,21 @@ class FuseGelu(Pass):
     """Fuse the parts of GELU, exact or by tanh, into one operator."""
 
     name: ClassVar[str] = "fuse-gelu"
+    table: str = field(default="", metadata={"help": TABLE_HELP})
 
     def apply(self, model: ir.Model, context: Context) -> Report:
-        """Fuse; `skipped` has a model whose opset has no such operator."""
-        del context
+        """Fuse; `skipped` has a model whose opset, or whose runtime, has no such operator."""
         suspects = [node for node in qgraph.ir.walk(model) if qgraph.ir.is_op(node, "Erf", "Tanh")]
         if not suspects:
             return Report()
-        opset = model.graph.opset_imports.get("", 0)
-        if opset < _GELU_SINCE:
-            reason = f"the model is of opset {opset}, and Gelu of opset {_GELU_SINCE}: convert it first"
-            return Report(skipped=[Skipped(qgraph.ir.node_label(node), reason) for node in suspects])
+        if self.table:
+            reason = raised(model, _GELU_SINCE, "Gelu", self.table, _rules())
+            if reason is not None:
+                return Report(skipped=[Skipped(qgraph.ir.node_label(node), reason) for node in suspects if reason])
+            context.forget()
+        skipped = _opsets.too_old(model, "Gelu", _GELU_SINCE, suspects)
+        if skipped:
+            return Report(skipped=skipped)
         count = rewrite(model, _rules())
         return Report(changed=count, notes=[f"{count} Gelu fused"] if count else [])
 

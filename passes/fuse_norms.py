@@ -11,13 +11,14 @@ no other operator. Sources: Ba et al., "Layer Normalization" (2016); Zhang and S
 Normalization" (2019).
 
 It does not fire where somebody else reads a part of it, over other axes than the last, without g, and where the type
-is not known to be float32: halves are often widened in between.
+is not known to be float32: halves are often widened in between. With `table`, it does not where the runtime lacks the
+operator; for RMSNormalization a model of any opset is raised where no other node loses its kernel by that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -26,13 +27,14 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.shapes import Shapes, shapes_of
+from qgraph.passes import _opsets
+from qgraph.passes._kernels import TABLE_HELP, lacking, raised
 from qgraph.passes._rules import Rule, number, rewrite
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
 __all__ = ["FuseNorms"]
 
 _NORM_SINCE = 17
-_COMPATIBLE_SINCE = 21
 _RMS_SINCE = 23
 
 
@@ -41,25 +43,41 @@ class FuseNorms(Pass):
     """Fuse the parts of LayerNorm and RMSNorm into one operator each."""
 
     name: ClassVar[str] = "fuse-norms"
+    table: str = field(default="", metadata={"help": TABLE_HELP})
 
     def apply(self, model: ir.Model, context: Context) -> Report:
-        """Fuse; `skipped` has what might be a norm in a model whose opset has no such operator."""
+        """Fuse; `skipped` has what might be a norm in a model whose opset, or whose runtime, has no such operator."""
         suspects = [node for node in qgraph.ir.walk(model) if qgraph.ir.is_op(node, "Sqrt")]
         if not suspects:
             return Report()
-        opset = model.graph.opset_imports.get("", 0)
-        if opset < _NORM_SINCE:
-            reason = f"the model is of opset {opset}, and LayerNormalization of opset {_NORM_SINCE}: convert it first"
+        skipped = _opsets.too_old(model, "LayerNormalization", _NORM_SINCE, suspects)
+        if skipped:
+            return Report(skipped=skipped)
+        reason = lacking("LayerNormalization", [ir.DataType.FLOAT], self.table, version=model.graph.opset_imports[""])
+        if reason is not None:
             return Report(skipped=[Skipped(qgraph.ir.node_label(node), reason) for node in suspects])
         shapes = context.analyse(shapes_of, model)
         layer = rewrite(model, [Rule(form, partial(_layer, shapes)) for form in _layer_forms()])
-        layer_notes = [f"{layer} LayerNormalization fused"] if layer else []
-        rms = 0
-        if opset >= _COMPATIBLE_SINCE:
-            rms = rewrite(model, [Rule(form, partial(_rms, shapes)) for form in _rms_forms()])
-        if rms:
-            model.graph.opset_imports[""] = max(opset, _RMS_SINCE)
-        return Report(changed=layer + rms, notes=[*layer_notes, *([f"{rms} RMSNormalization fused"] if rms else [])])
+        rms, skipped = self._root_mean_squares(model, context)
+        counts = {"LayerNormalization": layer, "RMSNormalization": rms}
+        return Report(layer + rms, skipped, [f"{count} {name} fused" for name, count in counts.items() if count])
+
+    def _root_mean_squares(self, model: ir.Model, context: Context) -> tuple[int, list[Skipped]]:
+        """Fuse RMSNorm; return how often, and what might be one in a model that cannot have the operator."""
+        rules = [Rule(form, partial(_rms, context.analyse(shapes_of, model))) for form in _rms_forms()]
+        if self.table:
+            reason = raised(model, _RMS_SINCE, "RMSNormalization", self.table, rules)
+            if reason is not None:
+                left = [node for node in qgraph.ir.walk(model) if qgraph.ir.is_op(node, "Sqrt")]
+                return 0, [Skipped(qgraph.ir.node_label(node), reason) for node in left if reason]
+            context.forget()
+            rules = [Rule(form, partial(_rms, context.analyse(shapes_of, model))) for form in _rms_forms()]
+        elif model.graph.opset_imports[""] < _opsets.COMPATIBLE:
+            return 0, []
+        count = rewrite(model, rules)
+        if count:
+            _opsets.raise_to(model, _RMS_SINCE)
+        return count, []
 
 
 def _layer_forms() -> Sequence[Callable[..., Any]]:

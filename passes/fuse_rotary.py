@@ -11,7 +11,8 @@ and repeated once for all layers. Source: Su et al., "RoFormer: Enhanced Transfo
 (2021).
 
 It does not fire where the two halves of cosines or sines are not known to be the same (a constant table, or
-Cos(Concat(f, f))), where only a part of d is rotated, and where shapes are not known.
+Cos(Concat(f, f))), where only a part of d is rotated, and where shapes are not known; with `table`, where the runtime
+has no RotaryEmbedding.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.shapes import Shapes, shapes_of
 from qgraph.analysis.symbols import Dim
+from qgraph.passes import _opsets
+from qgraph.passes._kernels import TABLE_HELP, unraisable
 from qgraph.passes._rules import Rule, rewrite
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
 __all__ = ["FuseRotary"]
 
-_COMPATIBLE_SINCE = 21
 _ROTARY_SINCE = 23
 
 
@@ -40,21 +42,24 @@ class FuseRotary(Pass):
     """Fuse the rotation of queries and keys by their positions into one operator."""
 
     name: ClassVar[str] = "fuse-rotary"
+    table: str = field(default="", metadata={"help": TABLE_HELP})
 
     def apply(self, model: ir.Model, context: Context) -> Report:
-        """Fuse what matches; `skipped` has a model whose opset is too old."""
+        """Fuse what matches; `skipped` has a model whose opset is too old, or whose runtime has no such operator."""
         rotations = [node for node in qgraph.ir.walk(model) if qgraph.ir.is_op(node, "Neg")]
         if not rotations:
             return Report()
-        opset = model.graph.opset_imports.get("", 0)
-        if opset < _COMPATIBLE_SINCE:
-            reason = f"the model is of opset {opset}; convert it to {_COMPATIBLE_SINCE} first"
+        skipped = _opsets.too_old(model, "RotaryEmbedding", _ROTARY_SINCE, rotations, least=_opsets.COMPATIBLE)
+        if skipped:
+            return Report(skipped=skipped)
+        reason = unraisable(model, _ROTARY_SINCE, "RotaryEmbedding", self.table)
+        if reason is not None:
             return Report(skipped=[Skipped(qgraph.ir.node_label(node), reason) for node in rotations])
         writer = _Writer(model, context.analyse(shapes_of, model))
         count = rewrite(model, [Rule(_rotated, partial(_written, writer))], forwards=True)
         if not count:
             return Report()
-        model.graph.opset_imports[""] = max(opset, _ROTARY_SINCE)
+        _opsets.raise_to(model, _ROTARY_SINCE)
         return Report(changed=count, notes=[f"{count} rotary embeddings fused"])
 
 

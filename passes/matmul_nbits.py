@@ -38,7 +38,6 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph import capabilities
 from qgraph.analysis.compressed_weights import (
     NAME_KEY,
     SCHEME_KEY,
@@ -47,11 +46,11 @@ from qgraph.analysis.compressed_weights import (
     format_scheme,
     producer_of,
 )
-from qgraph.analysis.kernel_support import refusal_of
 from qgraph.lazy_tensors import joint_tensors
 from qgraph.numerics.packing import container, gather_block_quantized, matmul_bnb4, matmul_nbits, to_container, widen
 from qgraph.numerics.weights import QuantizedWeight, WeightScheme
 from qgraph.passes._half_types import FLOAT16, rounded_scales
+from qgraph.passes._kernels import TABLE_HELP, lacking
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
 __all__ = ["MatmulNbits"]
@@ -85,10 +84,7 @@ class MatmulNbits(Pass):
         default=False,
         metadata={"help": "look up only where groups fill rows and bytes, as CUDA reads them, in more bits if need be"},
     )
-    table: str = field(
-        default="",
-        metadata={"help": "capability table without whose kernel nothing is written, such as onnxruntime-cpu"},
-    )
+    table: str = field(default="", metadata={"help": TABLE_HELP})
 
     def apply(self, model: ir.Model, context: Context) -> Report:
         """Rewrite the readers; `skipped` has those that keep a dequantized weight."""
@@ -232,21 +228,19 @@ class _Rewriter:
 
     def _require_kernel(self, reader: ir.Node, form: _Form) -> None:
         """Ask the table, if there is one, for a kernel of the operator that would be written."""
-        if not self._options.table:
-            return
-        table = capabilities.table(self._options.table)
+        table = self._options.table
         attributes = {"bits": form.bits, "block_size": form.block}
         types: tuple[ir.DataType | None, ...] = (self._float, ir.DataType.UINT8, self._float)
         if qgraph.ir.is_op(reader, "Gather"):
             indices = None if reader.inputs[1] is None else reader.inputs[1].dtype
             types = (ir.DataType.UINT8, indices, self._float)
-            reason = refusal_of("com.microsoft.GatherBlockQuantized", types, table, attributes)
+            reason = lacking("com.microsoft.GatherBlockQuantized", types, table, attributes=attributes)
         elif self._weight.scheme.format == "nf4" and self._options.nf4 == "exact" and self._fits_bnb4():
-            reason = refusal_of("com.microsoft.MatMulBnb4", types, table)
+            reason = lacking("com.microsoft.MatMulBnb4", types, table)
         else:
-            reason = refusal_of("com.microsoft.MatMulNBits", types, table, attributes)
+            reason = lacking("com.microsoft.MatMulNBits", types, table, attributes=attributes)
         if reason is not None:
-            raise _UnfitError(f"there is no kernel for it: {reason}")
+            raise _UnfitError(reason)
 
     def _source(self, value: ir.Value) -> ir.Value | None:
         """Look through a Transpose that swaps the two dimensions."""

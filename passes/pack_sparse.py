@@ -13,12 +13,12 @@ ONNX's own sparse initializers are no alternative: their indices are 64 bits wid
 the weights zero makes a file half as large again, 80 % leaves 60 %, and few tools but ONNX Runtime read them.
 
 It does not fire on weights that no pass has marked as sparse, that are computed, quantized (of 4 bits, mask and numbers
-would still be 3), read inside subgraphs, or get no smaller.
+would still be 3), read inside subgraphs, or get no smaller, and where the table lacks a kernel of what unpacks them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -27,6 +27,7 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.sparse_weights import mark_packed, pattern_of
 from qgraph.numerics.sparse_packing import mask_and_values, packed_bytes
+from qgraph.passes._kernels import TABLE_HELP, lacking
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
 __all__ = ["PackSparse"]
@@ -35,6 +36,17 @@ _NODES_BYTES = 1024
 """Of the operators that unpack one weight, about."""
 _NEEDED_OPSET = 11
 _MOST = 1 << 31
+_BYTES, _WORDS = ir.DataType.UINT8, ir.DataType.INT32
+_UNPACKING = (
+    ("BitShift", (_BYTES, _BYTES)),
+    ("Mod", (_BYTES, _BYTES)),
+    ("Reshape", (_BYTES, ir.DataType.INT64)),
+    ("Cast", (_BYTES,)),
+    ("CumSum", (_WORDS, ir.DataType.INT64)),
+    ("Mul", (_WORDS, _WORDS)),
+    ("Reshape", (_WORDS, ir.DataType.INT64)),
+)
+"""What unpacks a weight before it is looked up, and the types that it reads."""
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
@@ -43,6 +55,7 @@ class PackSparse(Pass):
     """Store sparse weights as a mask and the numbers that are not zero, where that is smaller."""
 
     name: ClassVar[str] = "pack-sparse"
+    table: str = field(default="onnxruntime-cpu", metadata={"help": TABLE_HELP})
 
     def apply(self, model: ir.Model, context: Context) -> Report:
         """Pack; `figures` has the bytes before and after."""
@@ -54,7 +67,7 @@ class PackSparse(Pass):
             value = node.inputs[1] if pattern_of(node) is not None and len(node.inputs) > 1 else None
             if value is None or value.const_value is None or value in weights:
                 continue
-            reason = _unfit(model, node, value)
+            reason = _unfit(model, node, value) or self._without_kernels(model, value)
             if reason is None:
                 weights[value] = node
             else:
@@ -68,6 +81,13 @@ class PackSparse(Pass):
             return Report(skipped=skipped)
         notes = [f"{len(weights)} sparse weights in {100 * after / before:.0f} % of their bytes, unpacked at load"]
         return Report(len(weights), skipped, notes, {"bytes_before": before, "bytes_after": after})
+
+    def _without_kernels(self, model: ir.Model, value: ir.Value) -> str | None:
+        """Return the first of the operators that unpack a weight of which the runtime has no kernel."""
+        opset = model.graph.opset_imports.get("", 1)
+        written = [*_UNPACKING, ("Gather", (value.dtype, ir.DataType.INT32))]
+        reasons = (lacking(name, types, self.table, version=opset) for name, types in written)
+        return next((reason for reason in reasons if reason is not None), None)
 
 
 def _unfit(model: ir.Model, node: ir.Node, value: ir.Value) -> str | None:

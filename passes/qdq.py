@@ -27,6 +27,7 @@ and poolings between layers read is quantized, behind the Relu of the layer befo
 There, activations and weights may be float8e4m3fn as well.
 
 What stays in float, each with the reason in the report: layers whose weights are not constant, what `exclude` names,
+what the table of the runtime (ONNX Runtime's CPU provider, or TensorRT) has no kernels for once it is quantized,
 operators of which no layer in integers is the neighbour on both sides, so that quantizing them would cost more than
 it saves, what comes after the last layer, tensors that cannot be calibrated, and nodes inside subgraphs (If, Loop,
 Scan), whose tensors calibration does not see. What is quantized already is left alone; a second run changes nothing.
@@ -49,6 +50,7 @@ from qgraph.analysis.integer_rules import OPERATORS, QUANTIZED_ALREADY, Kind
 from qgraph.analysis.tensorrt_plan import tensorrt_plan
 from qgraph.errors import UserError, nearest
 from qgraph.numerics.schemes import FLOAT8, INT8_WEIGHT, UINT8_WEIGHT, Scheme
+from qgraph.passes._qdq_kernels import TABLES, Asked
 from qgraph.passes._qdq_nodes import rewrite
 from qgraph.passes._qdq_values import Schemes
 from qgraph.passes._weight_options import FLOAT_KEY, chosen_bits, forget_bits
@@ -112,7 +114,8 @@ class Qdq(Pass):
         opset = model.graph.opset_imports.get("", 0)
         if opset < needed:
             raise UserError(f"qdq needs opset {needed}, and the model has {opset}: put convert-opset before it")
-        plan, ranges = self._plan(model, context)
+        asked = Asked(TABLES[self.placement], self.activations, self.weights, opset)
+        plan, ranges = self._plan(model, context, asked)
         reasons = {node: reason for node, reason in plan.reasons.items() if reason != QUANTIZED_ALREADY}
         if plan.nodes:
             context.keep_reference(model)
@@ -135,13 +138,13 @@ class Qdq(Pass):
             inputs_only=self.placement == "tensorrt",
         )
 
-    def _plan(self, model: ir.Model, context: Context) -> tuple[IntegerPlan, Ranges]:
+    def _plan(self, model: ir.Model, context: Context, asked: Asked) -> tuple[IntegerPlan, Ranges]:
         """Plan, calibrate, and plan again without what could not be calibrated until everything is."""
         found: Ranges = {}
         banned: dict[ir.Node, str] = {}
 
         def allowed(node: ir.Node) -> str | None:
-            return self._excluded(node) or banned.get(node)
+            return self._excluded(node) or banned.get(node) or asked.against(node)
 
         while True:
             plan = self._planned(model.graph, allowed)

@@ -25,7 +25,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.analysis.channel_rules import constant_tensor
+from qgraph.analysis.channel_tracer import constant_tensor
 from qgraph.passes._plain_operators import Emitter, UnfitError, rewrite, static_sizes
 from qgraph.passes._recurrent_cells import BIAS, Cell, Layer, State, given, is_zero
 from qgraph.pipeline import Context, Pass, Report

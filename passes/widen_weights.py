@@ -9,7 +9,7 @@ a constant is folded when the model is loaded, before the runtime looks for inte
 4 bits and the kernel gets 8. A zero point of zeros is left out, and others are cast likewise.
 
 Left alone are weights with a scale for every group of inputs, and those whose activations are not quantized: no integer
-kernel takes them.
+kernel takes them. Where the table of ONNX Runtime's CPU provider has no such Cast, the report says so.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.pipeline import Context, Pass, Report
+from qgraph.passes._kernels import lacking
+from qgraph.pipeline import Context, Pass, Report, Skipped
 
 __all__ = ["WidenWeights"]
 
+_TABLE = "onnxruntime-cpu"
+"""Whose kernels these are."""
 _WIDE = {
     ir.DataType.INT2: ir.DataType.INT8,
     ir.DataType.INT4: ir.DataType.INT8,
@@ -42,13 +45,18 @@ class WidenWeights(Pass):
     def apply(self, model: ir.Model, context: Context) -> Report:
         """Put a Cast behind the integers of every narrow weight that an integer kernel could take."""
         del context
+        opset = model.graph.opset_imports.get("", 0)
         narrow = [node for node in qgraph.ir.walk(model) if _is_narrow(node) and all(map(_reads_integers, _uses(node)))]
+        refused = {dtype: reason for dtype in _WIDE if (reason := lacking("Cast", [dtype], _TABLE, version=opset))}
+        without = [node for node in narrow if _type(node) in refused]
+        skipped = [Skipped(qgraph.ir.node_label(node), refused[_type(node)]) for node in without]
+        narrow = [node for node in narrow if node not in without]
         for node in narrow:
             for index in (0, 2):
                 if index < len(node.inputs):
                     _widen(model, node, index)
         notes = [f"{len(narrow)} weights of 4 bits for kernels of 8"] if narrow else []
-        return Report(len(narrow), notes=notes)
+        return Report(len(narrow), skipped, notes)
 
 
 def _is_narrow(node: ir.Node) -> bool:
@@ -56,6 +64,13 @@ def _is_narrow(node: ir.Node) -> bool:
         return False
     integers = node.inputs[0]
     return integers is not None and integers.is_initializer() and integers.dtype in _WIDE and bool(_uses(node))
+
+
+def _type(node: ir.Node) -> ir.DataType:
+    integers = node.inputs[0]
+    assert integers is not None
+    assert integers.dtype is not None
+    return integers.dtype
 
 
 def _uses(node: ir.Node) -> list[tuple[ir.Node, int]]:

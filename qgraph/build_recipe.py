@@ -33,10 +33,10 @@ from typing import Any
 
 from qgraph import spec
 from qgraph.errors import UserError, nearest
+from qgraph.loading import Data
 from qgraph.pipeline import Pipeline
 from qgraph.plan import PARTS, Plan, parse_settings
 from qgraph.runtime.tolerances import parse_budget, parse_tolerance
-from qgraph.stages import Data
 from qgraph.target_options import read_target
 from qgraph.targets.base import Target
 

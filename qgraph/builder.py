@@ -27,13 +27,14 @@ from qgraph.cache import Cache
 from qgraph.comparison import contender
 from qgraph.compiler import compile as compile_model
 from qgraph.errors import ToleranceError, UserError, is_disk_full
+from qgraph.loading import Data
 from qgraph.manifest import MANIFEST, sha256
 from qgraph.pipeline import Context
 from qgraph.report.build_page import Row, render
 from qgraph.report.data import deployable_bytes
 from qgraph.report.side_by_side import SideBySide
 from qgraph.sharing import Sharing
-from qgraph.stages import Data, Event
+from qgraph.stages import Event
 from qgraph.work_folder import work_folder
 
 __all__ = ["Build", "Entry", "build", "default_output"]

@@ -37,6 +37,10 @@ class Built:
     nodes: int
     files: tuple[str, ...]
 
+    def reports(self, prepared: Report) -> dict[str, Report]:
+        """Return part -> report, with that of the prepare part."""
+        return {"prepare": prepared, "compress": self.compress, "lower": self.lower}
+
     def told(self) -> str:
         """Return one line: nodes, files and what lowering did."""
         facts = f"{self.nodes} nodes, {', '.join(self.files)}"

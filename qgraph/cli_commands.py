@@ -238,7 +238,7 @@ def verify(
     """Prove again that an artifact matches its source."""
     from qgraph import compiler
     from qgraph.cli_pages import verification_table
-    from qgraph.runtime.verification import parse_tolerance
+    from qgraph.runtime.tolerances import parse_tolerance
 
     failure: ToleranceError | None = None
     with common.display() as display:

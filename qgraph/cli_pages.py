@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from qgraph.registry import Kind
     from qgraph.runtime.capability_check import TableCheck
     from qgraph.runtime.difference import Difference
+    from qgraph.runtime.figures import Verification
     from qgraph.runtime.placement import PlacedNode, Placement
-    from qgraph.runtime.verification import Verification
     from qgraph.verbs import Inspection, Measured, Outputs
 
 __all__ = [
@@ -107,9 +107,13 @@ def probe_lines(checks: Sequence[TableCheck]) -> list[tuple[str, str]]:
         other = "" if one.installed == one.version else f" (of {one.version}; {one.installed} is installed)"
         count = len(one.differences)
         verdict = "agrees" if one.agrees else f"{count} difference{'s' if count > 1 else ''}"
-        ran, loaded, none, unbuilt = (one.probes.get(state, 0) for state in ("ran", "loaded", "none", "not built"))
-        models = f"{ran} ran, {loaded} loaded, {none} without a kernel, {unbuilt} could not be built"
-        checked = f"{one.entries} kernels of the registry; {one.fusions} fused forms; one-node models: {models}"
+        checked = f"{one.entries} kernels of the registry"
+        if one.probes:
+            ran, loaded, none, unbuilt = (one.probes.get(state, 0) for state in ("ran", "loaded", "none", "not built"))
+            models = f"{ran} ran, {loaded} loaded, {none} without a kernel, {unbuilt} could not be built"
+            checked += f"; {one.fusions} fused forms; one-node models: {models}"
+        if one.products:
+            checked += f"; {one.products} products of bytes on {one.processor}"
         lines.append((one.table, f"{verdict}{other}: {checked}"))
         lines += [("", text) for text in one.differences[:_DIFFERENCES]]
         if count > _DIFFERENCES:
@@ -234,7 +238,7 @@ def _some(names: Sequence[str]) -> str:
 
 def inspection_tables(found: Inspection) -> list[Table]:
     """Return facts, inputs and outputs, weights and operators of a model."""
-    cost = found.cost
+    cost = _cost(found)
     ports = [("in", one) for one in cost.inputs] + [("out", one) for one in cost.outputs]
     weights = sum(cost.weights.values())
     return [
@@ -274,6 +278,10 @@ def placement_tables(placement: Placement) -> list[Table]:
 
 
 def _origin(node: PlacedNode) -> str:
+    return "; ".join(filter(None, (_sources(node), node.remark)))
+
+
+def _sources(node: PlacedNode) -> str:
     named = [name for name in reversed(node.sources) if name != node.name]  # the layer comes before what it reads
     if not node.sources:
         return "put in by the runtime"
@@ -281,11 +289,16 @@ def _origin(node: PlacedNode) -> str:
     return f"{shown} and {len(named) - _ORIGINS} more" if len(named) > _ORIGINS else shown
 
 
+def _cost(found: Inspection) -> ModelCost:
+    assert found.cost is not None, "only a placement is told of an artifact without an ONNX model"
+    return found.cost
+
+
 def _before_and_after(found: Inspection) -> list[Table]:
     """Return what the model and each of its layers took before, and what they take: those that took most first."""
     if found.before is None:
         return []
-    both = (found.before, found.cost)
+    both = (found.before, _cost(found))
     whole = [
         ("parameters", *(count_text(one.parameters) for one in both)),
         ("bytes of weights", *(bytes_text(one.weight_bytes) for one in both)),
@@ -337,7 +350,7 @@ def _weight_row(name: str, scheme: str, sums: Mapping[str, Any], operators: Sequ
 
 
 def _facts(found: Inspection) -> list[tuple[str, str]]:
-    cost = found.cost
+    cost = _cost(found)
     domains = ", ".join(f"{domain or 'onnx'} {version}" for domain, version in cost.domains.items())
     unknown = (
         f", without {len(cost.unknown)} nodes of unknown shapes (--json gives the reasons)" if cost.unknown else ""

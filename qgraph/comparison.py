@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import qgraph.ir
 from qgraph.artifact import Artifact, open_artifact
 from qgraph.errors import UserError
 from qgraph.feeds import signature
+from qgraph.loading import Data, source_facts
 from qgraph.pipeline import Context, Feeds
 from qgraph.report.data import deployable_bytes, target_text
 from qgraph.report.side_by_side import Contender, SideBySide
 from qgraph.runtime.benchmark import Benchmark, compare
+from qgraph.runtime.figures import Verification
+from qgraph.runtime.placement import kernel_counts
 from qgraph.runtime.session import TensorSpec, open_session, random_feeds
-from qgraph.runtime.verification import Verification
-from qgraph.stages import Data, source_facts
 
 __all__ = ["compare_artifacts", "contender", "refuse_existing_page", "write_page"]
 
@@ -116,7 +116,7 @@ def _source_beside(opened: Sequence[Artifact]) -> Path | None:
     for one in opened:
         facts = one.manifest["source"]
         path = one.path.resolve().parent / str(facts["name"])
-        if path.is_file() and source_facts(path.name, path, qgraph.ir.load(path))["sha256"] == facts["sha256"]:
+        if path.is_file() and source_facts(path, qgraph.ir.load(path))["sha256"] == facts["sha256"]:
             return path
     return None
 
@@ -143,7 +143,7 @@ def contender(artifact: Artifact, label: str, timed: Benchmark | None) -> Conten
         told = manifest.get("verification")
         verification = Verification.from_json(told) if told else None
         pipeline = str(manifest.get("pipeline", {}).get("compress", ""))
-        kernels = {name: sum(counts.values()) for name, counts in _counts(manifest.get("kernels")).items()}
+        kernels = {name: sum(counts.values()) for name, counts in kernel_counts(manifest).items()}
         left = len(manifest.get("skipped", ())) + len((manifest.get("kernels") or {}).get("left_in_float", ()))
         size = deployable_bytes(manifest)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -173,11 +173,6 @@ def contender(artifact: Artifact, label: str, timed: Benchmark | None) -> Conten
         kernels=kernels,
         left_alone=left,
     )
-
-
-def _counts(kernels: Mapping[str, Any] | None) -> dict[str, Mapping[str, int]]:
-    names = ("integer", "low_bit", "float", "other")
-    return {name: kernels[name] for name in names if name in kernels} if kernels else {}
 
 
 def _speed(artifact: Artifact, label: str, timed: Benchmark | None) -> tuple[float | None, float | None]:

@@ -22,21 +22,24 @@ import qgraph.ir
 from qgraph import building
 from qgraph.analysis.index_limits import index_limits
 from qgraph.artifact import Artifact, open_artifact, refuse_existing, staging
+from qgraph.bounds import Bounds
 from qgraph.cache import Cache
 from qgraph.errors import SearchInterrupted, ToleranceError, UserError
+from qgraph.loading import Data, source_facts
 from qgraph.pipeline import Context, Feeds, Pipeline
 from qgraph.plan import Override, Plan, override, parse_settings, refuse_unused
+from qgraph.proof import RANDOM_SAMPLES
 from qgraph.report.ladder import Rung
+from qgraph.runtime.figures import Verification
 from qgraph.runtime.session import input_signature, open_session, random_feeds
 from qgraph.runtime.user_metric import UserMetric
-from qgraph.runtime.verification import Verification
 from qgraph.runtime.verification import verify as verify_sessions
 from qgraph.samples import signature
 from qgraph.search import Search, Searched, can_climb
 from qgraph.search_executors import parse_executor
 from qgraph.sharing import Sharing
-from qgraph.stages import RANDOM_SAMPLES, Bounds, Data, Event, Run, source_facts, told
-from qgraph.target_options import read_target, with_option
+from qgraph.stages import Event, Run, ignore, told
+from qgraph.target_options import read_target, refuse_untunable, with_option
 from qgraph.targets.base import Session, Target
 from qgraph.work_folder import work_folder
 
@@ -115,7 +118,9 @@ def compile(  # noqa: A001 - the name that users look for
     if emit:
         chosen = chosen.emitting(emit)
     if trials:
-        chosen = with_option(chosen, "trials", trials, "--tune N")
+        chosen = with_option(chosen, "trials", trials, f"--tune {trials}")
+    if tune:
+        refuse_untunable(chosen)
     folder = _output(output, source_path, chosen)
     refuse_existing(folder, force=force, source=source_path)
     plan = Plan.of(passes, recipe)
@@ -124,27 +129,33 @@ def compile(  # noqa: A001 - the name that users look for
     address = parse_executor(executor)
     if sharing is None and cache is not None:
         sharing = Sharing(cache if isinstance(cache, Cache) else Cache(cache), memory=False)
-    run = Run(chosen, context or Context(), observer or _ignore, source_path, sharing)
-    run.metric = _metric(evaluation, bounds.tolerance)
+    metric = _metric(evaluation, bounds.tolerance)
+    context = context or Context()
     with (
         staging(folder, force=force) as stage,
-        _scratch_source(model, run) as source,
+        _as_file(model) as source,
         work_folder(folder, resume=resume) as work,
     ):
-        run.context = dataclasses.replace(run.context, work_folder=run.context.work_folder or work, _analyses={})
-        run.load(source, shapes or {}, calibration, verify_data)
+        run = Run(
+            chosen,
+            dataclasses.replace(context, work_folder=context.work_folder or work, _analyses={}),
+            source,
+            shapes=shapes or {},
+            calibration=calibration,
+            verify_data=verify_data,
+            metric=metric,
+            sharing=sharing,
+            observer=observer or ignore,
+        )
         if bounds:
-            run.open_source(source)
-            run.refuse_unmeasurable(bounds.tolerance)
+            run.proof.refuse_unmeasurable(bounds.tolerance)
         plan = _filled(plan, run, overrides, tune=tune)
-        if bounds and recipe is None and not run.sliced and can_climb(chosen, plan):
-            run.record_source()
-            search = Search(run, run.line.model, plan, bounds, overrides, executor=address, observer=on_rung or _ignore)
+        if bounds and recipe is None and not run.proof.sliced and can_climb(chosen, plan):
+            run.proof.record()
+            search = Search(run, run.line.model, plan, bounds, overrides, executor=address, observer=on_rung or ignore)
             result = search.into(stage, work)
         else:
             result = _straight(run, plan, stage)
-            if run.before is None:
-                run.open_source(source)
         manifest = run.finish(stage, result.plan, result.built, bounds, result.tested)
         run.publish(stage, manifest, result.built, result.rungs)
     run.event("write", f"{folder}")
@@ -180,8 +191,9 @@ def run_passes(
         UserError, PassError: as `compile` does.
         BusyError: another process runs the next pass over the same model.
     """
-    run = Run(target, context, _ignore, model, sharing)
-    run.load(model, shapes or {}, calibration, verify_data)
+    run = Run(
+        target, context, model, shapes=shapes or {}, calibration=calibration, verify_data=verify_data, sharing=sharing
+    )
     plan = _filled(Plan.of(passes, recipe), run, parse_settings(settings), tune=False)
     run.line.run(plan.compress or Pipeline())
     run.line.run(plan.lower or Pipeline())
@@ -198,6 +210,8 @@ def _filled(plan: Plan, run: Run, overrides: Sequence[Override], *, tune: bool) 
         compress = target.compress_passes(model, run.context)
         compress = target.tune(model, run.context, compress) if tune else compress
     compress = override(compress, overrides)
+    if plan.compress is not None:
+        target.refuse_passes(compress)
     lower = override(plan.lower if plan.lower is not None else target.lower_passes(), overrides)
     refuse_unused(overrides, (prepare, compress, lower))
     return Plan(prepare, compress, lower)
@@ -211,10 +225,6 @@ def _straight(run: Run, plan: Plan, stage: Path) -> Searched:
     built = building.write(run.line.model, run.target, report, lowered, stage)
     run.event("lower", built.told())
     return Searched(plan, built)
-
-
-def _ignore(event: object) -> None:
-    del event
 
 
 def _metric(evaluation: str | Callable[[Session], float] | None, tolerance: Mapping[str, float]) -> UserMetric | None:
@@ -234,7 +244,7 @@ def _output(output: str | Path | None, source: Path | None, target: Target) -> P
 
 
 @contextlib.contextmanager
-def _scratch_source(model: str | Path | ir.Model, run: Run) -> Iterator[Path]:
+def _as_file(model: str | Path | ir.Model) -> Iterator[Path]:
     """Give the source as a file: the verification runs it in a session, as it was."""
     if not isinstance(model, ir.Model):
         yield Path(model)
@@ -242,7 +252,6 @@ def _scratch_source(model: str | Path | ir.Model, run: Run) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="qgraph-") as folder:
         path = Path(folder) / f"{model.graph.name or 'model'}.onnx"
         qgraph.ir.save(model, path)
-        run.source_name = path.name
         yield path
 
 
@@ -278,7 +287,7 @@ def verify(
     if not path.is_file():
         raise UserError(f"the source {facts['name']} is not at {path}. Say where it is with --source MODEL.onnx.")
     model = qgraph.ir.load(path)
-    if source_facts(path.name, path, model)["sha256"] != facts["sha256"]:
+    if source_facts(path, model)["sha256"] != facts["sha256"]:
         raise UserError(f"{path} is not the model that {opened.path} was compiled from (its hash differs)")
     if tolerance is None:
         kept: Mapping[str, float] = opened.manifest["tolerance"]

@@ -6,14 +6,14 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from qgraph.bounds import Bounds
 from qgraph.building import Built
 from qgraph.pipeline import Pipeline
 from qgraph.plan import Plan
 from qgraph.report.ladder import Rung
+from qgraph.runtime.figures import Verification
 from qgraph.runtime.tolerances import at_least
-from qgraph.runtime.verification import Verification
 from qgraph.search_workshop import Made
-from qgraph.stages import Bounds
 from qgraph.targets.base import Session
 
 __all__ = ["Candidate", "Searched", "distance", "loss"]

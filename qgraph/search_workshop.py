@@ -28,7 +28,8 @@ from qgraph.building import Built
 from qgraph.errors import UserError
 from qgraph.numerics.schemes import UINT8, Scheme
 from qgraph.pipeline import Context, Pass, PassError, Pipeline, Report, Samples
-from qgraph.runtime.verification import Verification, verify
+from qgraph.runtime.figures import Verification
+from qgraph.runtime.verification import verify
 from qgraph.sharing import joined
 from qgraph.targets.base import Session, Target
 

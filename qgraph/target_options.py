@@ -6,14 +6,15 @@ them: the processor that it is for, the code that it writes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from qgraph import registry, spec
 from qgraph.errors import UserError
 from qgraph.targets.base import Target
 
-__all__ = ["options_of", "read_target", "target_of", "with_option"]
+__all__ = ["options_of", "read_target", "refuse_untunable", "target_of", "with_option"]
 
 
 def read_target(text: str) -> Target:
@@ -36,13 +37,37 @@ def with_option(target: Target, option: str, value: spec.Value, flag: str) -> Ta
         UserError: it has no such option, not of such a value, or another one already.
     """
     if option not in spec.defaults(type(target)):
-        raise UserError(f"{flag} is for targets with the option '{option}', which {target.name} does not have")
+        raise UserError(f"{flag} is for the targets {_those(lambda one: _has(one, option))}, not for {target.name}")
     given = spec.to_spec(target).options
     options = {**given, option: value}
     changed: Target = spec.build(type(target), spec.Spec(target.name, options))
     if option in given and changed != target:
         raise UserError(f"{flag} says {option}={value}, and the target {option}={given[option]}: leave one of them out")
     return changed
+
+
+def refuse_untunable(target: Target) -> None:
+    """Raise a UserError for a target that times nothing, naming those that do."""
+    if not _tunes(type(target)):
+        raise UserError(f"--tune is for the targets {_those(_tunes)}, not for {target.name}")
+
+
+def _tunes(cls: type[Target]) -> bool:
+    return cls.tune is not Target.tune or _has(cls, "trials")
+
+
+def _has(cls: type[Target], option: str) -> bool:
+    return option in spec.defaults(cls)
+
+
+def _those(fits: Callable[[type[Target]], bool]) -> str:
+    """Return the names of the targets that can be loaded here and of which `fits` says so."""
+    found = []
+    for name in registry.names("target"):
+        with contextlib.suppress(UserError):
+            if fits(registry.find("target", name)):
+                found.append(name)
+    return ", ".join(found)
 
 
 def options_of(target: Target) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class Inspection:
     Attributes:
         path: of the model or artifact.
         bytes: on disk, weights in other files included; of an artifact, those of the files that are deployed.
-        cost: operators, weights and multiply-adds.
+        cost: operators, weights and multiply-adds; None of an artifact without an ONNX model.
         manifest: of an artifact, else None.
         weights: the compressed weights, as the manifest has them; None where there are none.
         before: the cost of the model that it is held against; None where there is none.
@@ -116,7 +116,7 @@ class Inspection:
 
     path: Path
     bytes: int
-    cost: ModelCost
+    cost: ModelCost | None
     manifest: Mapping[str, Any] | None = None
     weights: Mapping[str, Any] | None = None
     before: ModelCost | None = None
@@ -125,7 +125,8 @@ class Inspection:
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
         manifest = None if self.manifest is None else dict(self.manifest)
-        found = {"path": str(self.path), "bytes": self.bytes, **self.cost.to_json(), "manifest": manifest}
+        counted = {} if self.cost is None else self.cost.to_json()
+        found = {"path": str(self.path), "bytes": self.bytes, **counted, "manifest": manifest}
         if self.before is not None:
             found["before"] = self.before.to_json()
         if self.placement is not None:
@@ -303,17 +304,23 @@ def inspect(
     artifact = open_artifact(path) if path.is_dir() else None
     file = path if artifact is None else path / "model.onnx"
     if not file.is_file() and artifact is not None:
-        raise UserError(f"{path} holds no model.onnx: its target deploys no ONNX model to look into")
+        if placement and target is None and against is None:
+            placed = _told(artifact.target, artifact.path)
+            return Inspection(path, _bytes(path), None, artifact.manifest, placement=placed)
+        raise UserError(
+            f"{path} holds no model.onnx: its target deploys no ONNX model to look into (--placement alone tells what "
+            "runs where)"
+        )
     model = qgraph.ir.load(file)
     found = Inspection(path, _bytes(path), cost(model), weights=weight_facts(model), before=before)
     if artifact is not None:
         found = dataclasses.replace(found, manifest=artifact.manifest)
     if not placement:
         return found
-    return dataclasses.replace(found, placement=_placement(model, artifact, target))
+    return dataclasses.replace(found, placement=_placement(model, file, artifact, target))
 
 
-def _placement(model: ir.Model, artifact: Artifact | None, target: str | Target | None) -> Placement:
+def _placement(model: ir.Model, path: Path, artifact: Artifact | None, target: str | Target | None) -> Placement:
     """Return what runs where, on the runtime of a target.
 
     Raises:
@@ -324,11 +331,17 @@ def _placement(model: ir.Model, artifact: Artifact | None, target: str | Target 
     else:
         chosen = read_target(target) if isinstance(target, str) else target
     if artifact is not None and chosen == artifact.target:
-        found = chosen.placement(artifact.path)
-    else:
-        with tempfile.TemporaryDirectory(prefix="qgraph-") as scratch:
+        return _told(chosen, artifact.path)
+    with tempfile.TemporaryDirectory(prefix="qgraph-") as scratch:
+        try:
             chosen.lower(model, Path(scratch))
-            found = chosen.placement(Path(scratch))
+            return _told(chosen, Path(scratch))
+        except UserError as error:  # is about the user's file, of which the runtime saw a copy
+            raise UserError(str(error).replace(str(Path(scratch) / "model.onnx"), str(path))) from error
+
+
+def _told(chosen: Target, folder: Path) -> Placement:
+    found = chosen.placement(folder)
     if found is None:
         raise UserError(
             f"{chosen.name} cannot tell here what runs where: its runtime or device is not here, or does not say. "

@@ -21,13 +21,15 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.coreml.lowering import lower, unlowered
 from qgraph.coreml.package import write_package
+from qgraph.coreml.placement import package_placement
 from qgraph.coreml.plain import without_compression
 from qgraph.coreml.session import PackageSession, on_device
 from qgraph.coreml.structure import examine
 from qgraph.coreml.toolkit import toolkit
 from qgraph.errors import UserError
 from qgraph.pipeline import Context, Pipeline, Skipped
-from qgraph.targets.base import Kernels, Session, Target, cleaned_up, repeated_outputs
+from qgraph.runtime.placement import Placement
+from qgraph.targets.base import Kernels, Session, Target, cleaned_up, float64_edges, repeated_outputs
 from qgraph.targets.cpu_int4 import weight_passes
 
 __all__ = ["AppleFp16", "AppleInt4", "AppleInt8"]
@@ -61,7 +63,7 @@ class _CoreMl(Target):
             UserError: a shape is not fixed.
         """
         _refuse_dynamic(model, self.name)
-        return repeated_outputs(model) or unlowered(model)
+        return repeated_outputs(model) or float64_edges(model, "Core ML") or unlowered(model)
 
     def lower(self, model: ir.Model, folder: Path) -> list[str]:
         """Write the package and, where it is wanted, model.onnx.
@@ -91,6 +93,15 @@ class _CoreMl(Target):
     def stand_in(self) -> str:
         """Return what runs the package off macOS."""
         return "" if on_device() else "an interpreter of the package in numpy (same operations; not run on a device)"
+
+    def placement(self, folder: Path) -> Placement:
+        """Return what the operations of the package compute, and what the provider would leave of model.onnx.
+
+        Raises:
+            UserError: the package is damaged.
+        """
+        model = folder / "model.onnx"
+        return package_placement(folder / PACKAGE, qgraph.ir.load(model) if model.is_file() else None)
 
     def kernels(self, folder: Path) -> Kernels:
         """Count the operations of the package: those with compressed weights, other products, and the rest."""

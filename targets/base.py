@@ -17,11 +17,11 @@ from qgraph.errors import UserError
 from qgraph.pipeline import Context, Pipeline, Skipped
 from qgraph.runtime.placement import Placement
 
-__all__ = ["Kernels", "Session", "Step", "Target", "cleaned_up", "repeated_outputs"]
+__all__ = ["Kernels", "Runs", "Session", "Step", "Target", "cleaned_up", "float64_edges", "repeated_outputs"]
 
 
 def cleaned_up(*then: str, opset: int = 21) -> Pipeline:
-    """Return the passes that clean up what exporters write and keep every value, and those that a target adds.
+    """Return the passes that clean up what exporters write and keep what float32 holds, and those that a target adds.
 
     Targets begin alike, so that a build for several of them shares what comes behind.
 
@@ -30,8 +30,8 @@ def cleaned_up(*then: str, opset: int = 21) -> Pipeline:
         opset: up to which the model is converted.
     """
     passes = (
-        f"inline-functions,lift-constants,convert-opset{{version={opset}}},fold-constants,remove-identity,"
-        "fold-batch-norm,deduplicate-initializers,merge-duplicates,remove-unused"
+        f"inline-functions,lift-constants,convert-opset{{version={opset}}},fold-constants,to-fp32,"
+        "remove-identity,fold-batch-norm,deduplicate-initializers,merge-duplicates,remove-unused"
     )
     return Pipeline.parse(",".join((passes, *then)))
 
@@ -41,6 +41,13 @@ def repeated_outputs(model: ir.Model) -> list[Skipped]:
     times = Counter(value.name or "" for value in model.graph.outputs)
     why = "it is an output {} times, which this runtime gives once: put an Identity behind it for each"
     return [Skipped(name, why.format(count)) for name, count in times.items() if count > 1]
+
+
+def float64_edges(model: ir.Model, runtime: str) -> list[Skipped]:
+    """Return the inputs and outputs that are float64, for runtimes that have none: what is between, passes narrow."""
+    why = f"it is a float64 {{}} of the model, and {runtime} has no float64: export the model with float32 there"
+    edges = [("input", value) for value in model.graph.inputs] + [("output", value) for value in model.graph.outputs]
+    return [Skipped(value.name or "", why.format(edge)) for edge, value in edges if value.dtype == ir.DataType.DOUBLE]
 
 
 class Session(Protocol):
@@ -103,6 +110,23 @@ def _counted(kernels: Mapping[str, int]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class Runs:
+    """What is known of how an artifact runs; all but `told` as the target's method of that name gives it.
+
+    Attributes:
+        told: where nodes run, in one line for people, or ''.
+        providers: with the options that this model wants besides; None where `Target.providers` says it all.
+    """
+
+    kernels: Kernels | None
+    placement: Placement | None
+    footprint: Mapping[str, Any] | None
+    runtime: Mapping[str, Any] | None
+    told: str = ""
+    providers: Sequence[tuple[str, Mapping[str, str]]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Step:
     """Something that may bring a compressed model nearer to its source: a rung of the ladder that a search climbs.
 
@@ -154,6 +178,13 @@ class Target(abc.ABC):
     @abc.abstractmethod
     def lower_passes(self) -> Pipeline:
         """Return the passes that bring the compressed model to what the runtime executes best."""
+
+    def refuse_passes(self, compress: Pipeline) -> None:
+        """Raise a UserError for a compress part of the user's that cannot end in anything that runs here.
+
+        For what is told better before passes run than by `check` behind them; the default refuses nothing.
+        """
+        del compress
 
     def tune(self, model: ir.Model, context: Context, default: Pipeline) -> Pipeline:
         """Return the fastest compress part for the prepared `model` by timing candidates on this machine.
@@ -250,3 +281,14 @@ class Target(abc.ABC):
         """Return what really runs after the runtime's own optimisation, or None where it cannot be known here."""
         del folder
         return None
+
+    def runs(self, folder: Path, *, whole: bool = True) -> Runs:
+        """Return all that is known of how the files in `folder` run; for targets that find it out in one go.
+
+        Args:
+            folder: holds what `lower` wrote.
+            whole: whether the model fits into a session here; else nothing is asked that needs one.
+        """
+        kernels = self.kernels(folder) if whole else None
+        placement = self.placement(folder) if whole else None
+        return Runs(kernels, placement, self.footprint(folder), self.runtime(folder))

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.pipeline import Context, Pipeline, Skipped
 from qgraph.targets.base import Kernels
-from qgraph.targets.cpu import CpuFp32
+from qgraph.targets.cpu import FUSE, CpuFp32
 
 __all__ = ["CpuInt4", "refused_blocks", "weight_kernels", "weight_passes"]
 
@@ -51,8 +51,8 @@ class CpuInt4(CpuFp32):
         return weight_passes(context)
 
     def lower_passes(self) -> Pipeline:
-        """Return the passes that end in low-bit kernels."""
-        return Pipeline.parse("matmul-nbits{table=onnxruntime-cpu},remove-unused")
+        """Return the passes that fuse what stays in float, and end in low-bit kernels."""
+        return Pipeline.parse(f"{FUSE},matmul-nbits{{table=onnxruntime-cpu}},keep-sums,remove-unused")
 
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return the low-bit products that have no kernel, and what computes in bfloat16."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -23,7 +22,7 @@ from qgraph.analysis.sparse_weights import sparse_weights
 from qgraph.numerics.sparsity import follows
 from qgraph.pipeline import Context, Pipeline, Skipped
 from qgraph.targets.base import Kernels
-from qgraph.targets.tensorrt import TensorrtTarget
+from qgraph.targets.tensorrt import FUSE, TensorrtTarget
 
 __all__ = ["CudaSparse24"]
 
@@ -46,7 +45,7 @@ class CudaSparse24(TensorrtTarget):
 
     def lower_passes(self) -> Pipeline:
         """Return the passes that end in float16."""
-        return Pipeline.parse("to-fp16,remove-unused")
+        return Pipeline.parse(f"{FUSE},to-fp16,remove-unused")
 
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return the layers that were made sparse and whose stored weights are not 2:4 along the right axis.
@@ -64,9 +63,8 @@ class CudaSparse24(TensorrtTarget):
                 refused.append(Skipped(label, "its weight has more than two of four neighbouring inputs"))
         return refused
 
-    def kernels(self, folder: Path) -> Kernels:
+    def counted(self, model: ir.Model) -> Kernels:
         """Count the layers, sparse ones apart; TensorRT picks its kernels on the device itself."""
-        model = qgraph.ir.load(folder / "model.onnx")
         sparse = {one.node for one in sparse_weights(model)}
         counts = Counter(
             f"{node.op_type} 2:4" if node in sparse else node.op_type

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,8 +31,10 @@ from qgraph.codegen.tvm_lowering import require_tvm
 from qgraph.errors import UserError
 from qgraph.passes.integer_requantize import BOUNDARY_KEY
 from qgraph.pipeline import Context, Pipeline, Skipped
+from qgraph.runtime.placement import Placement
 from qgraph.runtime.session import CPU_PROVIDER, open_session
 from qgraph.targets.base import Kernels, Session, Step, Target, cleaned_up
+from qgraph.targets.integer_placement import functions_in_c, nodes_in_onnx
 
 __all__ = ["Integer", "code_form"]
 
@@ -56,12 +57,6 @@ _LADDER = (
     ),
 )
 """What a search tries, the cheapest first."""
-_MOVES = frozenset({
-    "Cast", "Concat", "Constant", "ConstantOfShape", "DepthToSpace", "DequantizeLinear", "Expand", "Flatten", "Gather",
-    "GatherElements", "GatherND", "Identity", "If", "Pad", "QuantizeLinear", "Reshape", "Resize", "ScatterElements",
-    "ScatterND", "Shape", "Size", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "TopK", "Transpose", "Trilu",
-    "Unsqueeze", "Where",
-})  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +88,18 @@ class Integer(Target):
         return _LADDER if any(one.name == "full-qdq" for one in compress) else ()
 
     def check(self, model: ir.Model) -> list[Skipped]:
-        """Return the nodes that compute in float, or may do so for all that is known, and are no marked boundary."""
+        """Return the nodes that compute in float, or may do so for all that is known, and are no marked boundary.
+
+        Raises:
+            UserError: there are such nodes, and inputs whose sizes are open, from which that may follow.
+        """
         found = []
         for node in qgraph.ir.walk(model):
             reason = _floating(node, model)
             if reason is not None and not _is_edge(node) and BOUNDARY_KEY not in node.metadata_props:
                 found.append(Skipped(qgraph.ir.node_label(node), reason))
+        if found:
+            _refuse_open(model, found)
         return found
 
     @property
@@ -166,20 +167,17 @@ class Integer(Target):
         """Return a note: what is meant to run this is not a processor with a runtime."""
         return "ONNX Runtime, which computes the same integers; not timed"
 
+    def placement(self, folder: Path) -> Placement:
+        """Return the functions of the C code, where it was emitted, else the nodes of the graph."""
+        model = qgraph.ir.load(folder / "model.onnx")
+        if (folder / _FORMS["c"]).is_dir():
+            return functions_in_c(code_form(model))
+        return nodes_in_onnx(model, library=(folder / _FORMS["so"]).is_dir())
+
     def kernels(self, folder: Path) -> Kernels:
         """Count the nodes of the integer graph, functions as one node each, and the boundaries."""
-        model = qgraph.ir.load(folder / "model.onnx")
-        nodes = list(qgraph.ir.walk(model))
-        boundaries = [node for node in nodes if BOUNDARY_KEY in node.metadata_props]
-        others = [node for node in nodes if BOUNDARY_KEY not in node.metadata_props]
-        return Kernels(
-            integer=_count(node for node in others if node.op_type not in _MOVES),
-            floating=_count(boundaries),
-            other=_count(node for node in others if node.op_type in _MOVES),
-            left_in_float=[
-                Skipped(qgraph.ir.node_label(node), node.metadata_props[BOUNDARY_KEY]) for node in boundaries
-            ],
-        )
+        placed = nodes_in_onnx(qgraph.ir.load(folder / "model.onnx"), library=False).nodes
+        return Kernels.of(Placement(placed), {node.name: node.remark for node in placed if node.remark})
 
 
 def code_form(model: ir.Model) -> ir.Model:
@@ -201,6 +199,29 @@ def _refuse_dynamic(model: ir.Model, forms: Sequence[str]) -> None:
                 f"--emit {forms[0]}: input '{value.name}' has the shape {[str(size) for size in dims]}, and code needs "
                 f"every size: fix it, for instance with --shape {value.name}={example}"
             )
+
+
+def _refuse_open(model: ir.Model, found: Sequence[Skipped]) -> None:
+    """Raise where sizes are open: with these unknown, branches and shapes stay in the graph, and so do their types."""
+    inputs = [value for value in model.graph.inputs if value.shape is not None and not value.shape.is_static()]
+    if not inputs:
+        return
+    names = ", ".join(f"'{value.name}'" for value in inputs)
+    flags, letters = [], []
+    for value in inputs:
+        dims = [_letters(size) for size in value.shape or ()]
+        letters += [one for one in dims if not one.isdecimal()]
+        flags.append(f"--shape {value.name}={','.join(dims)}")
+    node, reason = found[0]
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    raise UserError(
+        f"integer cannot run this model while sizes of {names} are open: '{node}'{more}: {reason}. Fix them with "
+        f"{' '.join(flags)}, with numbers for {', '.join(dict.fromkeys(letters))}"
+    )
+
+
+def _letters(size: int | ir.SymbolicDim) -> str:
+    return str(size) if isinstance(size, int) else (size.value or "N").upper()
 
 
 def _refuse_boundaries(model: ir.Model, forms: Sequence[str]) -> None:
@@ -232,10 +253,6 @@ def _write_library(model: ir.Model, folder: Path) -> dict[str, Any]:
     if found:
         raise RuntimeError(f"{found[0].function} computes in float ({found[0].mnemonic})")
     return {"library": "no floating-point instruction"}
-
-
-def _count(nodes: Iterable[ir.Node]) -> Counter[str]:
-    return Counter(node.op_type for node in nodes)
 
 
 def _floating(node: ir.Node, model: ir.Model) -> str | None:

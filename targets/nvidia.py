@@ -24,8 +24,9 @@ from qgraph.runtime.placement import Placement
 from qgraph.runtime.placement_foresight import foreseen_placement
 from qgraph.runtime.serving import open_with
 from qgraph.runtime.session import CPU_PROVIDER, installed_providers, provider_fault
-from qgraph.targets.base import Kernels, Session, Target, cleaned_up
+from qgraph.targets.base import Kernels, Runs, Session, Target, cleaned_up
 from qgraph.targets.cpu_int4 import weight_kernels
+from qgraph.targets.cuda_layout import CHANNELS_LAST, prefers_channels_last
 
 __all__ = ["CUDA", "TENSORRT", "NvidiaTarget", "once_each", "work_of"]
 
@@ -64,7 +65,10 @@ class NvidiaTarget(Target, abc.ABC):
     wanted: ClassVar[Sequence[str]] = (CUDA,)
     """The providers that it wants, the most wanted first; the CPU comes last by itself."""
     opset: ClassVar[int] = 18
-    """The highest opset at which the CUDA provider has every kernel that it has at all; see its table."""
+    """The highest opset at which no release of the CUDA provider from 1.24 on loses kernels that it has earlier.
+
+    The one of its table has them up to opset 25; before, Pad and Equal ended at 18.
+    """
 
     def prepare_passes(self) -> Pipeline:
         """Return the clean-up passes."""
@@ -87,8 +91,18 @@ class NvidiaTarget(Target, abc.ABC):
 
     def providers(self) -> Sequence[tuple[str, Mapping[str, str]]]:
         """Return the providers that are wanted, with their options, the CPU's last."""
+        return self._providers({})
+
+    def _providers(self, more: Mapping[str, Mapping[str, str]]) -> Sequence[tuple[str, Mapping[str, str]]]:
         options = self.options()
-        return [*((name, dict(sorted(options.get(name, {}).items()))) for name in self.wanted), (CPU_PROVIDER, {})]
+        chosen = {name: {**options.get(name, {}), **more.get(name, {})} for name in self.wanted}
+        return [*((name, dict(sorted(one.items()))) for name, one in chosen.items()), (CPU_PROVIDER, {})]
+
+    def hints(self, model: ir.Model) -> Mapping[str, Mapping[str, str]]:
+        """Return provider -> the options that a model wants besides."""
+        if self.wanted[0] != CUDA or not prefers_channels_last(model, table(_TABLES[CUDA])):
+            return {}
+        return {CUDA: CHANNELS_LAST}
 
     def session(self, folder: Path, *, threads: int = 0) -> Session:
         """Open model.onnx with the providers that are wanted and start here, the CPU last.
@@ -96,30 +110,62 @@ class NvidiaTarget(Target, abc.ABC):
         Raises:
             UserError: ONNX Runtime is not installed.
         """
-        return open_with(self.providers(), folder, threads=threads, disabled=self.disabled)
+        hints = self.hints(qgraph.ir.load(folder / "model.onnx")) if CUDA in installed_providers() else {}
+        return open_with(self._providers(hints), folder, threads=threads, disabled=self.disabled)
 
     def computes(self, node: ir.Node) -> Arithmetic | None:
         """Return what a node computes in, where its operator and types do not say it."""
         del node
         return None
 
-    def placement(self, folder: Path) -> Placement:
-        """Return what the tables foresee, node by node as the model is written."""
-        model = qgraph.ir.load(folder / "model.onnx")
-        asked = table(_TABLES[self.wanted[0]])
-        return foreseen_placement(model, self.split(model), f"{asked.title}, foreseen from its table", self.computes)
-
-    def kernels(self, folder: Path) -> Kernels:
+    def counted(self, model: ir.Model) -> Kernels:
         """Count the operators as they are written: what the provider fuses is known on the device only."""
-        return weight_kernels(qgraph.ir.load(folder / "model.onnx"), integers=False)
+        return weight_kernels(model, integers=False)
+
+    def runs(self, folder: Path, *, whole: bool = True) -> Runs:
+        """Return what the tables foresee, node by node as the model is written; that needs no session."""
+        model = qgraph.ir.load(folder / "model.onnx")
+        split = self.split(model)
+        asked = table(_TABLES[self.wanted[0]])
+        against = _against_cuda_graph(model, split)
+        return Runs(
+            kernels=self.counted(model) if whole else None,
+            placement=foreseen_placement(split, f"{asked.title}, foreseen from its table", self.computes),
+            footprint=None,
+            runtime={
+                "io_binding": True,
+                "cuda_graph": {"possible": not against, "against": against},
+                "parts": split.parts,
+                "elsewhere": [{"node": node, "reason": reason} for node, reason in split.left],
+            },
+            told=_told(split, self.wanted[0]),
+            providers=self._providers(self.hints(model)),
+        )
+
+    def placement(self, folder: Path) -> Placement | None:
+        """Return what the tables foresee, node by node as the model is written."""
+        return self.runs(folder).placement
+
+    def kernels(self, folder: Path) -> Kernels | None:
+        """Count the operators as they are written."""
+        return self.runs(folder).kernels
+
+    def runtime(self, folder: Path) -> Mapping[str, Any] | None:
+        """Return whether inputs and the whole graph can stay on the GPU, and which nodes would run elsewhere."""
+        return self.runs(folder).runtime
 
     def split(self, model: ir.Model) -> Split:
         """Return which provider would run what."""
         return split_by_provider(model, [table(_TABLES[name]) for name in self.wanted])
 
-    def without_kernels(self, model: ir.Model) -> list[Skipped]:
-        """Return the nodes that do the work of a model and would do it on the CPU, each with the reason."""
-        split = self.split(model)
+    def without_kernels(self, model: ir.Model, split: Split | None = None) -> list[Skipped]:
+        """Return the nodes that do the work of a model and would do it on the CPU, each with the reason.
+
+        Args:
+            model: is not changed.
+            split: of it, where that was made.
+        """
+        split = split or self.split(model)
         on_cpu = {qgraph.ir.node_label(node) for node, one in split.providers.items() if one == CPU_PROVIDER}
         working = {qgraph.ir.node_label(node) for node in qgraph.ir.walk(model) if node.op_type in _COMPUTE}
         return [
@@ -127,19 +173,6 @@ class NvidiaTarget(Target, abc.ABC):
             for node, reason in split.left
             if node in on_cpu and node in working
         ]
-
-    def runtime(self, folder: Path) -> Mapping[str, Any]:
-        """Return whether inputs and the whole graph can stay on the GPU, and where nodes run."""
-        model = qgraph.ir.load(folder / "model.onnx")
-        split = self.split(model)
-        against = _against_cuda_graph(model, split)
-        return {
-            "io_binding": True,
-            "cuda_graph": {"possible": not against, "against": against},
-            "parts": split.parts,
-            "elsewhere": [{"node": node, "reason": reason} for node, reason in split.left],
-            "told": _told(split, self.wanted[0]),
-        }
 
 
 def _short(provider: str) -> str:

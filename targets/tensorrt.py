@@ -1,7 +1,8 @@
 """ONNX Runtime's TensorRT provider, with explicit quantization.
 
     tensorrt-int8    int8 activations, for each tensor, and int8 weights, for each output, where `qdq` places them by
-                     TensorRT's rules; the rest in float16 as TensorRT sees fit
+                     TensorRT's rules; the rest in float16 as TensorRT sees fit; what depthwise convolutions read is
+                     scaled first, so that its channels are alike in range (`scale-depthwise`)
     tensorrt-fp8     the same in float8e4m3fn (compute capability 8.9 and above); the model itself says that the rest is
                      float16
 
@@ -21,7 +22,6 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -37,14 +37,20 @@ from qgraph.pipeline import Context, Pipeline, Skipped
 from qgraph.targets.base import Kernels, Step
 from qgraph.targets.nvidia import CUDA, TENSORRT, NvidiaTarget
 
-__all__ = ["TensorrtFp8", "TensorrtInt8", "TensorrtTarget"]
+__all__ = ["FUSE", "TensorrtFp8", "TensorrtInt8", "TensorrtTarget"]
 
 _INT8 = "qdq{activations=int8,symmetric=true,placement=tensorrt}"
+_ALIKE = "scale-depthwise"
+"""One scale for a tensor, without a zero point, leaves small channels few of 255 steps; depthwise layers need them."""
 _FLOAT8 = "qdq{weights=float8e4m3fn,activations=float8e4m3fn,symmetric=true,placement=tensorrt}"
+FUSE = "fuse-gelu{table=tensorrt},fuse-norms{table=tensorrt}"
+"""What TensorRT has layers for; it computes norms in float32 then."""
 _BIASES = "WeightBiasQuantization"
 """Makes int32 of float biases before TensorRT is asked, which imports none (ONNX Runtime, pull request 22969)."""
 _RULES = ("Level2_RuleBasedTransformer", "QDQSelectorActionTransformer")
 """Take 8-bit floats for integers where what TensorRT leaves runs on the CPU: drop a Relu, fuse what has no kernel."""
+_WEIGHT_PASSES = ("awq", "gptq", "hqq", "mixed-bits", "rtn")
+_BITS = 8
 _SHAPE = re.compile(r"(.+):(\d+(?:x\d+)*)")
 _PROFILE = ("min_shapes", "opt_shapes", "max_shapes")
 _LADDER = (
@@ -90,16 +96,29 @@ class TensorrtTarget(NvidiaTarget):
                     f"the shapes of '{_input_of(least)}' must grow from min_shapes to max_shapes, not {told}"
                 )
 
+    def refuse_passes(self, compress: Pipeline) -> None:
+        """Raise a UserError for weights that are rounded without what they multiply, or to other than 8 bits."""
+        for one in compress:
+            if one.name not in _WEIGHT_PASSES:
+                continue
+            bits = getattr(one, "bits", _BITS)
+            if bits != _BITS:
+                why = f"multiplies 8-bit numbers, and {one.name} would round weights to {bits} bits"
+                raise UserError(f"{self.name} {why}: use --target cuda-int4, whose kernels read weights of few bits")
+            if not any(other.name == "qdq" for other in compress):
+                why = f"multiplies in 8 bits where activations have 8 bits too, and {one.name} rounds weights alone"
+                raise UserError(f"{self.name} {why}: leave --passes out, or use --target cuda-int8")
+
     def options(self) -> Mapping[str, Mapping[str, str]]:
         """Return the options of the TensorRT provider."""
         profile = {f"trt_profile_{name}": ",".join(getattr(self, name)) for name in _PROFILE if getattr(self, name)}
         return {TENSORRT: {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1", **self.flags, **profile}}
 
-    def kernels(self, folder: Path) -> Kernels:
+    def counted(self, model: ir.Model) -> Kernels:
         """Count layers by what they multiply, as the model says it; TensorRT picks its kernels on the device itself."""
         counts = {name: Counter[str]() for name in ("integer", "low-bit", "float", "none")}
         left = []
-        for node in qgraph.ir.walk(qgraph.ir.load(folder / "model.onnx")):
+        for node in qgraph.ir.walk(model):
             kind = self.computes(node) or "none"
             counts[kind][node.op_type] += 1
             if kind == "float":
@@ -147,18 +166,18 @@ class TensorrtInt8(TensorrtTarget):
     flags: ClassVar[Mapping[str, str]] = {"trt_fp16_enable": "1", "trt_int8_enable": "1"}
 
     def compress_passes(self, model: ir.Model, context: Context) -> Pipeline:
-        """Return static quantization by TensorRT's rules.
+        """Return static quantization by TensorRT's rules, behind depthwise convolutions' channels of one range.
 
         Raises:
             UserError: there is no layer that it could quantize.
         """
         del context
         _require_layers(model, self.name, float8=False)
-        return Pipeline.parse(_INT8)
+        return Pipeline.parse(f"{_ALIKE},{_INT8}" if _has_grouped(model) else _INT8)
 
     def lower_passes(self) -> Pipeline:
-        """Return the last clean-up."""
-        return Pipeline.parse("remove-unused")
+        """Return the passes that end in what TensorRT computes as one layer."""
+        return Pipeline.parse(f"{FUSE},remove-unused")
 
     def ladder(self, compress: Pipeline) -> Sequence[Step]:
         """Return other ranges of activations, equalization, and corrected biases."""
@@ -187,7 +206,11 @@ class TensorrtFp8(TensorrtTarget):
 
     def lower_passes(self) -> Pipeline:
         """Return the passes that end in float16 where it is not 8 bits."""
-        return Pipeline.parse("to-fp16{quantizers=true},remove-unused")
+        return Pipeline.parse(f"{FUSE},to-fp16{{quantizers=true}},remove-unused")
+
+
+def _has_grouped(model: ir.Model) -> bool:
+    return any(qgraph.ir.is_op(node, "Conv") and node.attributes.get_int("group", 1) > 1 for node in model.graph)
 
 
 def _require_layers(model: ir.Model, target: str, *, float8: bool) -> None:

@@ -29,7 +29,7 @@ from qgraph.codegen.tvm_session import ModelSession
 from qgraph.codegen.tvm_tuning import Log, tuned
 from qgraph.errors import UserError
 from qgraph.pipeline import Context, Pipeline, Skipped
-from qgraph.targets.base import Session, Target, cleaned_up, repeated_outputs
+from qgraph.targets.base import Session, Target, cleaned_up, float64_edges, repeated_outputs
 
 __all__ = ["TvmCpu", "TvmCuda", "TvmMetal"]
 
@@ -217,6 +217,14 @@ class TvmMetal(_TvmGpu):
     kind: ClassVar[str] = "metal"
     suffix: ClassVar[str] = "metal"
     limits: ClassVar[Limits] = Limits(256, 32768)
+
+    def check(self, model: ir.Model) -> list[Skipped]:
+        """Return the inputs and outputs of a type that Metal lacks, or what the targets of TVM have in common.
+
+        Raises:
+            UserError: TVM is not installed.
+        """
+        return float64_edges(model, "Metal") or super().check(model)
 
     def _target(self) -> Any:
         return tvm_machines.metal_target()

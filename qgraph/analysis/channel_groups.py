@@ -21,9 +21,9 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.analysis.channel_rules import (
+from qgraph.analysis.channel_rules import RULES
+from qgraph.analysis.channel_tracer import (
     NONE,
-    RULES,
     Found,
     NoSourceError,
     Source,
@@ -181,7 +181,7 @@ class _Collector(Tracer):
             self._read.pop(node, None)
             self._followed = set()
             why = str(reason) if isinstance(reason, NoSourceError) else f"the shapes at {at(node)} are not certain"
-            if node in self._layers or qgraph.ir.is_op(node, *_CONVOLUTIONS):
+            if node in self.layers or qgraph.ir.is_op(node, *_CONVOLUTIONS):
                 self._unfit[node] = why
             for value in told:
                 self._hold(value, why)
@@ -192,7 +192,7 @@ class _Collector(Tracer):
                 self._hold(value, f"'{value.name}' is read by {at(node)}")
 
     def _follow(self, node: ir.Node, told: Sequence[ir.Value]) -> None:
-        layer = self._layers.get(node)
+        layer = self.layers.get(node)
         if layer is not None or qgraph.ir.is_op(node, *_CONVOLUTIONS):
             found = self._rules[key(node)](self, node, told[0], self._ids[told[0]])
             self._ties += found.ties

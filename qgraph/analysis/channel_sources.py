@@ -22,7 +22,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.analysis.channel_rules import RULES, NoSourceError, Source, Tracer, classes
+from qgraph.analysis.channel_rules import RULES
+from qgraph.analysis.channel_tracer import NoSourceError, Source, Tracer, classes
 from qgraph.analysis.linear_layers import LinearLayer
 from qgraph.analysis.shapes import Shapes
 from qgraph.analysis.spatial_rules import SPATIAL_RULES

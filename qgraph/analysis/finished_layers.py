@@ -193,4 +193,6 @@ def _is_plain(attribute: ir.Attr) -> bool:
 
 def _add(digest: hashlib.blake2b, array: np.ndarray) -> None:
     digest.update(f"{array.dtype}{array.shape}".encode())
+    if array.dtype == np.object_:
+        array = array.astype(np.str_)  # texts
     digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")

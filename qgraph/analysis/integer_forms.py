@@ -11,8 +11,10 @@ import qgraph.ir
 from qgraph.analysis.integer_rules import is_constant
 from qgraph.analysis.integer_tails import Tail
 
-__all__ = ["FLOATS", "Form", "Unit", "computes_floats", "is_float", "real_outputs"]
+__all__ = ["FLOATS", "UNFIT_KEY", "Form", "Unit", "computes_floats", "is_float", "real_outputs"]
 
+UNFIT_KEY = "qgraph.unfit"
+"""Key in a node's metadata: why no pass could write it as plainer operators."""
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
 

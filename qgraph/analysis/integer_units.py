@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.elementwise import ELEMENTWISE
-from qgraph.analysis.integer_forms import FLOATS, Form, Unit, computes_floats, is_float, real_outputs
+from qgraph.analysis.integer_forms import FLOATS, UNFIT_KEY, Form, Unit, computes_floats, is_float, real_outputs
 from qgraph.analysis.integer_patterns import PATTERNS
 from qgraph.analysis.integer_rules import is_constant, is_stored
 from qgraph.analysis.integer_single import COMPARISONS, JOINERS, MOVERS, cast, comparison, joiner, mover
@@ -206,7 +206,8 @@ class _Cutter:
                   "LayerNormalization": Form.NORM, "RMSNormalization": Form.NORM}  # fmt: skip
         form = single.get(op_type)
         if form is None:
-            return f"{op_type} has no integer form"
+            why = node.metadata_props.get(UNFIT_KEY)
+            return f"{op_type} has no integer form" + (f" as it is used here: {why}" if why else "")
         if form is Form.NORM and any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
             return "its mean or deviation is read"
         source = node.inputs[0]

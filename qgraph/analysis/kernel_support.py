@@ -83,18 +83,21 @@ def refusal_of(
     types: Sequence[ir.DataType | None],
     table: Table,
     attributes: Mapping[str, int | float | str] | None = None,
+    version: int | None = None,
 ) -> str | None:
     """Return why an operator that is yet to be written has no kernel, in one line, or None where it has one.
 
     Args:
         name: of the operator, as tables call it.
-        types: of its inputs; None for one that is left out.
+        types: of its inputs; None for one that is left out, or of which nothing is known.
         table: of a runtime.
         attributes: of the node.
+        version: of the operator's domain that the model imports; any, if not given.
     """
     domain, _, op_type = name.rpartition(".")
     inputs = [None if one is None else ir.Value(type=ir.TensorType(one)) for one in types]
-    return refusal(ir.node(op_type, inputs, attributes or {}, domain=domain), table, opsets={})
+    opsets = {} if version is None else {domain: version}
+    return refusal(ir.node(op_type, inputs, attributes or {}, domain=domain), table, opsets=opsets)
 
 
 def _version(node: ir.Node, opsets: Mapping[str, int] | None) -> int | None:

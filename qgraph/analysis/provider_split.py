@@ -14,7 +14,6 @@ where they are read.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
@@ -50,20 +49,15 @@ class Split:
         parts: runs of neighbouring nodes, in topological order, of one provider; nodes that compute shapes aside.
         left: nodes that do not run on the first provider, each with the reason; those that compute shapes aside.
         shapes: nodes that compute shapes, on the CPU.
+        values: what is known of the model's values.
     """
 
     providers: Mapping[ir.Node, str]
     copies: int
     parts: int
     left: Sequence[Skipped]
-    shapes: frozenset[ir.Node] = frozenset()
-
-    def counts(self) -> dict[str, dict[str, int]]:
-        """Return provider -> operator -> number of nodes."""
-        found: dict[str, Counter[str]] = {}
-        for node, provider in self.providers.items():
-            found.setdefault(provider, Counter())[node.op_type] += 1
-        return {provider: dict(sorted(found[provider].items())) for provider in sorted(found)}
+    shapes: frozenset[ir.Node]
+    values: Shapes
 
 
 def split_by_provider(model: ir.Model, tables: Sequence[Table]) -> Split:
@@ -85,7 +79,7 @@ def split_by_provider(model: ir.Model, tables: Sequence[Table]) -> Split:
         if reason is not None and node not in hosted:
             left.append(Skipped(qgraph.ir.node_label(node), reason))
     on_host = frozenset(node for node in hosted if providers.get(node) == CPU)
-    return Split(providers, _copies(providers), _parts(providers, hosted), left, on_host)
+    return Split(providers, _copies(providers), _parts(providers, hosted), left, on_host, shapes)
 
 
 def _first(node: ir.Node, tables: Sequence[Table], opsets: Mapping[str, int], shapes: Shapes) -> tuple[str, str | None]:

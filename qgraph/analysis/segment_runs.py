@@ -152,6 +152,8 @@ class CarriedValues:
         """
         self.samples = max(self.samples, number + 1)
         held = self._held.setdefault(value, {})
+        if array.dtype == np.object_:
+            array = array.astype(np.str_)  # texts, which runtimes take in either form
         # As bytes: bfloat16 has no buffer of its own.
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         digest = hashlib.blake2b(flat.data, digest_size=16).digest()

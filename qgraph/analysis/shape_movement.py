@@ -137,7 +137,7 @@ def _sliced(size: Dim, start: Dim | None, end: Dim | None, step: int) -> Dim | N
         return None
     if to_the_end or (isinstance(end, int) and end < 0):
         left = symbols.sub(size if to_the_end else symbols.add(size, end), start)
-        return left if left == size else symbols.maximum(left, 0)
+        return left if left == size or is_never_negative(left) else symbols.maximum(left, 0)
     return symbols.minimum(size, end) if start == 0 and is_never_negative(end) else None
 
 
@@ -213,8 +213,7 @@ def _reshaped(dims: Dims | None, target: tuple[Dim | None, ...], *, copies: bool
             result.append(None if size == -1 else size)
     missing = [axis for axis, size in enumerate(result) if size is None]
     if dims is not None and len(missing) == 1:
-        others = symbols.product(size for size in result if size is not None)
-        result[missing[0]] = symbols.divide(symbols.product(dims), others) if others != 0 else None
+        result[missing[0]] = symbols.quotient(dims, [size for size in result if size is not None])
     return tuple(result)
 
 

@@ -376,7 +376,7 @@ def _declared(value: ir.Value) -> list[symbols.Dim | None] | None:
     """Return the shape of a graph input as the file says it."""
     if value.shape is None:
         return None
-    return [dim if isinstance(dim, int) else symbols.symbol(dim.value) if dim.value else None for dim in value.shape]
+    return [dim if isinstance(dim, int) else symbols.declared(dim.value) if dim.value else None for dim in value.shape]
 
 
 def _rank_only(value: ir.Value) -> list[None] | None:

@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.analysis.channel_rules import (
+from qgraph.analysis.channel_tracer import (
     NONE,
     Found,
     Key,

@@ -13,7 +13,21 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
-__all__ = ["Dim", "Expr", "add", "broadcast", "floordiv", "maximum", "minimum", "mul", "product", "sub", "symbol"]
+__all__ = [
+    "Dim",
+    "Expr",
+    "add",
+    "broadcast",
+    "declared",
+    "floordiv",
+    "maximum",
+    "minimum",
+    "mul",
+    "product",
+    "quotient",
+    "sub",
+    "symbol",
+]
 
 _MOST_TERMS = 32
 _MOST_FACTORS = 8
@@ -53,6 +67,17 @@ def symbol(name: str) -> Expr:
     if len(name) > _LONGEST:
         name = f"size_{hashlib.blake2b(name.encode('utf-8', 'replace'), digest_size=8).hexdigest()}"
     return Expr({(name,): 1})
+
+
+def declared(name: str) -> Dim:
+    """Return the size that a model calls `name`: exporters write "past + new" for the sum of two others."""
+    parts = [part.strip() for part in name.split("+")]
+    if len(parts) < 2 or not all(part.isidentifier() or part.isdecimal() for part in parts):
+        return symbol(name)
+    total: Dim = 0
+    for part in parts:
+        total = add(total, int(part) if part.isdecimal() else symbol(part))
+    return total
 
 
 def add(one: Dim, other: Dim) -> Dim:
@@ -117,6 +142,18 @@ def divide(one: Dim, other: Dim) -> Dim | None:
             return None
         terms[tuple(rest)] = coefficient // factor
     return _simplify(terms, lambda: f"({one})/({other})")
+
+
+def quotient(dims: Iterable[Dim], others: Iterable[Dim]) -> Dim | None:
+    """Return the product of `dims` over that of `others`, or None where it is not exact; equal sizes cancel."""
+    left, below = list(dims), []
+    for one in others:
+        if one in left:
+            left.remove(one)
+        else:
+            below.append(one)
+    divisor = product(below)
+    return divide(product(left), divisor) if divisor != 0 else None
 
 
 def minimum(one: Dim, other: Dim) -> Dim:

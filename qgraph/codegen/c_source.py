@@ -17,11 +17,12 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qgraph.codegen.c_files import example_text, header_text, makefile_text
+from qgraph.codegen.c_fusion import producer_of
 from qgraph.codegen.c_graph import IntegerGraph, Port
 from qgraph.codegen.c_program import Program
 from qgraph.errors import UserError
 
-__all__ = ["Footprint", "emit_c"]
+__all__ = ["Footprint", "c_functions", "emit_c"]
 
 
 @dataclass(frozen=True)
@@ -73,3 +74,23 @@ def emit_c(model: ir.Model, folder: Path, name: str = "model") -> Footprint:
         (folder / file).write_text(text, encoding="utf-8")
     inputs, outputs = tuple(program.graph.inputs), tuple(program.graph.outputs)
     return Footprint(program.constants.nbytes, program.arena, inputs, outputs, len(program.kernels))
+
+
+def c_functions(model: ir.Model) -> list[tuple[str, list[ir.Node]]]:
+    """Return the functions that the C source has for a graph, in the order in which they run, with their nodes.
+
+    The last node of each is the one whose operator writes the loops.
+
+    Args:
+        model: as for `emit_c`.
+
+    Raises:
+        UserError: as `emit_c` does.
+    """
+    found = []
+    for kernel in Program(IntegerGraph(model), "model").kernels:
+        fused = kernel.fused
+        driver = producer_of(fused.driver or fused.output)
+        nodes = {producer_of(value): None for value in (*fused.inlined, fused.output)}
+        found.append((kernel.name, [*(node for node in nodes if node is not driver), driver]))
+    return found

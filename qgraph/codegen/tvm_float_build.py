@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import threading
+import importlib.util
+import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
 from qgraph.codegen.tvm_float_schedule import scheduled_float
+from qgraph.codegen.tvm_gpu_schedule import default_rules
 from qgraph.codegen.tvm_packing import Lanes, packed_layers
 from qgraph.errors import UserError
 
@@ -25,6 +28,7 @@ PREPARE = "main_transform_params"
 OPTIONS = {"s_tir.LoopPartition": {"partition_const_loop": True}}
 """Of TVM's passes: what rows leave over is code of its own, so that the rest asks nothing."""
 _NARROW_REGISTERS = 16
+_INTRINSICS = "tvm.s_tir.tensor_intrin"
 _SIZES = "shape_func"
 """The functions that compute sizes from others, each a row of stores into slots that none of them reads."""
 
@@ -95,23 +99,24 @@ def _common() -> list[Any]:
 def compiled(fused: Any, target: Any) -> Any:
     """Schedule what is not scheduled yet, and return the executable."""
     import tvm
+    from tvm import relax
 
     with _reasoned(), tvm.transform.PassContext(opt_level=3, config=OPTIONS):
         scheduled = scheduled_float(fused, lanes_of(target))
-        return tvm.compile(scheduled, target=target, relax_pipeline=_repeatable())
+        return tvm.compile(scheduled, target=target, relax_pipeline=_repeatable(relax.get_pipeline("default")))
 
 
-def _repeatable() -> Any:
+def _repeatable(passes: Any) -> Any:
     """Return TVM's own passes, and behind them one that brings what computes sizes into the order of their slots.
 
     TVM orders these by addresses, so that the bytes of a library for open sizes would differ from run to run.
     """
     import tvm
-    from tvm import relax, tirx
+    from tvm import tirx
 
     def ordered(module: Any, context: Any) -> Any:
         del context
-        lowered = relax.get_pipeline("default")(module)
+        lowered = passes(module)
         for name, function in lowered.functions_items():
             if name.name_hint.startswith(_SIZES) and isinstance(function.body, tirx.SeqStmt):
                 lowered.update_func(name, function.with_body(tirx.SeqStmt(sorted(function.body, key=_slot))))
@@ -134,25 +139,35 @@ def fused_for_gpu(module: Any, target: Any) -> Any:
         return tvm.transform.Sequential(passes)(module)
 
 
-def _import_apart(module: str) -> None:
-    """Import the intrinsics that the schedules for Metal need, in a thread of its own.
+def _import_metal_intrinsics() -> None:
+    """Import the intrinsics that the schedules for Metal need, without those of every other processor.
 
-    TVM parses them as it imports them, and for each looks at every frame of the stack and its source: a new thread has
-    next to none, which makes it seconds rather than minutes. An import that fails there fails again where it is needed.
+    Their package imports all of these, and TVM parses each as it is imported: half a minute, of which Metal's own take
+    a second. They are imported below an empty package of that name, which goes afterwards; a later import of a module
+    that is there already does not ask for its package.
     """
-    thread = threading.Thread(target=importlib.import_module, args=(module,))
-    thread.start()
-    thread.join()
+    if _INTRINSICS in sys.modules or f"{_INTRINSICS}.metal" in sys.modules:
+        return
+    found = importlib.util.find_spec(_INTRINSICS)
+    if found is None:
+        return
+    package = types.ModuleType(_INTRINSICS)
+    package.__path__ = list(found.submodule_search_locations or ())
+    sys.modules[_INTRINSICS] = package
+    try:
+        importlib.import_module(f"{_INTRINSICS}.metal")
+    finally:
+        del sys.modules[_INTRINSICS]
 
 
 def compiled_for_gpu(fused: Any, target: Any) -> Any:
     """Give every function the default schedule of its kind, and return the executable."""
     import tvm
+    from tvm import relax
     from tvm.s_tir import dlight
 
-    if target.kind.name == "metal":
-        _import_apart("tvm.s_tir.tensor_intrin")
-    gpu = dlight.gpu
-    rules = (gpu.Matmul(), gpu.GEMV(), gpu.Reduction(), gpu.GeneralReduction(), gpu.Fallback())
     with _reasoned(), target, tvm.transform.PassContext(opt_level=3):
-        return tvm.compile(dlight.ApplyDefaultSchedule(*rules)(fused), target=target)
+        if target.kind.name == "metal":
+            _import_metal_intrinsics()
+        scheduled = dlight.ApplyDefaultSchedule(*default_rules())(fused)
+        return tvm.compile(scheduled, target=target, relax_pipeline=_repeatable(relax.get_default_pipeline(target)))

@@ -170,10 +170,10 @@ def _sums_of_products(s: Any, lanes: Lanes, choose: Choose) -> bool:
     stored = s.cache_write(main, 0, "local")
     if outer:
         around = s.fuse(*order)
-        s.reverse_compute_at(stored, row_outer)
     else:
-        around = s.fuse(channel_outer, row_outer)
-        s.reverse_compute_at(stored, around)
+        around = row_outer = s.fuse(channel_outer, row_outer)
+    # Unit loops stay: `_in_registers` takes the last two for row and channel, also where these are only one.
+    s.reverse_compute_at(stored, row_outer, preserve_unit_loops=True)
     if place + 1 < len(blocks):
         s.reverse_compute_inline(blocks[-1].handle)
     if steps >= _PARALLEL_FROM:

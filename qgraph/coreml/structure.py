@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from qgraph.coreml.blob import stored_bytes
@@ -20,7 +20,7 @@ from qgraph.coreml.program import Argument, Block, Operation, Package, read_pack
 from qgraph.coreml.toolkit import SPECIFICATION
 from qgraph.errors import UserError
 
-__all__ = ["Stored", "Structure", "examine"]
+__all__ = ["Stored", "Structure", "compressed_names", "examine", "reads"]
 
 _OPSET = "CoreML8"
 _OWN = frozenset({"const", "cond"})
@@ -62,14 +62,22 @@ def examine(folder: Path) -> Structure:
     package = read_package(folder)
     operations = list(package.block.walk())
     faults = [*_signature_faults(package), *_name_faults(package), *_weight_faults(package)]
-    compressed = {spec.name for one in operations if _is_compressed(one) for spec in one.outputs}
-    reads = Counter(
-        one.type
-        for one in operations
-        if not _is_compressed(one) and any(argument.name in compressed for argument in _arguments(one))
+    compressed = compressed_names(operations)
+    readers = Counter(
+        one.type for one in operations if not _is_compressed(one) and any(name in compressed for name in reads(one))
     )
     counts = Counter(one.type for one in operations if one.type != "const")
-    return Structure(tuple(faults), dict(sorted(counts.items())), _weights(operations), dict(sorted(reads.items())))
+    return Structure(tuple(faults), dict(sorted(counts.items())), _weights(operations), dict(sorted(readers.items())))
+
+
+def compressed_names(operations: Iterable[Operation]) -> set[str]:
+    """Return the names of the weights that are compressed."""
+    return {spec.name for one in operations if _is_compressed(one) for spec in one.outputs}
+
+
+def reads(operation: Operation) -> Iterator[str]:
+    """Yield the names of the values that an operation reads."""
+    return (argument.name for argument in _arguments(operation) if argument.name)
 
 
 def _signature_faults(package: Package) -> Iterator[str]:

@@ -37,6 +37,8 @@ _TINY = float(np.finfo(np.float32).tiny)
 _CHUNK = 1 << 15
 _LOWEST_CLIP = 0.1
 _FREE_BIAS_STEP = 2.0**-23
+_MOST_RAISED = 16
+"""By how much the largest scale of a float8 tensor may be raised: its own largest numbers then still are normal."""
 
 
 class Parameters(NamedTuple):
@@ -62,6 +64,7 @@ def scale_and_zero_point(low: ArrayLike, high: ArrayLike, scheme: Scheme) -> Par
     Symmetric schemes get the smallest scale at which neither end saturates. An empty range (zero to zero) gets scale
     1; a range so small that its scale would be denormal gets the least normal scale. Scales of floats are raised to
     the next that float16 holds, from its least normal number on: small floats lose nothing by a little more room.
+    Where all of them are so much smaller that the tensor would be rounded away, they stay as they are.
 
     Args:
         low: real numbers of any shape.
@@ -92,10 +95,13 @@ def scale_and_zero_point(low: ArrayLike, high: ArrayLike, scheme: Scheme) -> Par
 
 
 def _held_by_float16(scale: np.ndarray) -> np.ndarray:
-    """Return scales raised to numbers of float16; those beyond its largest stay."""
+    """Return scales raised to numbers of float16; those beyond its largest stay, and such as it would all destroy."""
     limits = np.finfo(np.float16)
+    if scale.max(initial=0.0) * _MOST_RAISED < limits.tiny:
+        return scale
     near = np.clip(scale, limits.tiny, limits.max).astype(np.float16)
-    above = np.where(near < np.minimum(scale, limits.max), np.nextafter(near, np.float16(np.inf)), near)
+    with np.errstate(over="ignore"):  # behind the largest is infinity, which is not taken
+        above = np.where(near < np.minimum(scale, limits.max), np.nextafter(near, np.float16(np.inf)), near)
     return np.where(scale > limits.max, scale, above.astype(np.float32)).astype(np.float32)
 
 

@@ -14,7 +14,7 @@ from qgraph.report import units
 from qgraph.report.ladder import Rung
 from qgraph.report.layers import LayerFacts
 from qgraph.runtime.benchmark import Benchmark
-from qgraph.runtime.verification import OutputFigures, Verification
+from qgraph.runtime.figures import OutputFigures, Verification
 
 __all__ = ["Comparison", "PassFacts", "ReportData", "comparisons", "deployable_bytes", "target_text"]
 

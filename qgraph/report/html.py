@@ -18,7 +18,8 @@ from qgraph.report.markup import Child, Markup, clip, element
 from qgraph.report.parts import bound_text, budget_text, document, name_cell, number, row, section, table
 from qgraph.report.placement_page import placement_section
 from qgraph.report.search_page import search_section
-from qgraph.runtime.verification import OutputFigures, Verification
+from qgraph.runtime.figures import OutputFigures, Verification
+from qgraph.runtime.placement import kernel_counts
 
 __all__ = ["render"]
 
@@ -45,7 +46,7 @@ def render(data: ReportData) -> str:
         layers_section(data.layers),
         pictures_section(data.layers),
         _weights(manifest.get("weights")),
-        _kernels(manifest.get("kernels"), str(manifest.get("stand_in", ""))),
+        _kernels(kernel_counts(manifest), str(manifest.get("stand_in", ""))),
         placement_section(manifest.get("placement")),
         _left_alone(manifest),
         _again(data),
@@ -237,7 +238,7 @@ def _weight_row(title: str, members: Sequence[Mapping[str, Any]]) -> Markup:
     )
 
 
-def _kernels(kernels: Mapping[str, Any] | None, stand_in: str = "") -> Markup | None:
+def _kernels(kernels: Mapping[str, Mapping[str, int]], stand_in: str = "") -> Markup | None:
     if not kernels:
         return None
     groups = [

@@ -1,4 +1,4 @@
-"""The tables of capabilities held against what is installed here: registry, one-node models, fused forms."""
+"""The tables of capabilities held against what is installed here: registry, one-node models, fused forms, sums."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qgraph import capabilities
-from qgraph.capabilities import Entry, Fusion, Table, Types
+from qgraph.capabilities import ByteProduct, Entry, Fusion, Table, Types
+from qgraph.errors import UserError
 from qgraph.runtime.fusion_probes import found_fusions
 from qgraph.runtime.kernel_probes import Outcome, Probe, outcomes, probes
 from qgraph.runtime.kernel_registry import registry_entries
+from qgraph.runtime.processor import product_processor
+from qgraph.runtime.product_probes import found_products
 from qgraph.runtime.session import CPU_PROVIDER, installed_providers
 
 __all__ = ["TableCheck", "check_table", "check_tables", "registry_differences"]
@@ -33,6 +36,8 @@ class TableCheck:
         probes: state ("ran", "loaded", "none", "not built") -> number of one-node models.
         not_built: operators that no probe could be built for.
         fusions: number of forms that were looked at.
+        processor: which of `qgraph.capabilities.PROCESSORS` the one at hand is, or ''.
+        products: number of kernels whose sums of products of bytes were looked at on it.
         differences: what differs, a line each, as the runtime here has it.
     """
 
@@ -44,6 +49,8 @@ class TableCheck:
     probes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     not_built: tuple[str, ...] = ()
     fusions: int = 0
+    processor: str = ""
+    products: int = 0
     differences: tuple[str, ...] = ()
 
     @property
@@ -64,7 +71,8 @@ def check_tables(progress: Callable[[str, int, int], None] | None = None) -> tup
 def check_table(table: Table, progress: Callable[[str, int, int], None] | None = None) -> TableCheck:
     """Derive from what is installed here as much of a table as can be, and compare.
 
-    Only ONNX Runtime's CPU provider can be probed without a device. Nothing that is missing raises.
+    Of ONNX Runtime's other providers than the CPU's, the registry alone is compared: models are probed on the CPU only.
+    Nothing that is missing raises.
 
     Args:
         table: to check.
@@ -73,13 +81,21 @@ def check_table(table: Table, progress: Callable[[str, int, int], None] | None =
     unchecked, installed = _unchecked(table)
     if unchecked:
         return TableCheck(table.name, table.version, installed, unchecked)
-    kernels = registry_entries(table.provider)
+    try:
+        kernels = registry_entries(table.provider)
+    except UserError as error:
+        return TableCheck(table.name, table.version, installed, str(error))
     differences = registry_differences(table, kernels)
+    if table.provider != CPU_PROVIDER:
+        return TableCheck(table.name, table.version, installed, entries=len(kernels), differences=tuple(differences))
     every = list(probes(table))
     results = list(_counted(outcomes(one.model for one in every), len(every), table.name, progress))
     differences += _probe_differences(table, every, results)
     fusions = list(found_fusions())
     differences += _fusion_differences(table.fusions, fusions)
+    processor = product_processor()
+    products = list(found_products(processor)) if processor else []
+    differences += _product_differences(table.products, products, processor)
     not_built = {probe.name for probe in every} - {
         probe.name for probe, result in zip(every, results, strict=True) if result.state != "not built"
     }
@@ -93,6 +109,8 @@ def check_table(table: Table, progress: Callable[[str, int, int], None] | None =
         dict(sorted(states.items())),
         tuple(sorted(not_built)),
         len(fusions),
+        processor,
+        len(products),
         tuple(differences),
     )
 
@@ -106,9 +124,10 @@ def _unchecked(table: Table) -> tuple[str, str]:
         return "ONNX Runtime is not installed: pip install 'qgraph-compiler[cpu]'", ""
     import onnxruntime
 
-    if table.provider != CPU_PROVIDER:
-        there = "is not probed: only the CPU is" if table.provider in providers else "is not installed here"
-        return f"ONNX Runtime's {table.provider} {there}", str(onnxruntime.__version__)
+    if table.provider not in providers:
+        return f"ONNX Runtime's {table.provider} is not installed here", str(onnxruntime.__version__)
+    if not any(entry.source == _FROM_REGISTRY for entries in table.operators.values() for entry in entries):
+        return f"ONNX Runtime's {table.provider} asks a library that has no registry", str(onnxruntime.__version__)
     return "", str(onnxruntime.__version__)
 
 
@@ -176,6 +195,21 @@ def _fusion_differences(listed: Sequence[Fusion], here: Sequence[Fusion]) -> lis
         elif (before.kernel, before.arithmetic) != (one.kernel, one.arithmetic):
             found.append(f"{told}: {_kernel_of(one)} here, {_kernel_of(before)} by the table")
     return found + [f"no probe shows what becomes of {one.pattern} ({'; '.join(one.when)})" for one in known.values()]
+
+
+def _product_differences(listed: Sequence[ByteProduct], here: Sequence[ByteProduct], processor: str) -> list[str]:
+    """Return which sums of products of bytes are cut to 16 bits here, or are not, unlike the table says."""
+    known = {dataclasses.replace(one, saturates=()): processor in one.saturates for one in listed}
+    words = {True: "sums of two products saturate", False: "sums are exact", None: "nothing is known"}
+    found = []
+    for one in here:
+        before, now = known.get(dataclasses.replace(one, saturates=())), processor in one.saturates
+        if before is not now:
+            form = ", ".join((f"{one.activations} by {one.stored}", *one.when))
+            found.append(
+                f"{one.kernel} ({form}): {words[now]} on this processor ({processor}), {words[before]} by the table"
+            )
+    return found
 
 
 def _kernel_of(fusion: Fusion) -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qgraph.capabilities import Entry, Types, operator_name
 from qgraph.errors import UserError
-from qgraph.runtime.session import CPU_PROVIDER
+from qgraph.runtime.session import CPU_PROVIDER, installed_providers
 
 __all__ = ["joined", "registry_entries", "runtime_schemas", "type_word"]
 
@@ -18,6 +21,8 @@ SOURCE = "registry"
 _OPEN = 2**31 - 1
 """The end of a kernel's range of versions that has none."""
 _NAMES = {"float": "float32", "double": "float64"}
+_WITHOUT_LIBRARIES = (CPU_PROVIDER, "AzureExecutionProvider")
+_ASK = "from onnxruntime.capi.onnxruntime_pybind11_state import get_all_opkernel_def as ask; ask()"
 
 
 class _Kernel(NamedTuple):
@@ -38,9 +43,10 @@ def registry_entries(provider: str = CPU_PROVIDER) -> list[Entry]:
     holds from the version of the operator on to the one before its next.
 
     Raises:
-        UserError: ONNX Runtime is not installed.
+        UserError: ONNX Runtime is not installed, or cannot tell its kernels here.
     """
     schemas = runtime_schemas()
+    _require_registry()
     kernels: dict[tuple[str, str], list[_Kernel]] = defaultdict(list)
     for definition in _state().get_all_opkernel_def():
         if definition.provider == provider:
@@ -78,6 +84,19 @@ def _state() -> Any:
     except ImportError:
         raise UserError("reading the kernel registry needs ONNX Runtime: pip install 'qgraph-compiler[cpu]'") from None
     return onnxruntime_pybind11_state
+
+
+@functools.cache
+def _require_registry() -> None:
+    """Raise a UserError where asking for the registry would kill this process.
+
+    A build with other providers than the CPU's makes one of each to ask it for its kernels, and goes down with those
+    whose libraries do not load; a process of its own tries first.
+    """
+    others = [one for one in installed_providers() if one not in _WITHOUT_LIBRARIES]
+    if others and subprocess.run([sys.executable, "-c", _ASK], capture_output=True, check=False).returncode:
+        told = f"it was built with {', '.join(others)}, and not all of them load"
+        raise UserError(f"ONNX Runtime cannot tell its kernels here: {told}")
 
 
 def _by_version(definition: Any, versions: Sequence[int]) -> list[_Kernel]:

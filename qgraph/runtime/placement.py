@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["DEQUANTIZED", "PlacedNode", "Placement"]
+__all__ = ["DEQUANTIZED", "PlacedNode", "Placement", "kernel_counts"]
 
 DEQUANTIZED = "what it reads is stored in integers, and made float again at every run: there is no kernel for its form"
 """The remark on a layer that was quantized in vain."""
@@ -102,3 +102,23 @@ class Placement:
         """Return JSON values: the summary, and every node."""
         nodes = [{**dataclasses.asdict(node), "precision": node.precision} for node in self.nodes]
         return {**self.summary(), "placed": nodes}
+
+
+_KINDS = {"integer": "integer", "low-bit": "low_bit", "float": "float", "none": "other"}
+
+
+def kernel_counts(manifest: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Return "integer", "low_bit", "float" and "other" -> kernel -> number of them, for whoever shows an artifact.
+
+    From the placement, which knows every node, where the manifest has one; else from what the target counted. Empty
+    where neither is known.
+    """
+    kernels, placement = manifest.get("kernels"), manifest.get("placement")
+    if not placement:
+        return {name: dict(kernels[name]) for name in _KINDS.values() if name in kernels} if kernels else {}
+    found: dict[str, dict[str, int]] = {name: {} for name in _KINDS.values()}
+    for kind, counts in placement["kernels"].items():
+        for kernel, count in counts.items():
+            group, name = found[_KINDS[kind]], kernel.rpartition(".")[2]
+            group[name] = group.get(name, 0) + count
+    return found

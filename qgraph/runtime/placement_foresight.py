@@ -10,30 +10,24 @@ import qgraph.ir
 from qgraph.analysis.kernel_arithmetic import Arithmetic, arithmetic
 from qgraph.analysis.kernel_constraints import type_name
 from qgraph.analysis.provider_split import Split
-from qgraph.analysis.shapes import shapes_of
 from qgraph.capabilities import operator_name
-from qgraph.pipeline import Context
 from qgraph.runtime.placement import PlacedNode, Placement
 
 __all__ = ["foreseen_placement"]
 
 
-def foreseen_placement(
-    model: ir.Model, split: Split, runtime: str, computes: Callable[[ir.Node], Arithmetic | None]
-) -> Placement:
+def foreseen_placement(split: Split, runtime: str, computes: Callable[[ir.Node], Arithmetic | None]) -> Placement:
     """Return the placement of a model as it is written: what the device fuses is known on the device alone.
 
     Args:
-        model: is not changed.
-        split: of it.
+        split: of the model.
         runtime: what is asked, and that it is foreseen.
         computes: what a node computes in, or None where its operator and types say it.
     """
-    shapes = shapes_of(model, Context())
     reasons = {one.node: one.reason for one in split.left}
 
     def types(values: Iterable[ir.Value | None]) -> tuple[str, ...]:
-        found = (None if value is None else shapes.dtype(value) for value in values)
+        found = (None if value is None else split.values.dtype(value) for value in values)
         return tuple("" if dtype is None else type_name(ir.TensorType(dtype)) or "" for dtype in found)
 
     nodes = []

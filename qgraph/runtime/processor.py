@@ -6,23 +6,36 @@ import platform
 import re
 from pathlib import Path
 
-__all__ = ["FLAGS", "is_arm", "lacks_integer_dot_products", "processor_flags"]
+__all__ = ["FLAGS", "is_arm", "lacks_integer_dot_products", "processor_flags", "product_processor"]
 
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "sve")
 """Instructions that integer and low-precision kernels look for, as Linux names them (x86, then Arm)."""
 _DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8"}
+_AVX512_CORE = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 _ARM = ("aarch64", "arm64")
 
 
 def processor_flags() -> tuple[str, ...]:
     """Return those of FLAGS that the processor has; none where the system does not tell."""
+    present = _every_flag()
+    return tuple(flag for flag in FLAGS if flag in present)
+
+
+def _every_flag() -> set[str]:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return ()
+        return set()
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    present = set(found[1].split()) if found else set()
-    return tuple(flag for flag in FLAGS if flag in present)
+    return set(found[1].split()) if found else set()
+
+
+def product_processor() -> str:
+    """Return which of `qgraph.capabilities.PROCESSORS` this one is to kernels that multiply bytes; '' for others."""
+    flags = set() if is_arm() else _every_flag()
+    if _DOT_PRODUCTS & flags:
+        return "vnni"
+    return "avx512" if flags >= _AVX512_CORE else "avx2" if "avx2" in flags else ""
 
 
 def is_arm() -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from qgraph import capabilities
@@ -127,3 +129,49 @@ def test_every_table_is_readable_and_has_something_to_say(name: str):
 )
 def test_values_that_a_constraint_allows(text: str, value: str, allowed: bool):
     assert parse_constraint(text).allows(value) is allowed
+
+
+PRODUCT = """
+[[products]]
+kernel = "QLinearConv"
+weights = [3]
+activations = "uint8"
+stored = "int8"
+when = ["depthwise"]
+saturates = ["avx2"]
+source = "manual"
+"""
+
+
+def test_how_a_kernel_adds_products_of_bytes_is_read():
+    (product,) = capabilities.parse(HEAD + PRODUCT, "some").products
+    assert product == capabilities.ByteProduct(
+        "QLinearConv", (3,), "uint8", "int8", ("depthwise",), ("avx2",), "manual"
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("weights = 3", "products 1: weights should be a list of inputs, not 3"),
+        ("weights = []", "products 1: weights should be a list of inputs, not []"),
+        ("weights = ['x']", "products 1: weights should be a number from 0, not 'x'"),
+        ("saturates = ['sse']", "products 1: saturates: 'sse' is no processor (avx2, avx512, vnni)"),
+        ("stored = 'int9'", "products 1: 'int9' is no data type"),
+    ],
+)
+def test_a_wrong_product_is_told_in_one_line(wrong: str, message: str):
+    key = wrong.partition(" ")[0]
+    lines = [wrong if line.startswith(key) else line for line in PRODUCT.splitlines()]
+    with pytest.raises(UserError) as error:
+        capabilities.parse(HEAD + "\n".join(lines), "some")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", capabilities.names())
+def test_every_source_names_the_release_that_it_is_of(name: str):
+    table = capabilities.table(name)
+    used = {one.source for entries in table.operators.values() for one in entries}
+    used |= {one.source for one in (*table.fusions, *table.products)}
+    assert used == set(table.sources)
+    assert [text for text in table.sources.values() if re.search(r"\d+\.\d+", text) is None] == []

@@ -21,7 +21,7 @@ from qgraph.report.markup import Markup, clip, element, printable
 from qgraph.report.terminal import Table, before_after, before_after_rich, step, step_rich, to_rich, to_text
 from qgraph.runtime.benchmark import Benchmark, Machine, Timing
 from qgraph.runtime.difference import TensorError
-from qgraph.runtime.verification import OutputFigures, Verification
+from qgraph.runtime.figures import OutputFigures, Verification
 
 EVIL = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>\u202e\x00\x1b[31m\ud800&amp;"
 

@@ -26,7 +26,7 @@ from qgraph.search_precision import float_sets, wanted_sqnr
 from qgraph.search_ranking import first_count, predicted, relevant, worst_nodes
 from qgraph.search_workshop import SharingContext
 from qgraph.targets.base import Step
-from qgraph.targets.cpu import CpuInt8
+from qgraph.targets.cpu_int8 import CpuInt8
 
 CHANNELS = 8
 Searched = tuple[qgraph.Artifact, list[Rung]]

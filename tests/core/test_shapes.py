@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
+import qgraph.ir
 from qgraph.analysis import symbols
 from qgraph.analysis.shapes import Shapes
 
@@ -110,3 +112,36 @@ def test_sizes_that_a_file_claims_in_between_are_not_believed():
     assert [str(dim) for dim in shapes.dims(values["b"]) or ()] == ["b.0", "b.1"], "its rank at most"
     assert shapes.array(values["s"]) is None
     assert "not a standard operator" in shapes.reasons[values["b"]]
+
+
+def test_a_name_that_is_a_sum_is_read_as_one():
+    past = symbols.symbol("past")
+    assert symbols.declared("past + seq") == symbols.add(past, S) == symbols.declared("seq+past")
+    assert symbols.declared("seq + 1") == symbols.add(S, 1)
+    assert symbols.declared("past") == past
+    for name in ("a + b*c", "a + ", "max(a,b) + c", "a - b"):
+        assert symbols.declared(name) == symbols.symbol(name)
+
+
+def test_equal_sizes_cancel_before_dividing():
+    total = symbols.add(B, S)
+    assert symbols.quotient([B, 2, symbols.mul(S, 3), total], [total, 6, B]) == S
+    assert symbols.quotient([total, 4], [S]) is None
+    assert symbols.quotient([S], [0]) is None
+
+
+def test_the_rows_behind_a_cache_are_the_new_ones():
+    model = ir.Model(
+        ir.Graph([], [], nodes=[], name="g", opset_imports={"": 17}),
+        ir_version=8,
+    )
+    mask = ir.Value(name="mask", shape=ir.Shape(["batch", "past + seq"]), type=ir.TensorType(ir.DataType.INT64))
+    past = ir.Value(name="cache", shape=ir.Shape(["batch", "past"]), type=ir.TensorType(ir.DataType.INT64))
+    model.graph.inputs.extend([mask, past])
+    begin = ir.node("Shape", [past], {"start": 1, "end": 2})
+    ends = [
+        qgraph.ir.initializer(model.graph, name, np.array([size])) for name, size in (("end", 2**63 - 1), ("axis", 1))
+    ]
+    new = ir.node("Slice", [mask, begin.outputs[0], *ends])
+    model.graph.extend([begin, new])
+    assert Shapes(model).run().dims(new.outputs[0]) == (B, S)

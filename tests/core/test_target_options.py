@@ -55,7 +55,7 @@ def test_what_is_no_target_is_told(text: str, message: str) -> None:
 
 def test_an_option_is_set_by_its_flag() -> None:
     assert with_option(Sized(trials=3), "cpu", "avx2", "--cpu") == Sized(cpu="avx2", trials=3)
-    with pytest.raises(UserError, match="--cpu is for targets with the option 'cpu', which integer does not have"):
+    with pytest.raises(UserError, match="--cpu is for the targets cpu-fp16, cpu-int8, tvm-cpu, not for integer"):
         with_option(read_target("integer"), "cpu", "avx2", "--cpu")
     assert with_option(Sized(cpu="avx2"), "cpu", "avx2", "--cpu") == Sized(cpu="avx2")
     with pytest.raises(UserError, match="--cpu says cpu=neon, and the target cpu=avx2: leave one of them out"):

@@ -8,8 +8,10 @@ import pytest
 
 from qgraph.errors import UserError
 from qgraph.pipeline import PassError
+from qgraph.runtime.figures import Verification
 from qgraph.runtime.metrics import ErrorSums, round_figure
-from qgraph.runtime.verification import Verification, parse_tolerance, verify
+from qgraph.runtime.tolerances import parse_tolerance
+from qgraph.runtime.verification import verify
 
 
 class Recorded:

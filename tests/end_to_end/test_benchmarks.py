@@ -20,6 +20,7 @@ import integer_accuracy
 import integer_bits
 import integer_operators
 import integer_subjects
+import lesser_processor
 import metrics
 import placement
 import report
@@ -27,6 +28,8 @@ import report_accuracy
 import sparsity
 import target_table
 import timing
+
+from qgraph import capabilities
 
 
 def test_sqnr_is_twenty_decibels_for_a_tenth_of_noise() -> None:
@@ -355,3 +358,15 @@ def test_the_page_of_placements_counts_what_differs() -> None:
     assert "20 nodes ran; **1 were otherwise than expected**" in page
     assert "| a | cpu-int8 | 10 | 8 | 3 | 2 | 0 | 3 | 0 | 0 | 0 |" in page
     assert page.endswith("- b, cpu-int4: x: Conv ran\n")
+
+
+@pytest.mark.parametrize("processor", ["avx2", "avx512"])
+def test_the_table_knows_which_sums_saturate_on_lesser_processors(processor: str):
+    import onnxruntime
+
+    table = capabilities.table("onnxruntime-cpu")
+    if processor not in lesser_processor.processors_here() or onnxruntime.__version__ != table.version:
+        pytest.skip("no such processor can be had here, or the table is of another release")
+    found = list(lesser_processor.products_of(processor))
+    assert [bool(one.saturates) for one in found] == [processor in one.saturates for one in table.products]
+    assert sum(bool(one.saturates) for one in found) == 11

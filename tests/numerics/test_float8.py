@@ -57,6 +57,16 @@ def test_the_largest_magnitude_of_each_channel_is_held(parameters):
     assert scale[3] == 1.0
 
 
+def test_tiny_tensors_are_not_rounded_away():
+    """Scales are numbers of float16, but not where that would leave nothing of a tensor."""
+    array = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32) * np.float32(1e-9)
+    scheme = FLOAT8.per_channel(2, 0)
+
+    back = dequantize(quantize(array, scheme))
+
+    assert np.linalg.norm(back - array) < 0.04 * np.linalg.norm(array)
+
+
 def test_it_is_what_the_onnx_reference_computes():
     values = (np.random.default_rng(1).standard_cauchy(200) * 20).astype(np.float32)
     scale = np.float32(0.37)

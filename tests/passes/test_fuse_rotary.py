@@ -81,3 +81,9 @@ def test_other_rotations_stay(name: str, old: str, new: str):
     report = fuse(model)
     assert report.changed < COUNTS[name]
     assert report.changed or ir.to_onnx_text(model) == before
+
+
+def test_an_opset_without_the_operator_is_spoken_of():
+    model = ir.from_onnx_text(CASES["table"][0].replace('"" : 21', '"" : 20'))
+    (reason,) = {one.reason for one in fuse(model).skipped}
+    assert reason == "the model is of opset 20, and RotaryEmbedding of opset 23: convert it to 21 first"

@@ -6,7 +6,7 @@ line `# ...` gives the pipeline if it is not the pass alone. QGRAPH_UPDATE_GOLDE
 
 from __future__ import annotations
 
-import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +18,10 @@ import pytest
 
 import qgraph.ir
 from qgraph.pipeline import Pipeline
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from golden_rewrites import is_after, what_to_do
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 PASSES = (
@@ -39,13 +43,6 @@ PREPARE = (
     "deduplicate-initializers,merge-duplicates,remove-unused"
 )
 FILES = [path for name in PASSES for path in sorted((GOLDEN / name).glob("*.onnxtxt"))]
-
-
-def parts(path: Path) -> tuple[str, str, str]:
-    """Return the pipeline, the text before and the text after."""
-    before, _, after = path.read_text(encoding="utf-8").partition("\n---\n")
-    first, _, rest = before.partition("\n")
-    return (first[1:].strip(), rest, after) if first.startswith("#") else (path.parent.name, before, after)
 
 
 def random_feeds(inputs: Mapping[str, tuple[str, list[int | str]]], seed: int = 0) -> dict[str, np.ndarray]:
@@ -85,19 +82,14 @@ def assert_same(before: list, after: list, tolerance: float) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_golden(path: Path):
-    pipeline, before, after = parts(path)
+    pipeline, before = what_to_do(path, path.parent.name)
     model = ir.from_onnx_text(before)
     feeds, expected = run(ir.to_proto(model).SerializeToString())
 
     report = Pipeline.parse(pipeline).run(model)
 
-    text = ir.to_onnx_text(model).rstrip() + "\n"
-    if os.environ.get("QGRAPH_UPDATE_GOLDEN"):
-        head = f"# {pipeline}\n" if pipeline != path.parent.name else ""
-        path.write_text(f"{head}{before.rstrip()}\n\n---\n{text}", encoding="utf-8")
-    else:
-        assert text == after
-        assert (report.changed > 0) == (not path.stem.startswith("not-")), "cases that stay are called not-..."
+    is_after(path, ir.to_onnx_text(model))
+    assert (report.changed > 0) == (not path.stem.startswith("not-")), "cases that stay are called not-..."
     onnx.checker.check_model(ir.to_proto(model))
     assert_same(expected, run(ir.to_proto(model).SerializeToString(), feeds)[1], 1e-6)
     assert Pipeline.parse(pipeline.rpartition(",")[2]).run(model).changed == 0, "a second run changes something"

@@ -13,7 +13,7 @@ import pytest
 from qgraph import capabilities, cli_pages
 from qgraph.analysis.kernel_support import unsupported
 from qgraph.capabilities import Entry, Table, Types
-from qgraph.runtime import capability_check, kernel_probes, probe_worker
+from qgraph.runtime import capability_check, kernel_probes, kernel_registry, probe_worker
 from qgraph.runtime.capability_check import TableCheck, check_table, registry_differences
 from qgraph.runtime.fusion_probes import FORMS, found_fusions
 from qgraph.runtime.kernel_probes import outcomes, probes
@@ -144,7 +144,9 @@ def test_without_the_runtime_one_line_says_so(table: Table, monkeypatch: pytest.
 
 
 def test_another_release_is_named():
-    check = TableCheck(CPU, "1.31.1", "1.24.0", entries=3, fusions=2, differences=tuple(f"d{i}" for i in range(30)))
+    check = TableCheck(
+        CPU, "1.31.1", "1.24.0", entries=3, probes={"ran": 1}, fusions=2, differences=tuple(f"d{i}" for i in range(30))
+    )
     lines = cli_pages.probe_lines([check])
     assert lines[0][1].startswith("30 differences (of 1.31.1; 1.24.0 is installed): 3 kernels of the registry; ")
     assert lines[1] == ("", "d0")
@@ -161,3 +163,28 @@ def test_blocks_and_bits_without_a_kernel(table: Table):
     assert reasons(4, 32) == []
     assert "attribute bits is 3, and ONNX Runtime's CPUExecutionProvider takes none, 2, 4, 8" in reasons(3, 32)[0]
     assert "attribute block_size is 48" in reasons(4, 48)[0]
+
+
+def test_a_registry_that_would_kill_the_process_is_not_asked(table: Table, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        kernel_registry, "installed_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    monkeypatch.setattr(kernel_registry, "_ASK", "import os; os.abort()")
+    kernel_registry._require_registry.cache_clear()
+    try:
+        assert "built with CUDAExecutionProvider, and not all of them load" in check_table(table).unchecked
+    finally:
+        kernel_registry._require_registry.cache_clear()
+
+
+def test_of_other_providers_the_registry_is_compared(table: Table, monkeypatch: pytest.MonkeyPatch):
+    cuda = capabilities.table("onnxruntime-cuda")
+    kernels = [entry for entries in cuda.operators.values() for entry in entries]
+    monkeypatch.setattr(capability_check, "installed_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(capability_check, "registry_entries", lambda provider: kernels[1:])
+    check = check_table(cuda)
+    assert check.differences == (
+        f"the runtime lacks a kernel that the table has: {capability_check._kernel_text(kernels[0])}",
+    )
+    ((_, line), _) = cli_pages.probe_lines([check])
+    assert line.endswith(f": {len(kernels) - 1} kernels of the registry")

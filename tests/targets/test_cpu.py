@@ -15,8 +15,8 @@ import pytest
 from qgraph.analysis.integer_plan import integer_plan
 from qgraph.errors import UserError
 from qgraph.pipeline import Context, Pipeline
-from qgraph.targets.cpu import CpuInt8
 from qgraph.targets.cpu_costs import better_in_float, graph_cost, node_cost, table
+from qgraph.targets.cpu_int8 import CpuInt8
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21]>\n'
 CNN = """g (float[n,3,64,64] x, float[32,3,3,3] w1, float[64,32,3,3] w2, float[64,64,3,3] w3, float[64,10] w4)

@@ -14,8 +14,8 @@ from qgraph.numerics.dot_products import saturating_product
 from qgraph.pipeline import Context, Pipeline
 from qgraph.runtime.processor import is_arm
 from qgraph.target_options import options_of, read_target
-from qgraph.targets import cpu
-from qgraph.targets.cpu import CpuInt8
+from qgraph.targets import cpu_int8
+from qgraph.targets.cpu_int8 import CpuInt8
 from qgraph.targets.cpu_saturation import saturating
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21]>\n'
@@ -131,7 +131,7 @@ def test_running_where_it_would_saturate_is_spoken_of(tmp_path: Path, monkeypatc
     target, one, _ = compiled(PRODUCTS, "")
     target.lower(one, tmp_path)
     target.session(tmp_path)
-    monkeypatch.setattr(cpu, "lacks_integer_dot_products", lambda: True)
+    monkeypatch.setattr(cpu_int8, "lacks_integer_dot_products", lambda: True)
     with pytest.warns(UserWarning, match="compile with --cpu avx2"):
         target.session(tmp_path)
     CpuInt8(cpu="avx2").session(tmp_path)
@@ -139,7 +139,7 @@ def test_running_where_it_would_saturate_is_spoken_of(tmp_path: Path, monkeypatc
 
 
 def test_what_is_for_arm_says_that_it_was_not_run_there(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cpu, "is_arm", lambda: False)
+    monkeypatch.setattr(cpu_int8, "is_arm", lambda: False)
     assert "not run on Arm" in CpuInt8(cpu="neon").stand_in()
-    monkeypatch.setattr(cpu, "is_arm", lambda: True)
+    monkeypatch.setattr(cpu_int8, "is_arm", lambda: True)
     assert CpuInt8(cpu="neon").stand_in() == ""

@@ -267,3 +267,29 @@ def test_the_manifest_is_plain_json(source: Path):
     manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["weights"]["tensors"][0]["scheme"] == "mxfp4g32"
     assert manifest["weights"]["bits_per_weight"] < 4.5 < manifest["weights"]["stored_bits_per_weight"]
+
+
+def test_a_sum_and_its_normalization_are_not_fused_to_what_is_slower(tmp_path: Path):
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    block (float[batch,seq,64] x, float[batch,seq,64] r) => (float[batch,seq,64] y)
+    <float[1] w = {0}, float[1] b = {0}, float[1] g = {0}>
+    {
+        p = MatMul(x, w)
+        s = Add(p, b)
+        t = Add(s, r)
+        n = LayerNormalization(t, g, b)
+        y = Relu(n)
+    }"""
+    model = ir.from_onnx_text(text)
+    random = np.random.default_rng(0)
+    for name, shape in {"w": (64, 64), "b": (64,), "g": (64,)}.items():
+        value = model.graph.initializers[name]
+        value.const_value = ir.tensor(random.standard_normal(shape).astype(np.float32), name=name)
+        value.shape = ir.Shape(shape)
+    qgraph.ir.save(model, tmp_path / "block.onnx")
+    qgraph.compile(tmp_path / "block.onnx", target="cpu-int4", output=tmp_path / "out", passes="rtn{bits=4,group=32}")
+    optimised = tmp_path / "optimised.onnx"
+    sessions.open_session(tmp_path / "out/model.onnx", optimised_path=optimised)
+    run = {node.op_type for node in qgraph.ir.load(optimised).graph}
+    assert {"MatMulNBits", "LayerNormalization"} <= run
+    assert "SkipLayerNormalization" not in run

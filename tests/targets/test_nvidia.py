@@ -13,11 +13,14 @@ import pytest
 import qgraph
 import qgraph.ir
 from qgraph import doctor
+from qgraph.analysis.provider_split import split_by_provider
 from qgraph.analysis.tensorrt_rules import broken_rules
 from qgraph.errors import UserError
+from qgraph.pipeline import Pipeline
 from qgraph.runtime import session as sessions
 from qgraph.runtime.session import open_session
 from qgraph.target_options import read_target
+from qgraph.targets import nvidia
 from qgraph.targets.cuda import CudaFp8, CudaFp16, CudaInt8
 from qgraph.targets.cuda_sparse24 import CudaSparse24
 from qgraph.targets.nvidia import NvidiaTarget
@@ -81,15 +84,40 @@ def test_float16_and_how_to_run_it(tmp_path: Path):
     assert model.graph.opset_imports[""] == 18
     assert artifact.manifest["verification"]["outputs"][0]["sqnr_db"] > 50
     runtime = artifact.manifest["runtime"]
-    assert artifact.manifest["session"]["providers"] == [["CUDAExecutionProvider", {}], ["CPUExecutionProvider", {}]]
+    providers = artifact.manifest["session"]["providers"]
+    assert providers == [["CUDAExecutionProvider", {"prefer_nhwc": "1"}], ["CPUExecutionProvider", {}]]
     assert runtime["io_binding"]
     assert runtime["cuda_graph"] == {"possible": True, "against": []}
+    assert set(runtime) == {"io_binding", "cuda_graph", "parts", "elsewhere"}
     placement = artifact.manifest["placement"]
     assert (placement["copies"], runtime["elsewhere"], set(placement["providers"])) == (
         0,
         [],
         {"CUDAExecutionProvider"},
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "behind", "preferred"),
+    [
+        ("float16", "3,3", "MaxPool <kernel_shape = [2,2]> (c)", True),
+        ("float16", "3,3", "Resize (c, , s)", False),
+        ("float", "3,3", "MaxPool <kernel_shape = [2,2]> (c)", False),
+        ("float16", "3", "MaxPool <kernel_shape = [2]> (c)", False),
+    ],
+)
+def test_convolutions_of_half_images_want_their_channels_last(dtype: str, shape: str, behind: str, preferred: bool):
+    image = ",".join("8" for _ in shape.split(","))
+    text = f"""<ir_version: 10, opset_import: ["" : 21]> g ({dtype}[1,4,{image}] x) => (y)
+    <{dtype}[4,4,{shape}] w = {{0}}, float[4] s = {{1, 1, 2, 2}}> {{ c = Conv (x, w)  y = {behind} }}"""
+    model = ir.from_onnx_text(text)
+
+    assert bool(CudaFp16().hints(model)) == preferred
+    assert TensorrtInt8().hints(model) == {}
+
+
+def test_without_convolutions_nothing_is_asked_for():
+    assert CudaFp16().hints(small_mlp()) == {}
 
 
 def test_a_dynamic_axis_and_a_node_on_the_cpu_are_against_a_cuda_graph(tmp_path: Path):
@@ -114,6 +142,35 @@ def test_a_dynamic_axis_and_a_node_on_the_cpu_are_against_a_cuda_graph(tmp_path:
     ]
     assert manifest["placement"]["copies"] == 2  # to the Det, and from it to the Cast of an output in float16
     assert runtime["elsewhere"] == [{"node": "det", "reason": "ONNX Runtime's CUDAExecutionProvider has no Det"}]
+
+
+@pytest.mark.parametrize("target", ["cuda-fp16", "tensorrt-int8"])
+def test_where_nodes_run_is_found_out_once_for_the_lowered_model_and_once_for_its_file(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    splits, events = [], []
+
+    def counted(*arguments):
+        splits.append(split_by_provider(*arguments))
+        return splits[-1]
+
+    monkeypatch.setattr(nvidia, "split_by_provider", counted)
+    artifact = build(target, tmp_path, observer=events.append)
+
+    assert len(splits) == 2
+    (provider,) = set(splits[1].providers.values())
+    count = len(splits[1].providers)
+    assert artifact.manifest["placement"]["providers"] == {provider: count}
+    told = {"CUDAExecutionProvider": "CUDA", "TensorrtExecutionProvider": "TensorRT"}[provider]
+    (line,) = [event.text for event in events if event.stage == "placement"]
+    assert line == f"{count} nodes on {told}, as predicted from the tables"
+
+
+def test_a_model_in_slices_is_placed_by_the_tables_all_the_same(tmp_path: Path):
+    manifest = build("cuda-fp16", tmp_path, context=qgraph.Context(calibration_memory=8000)).manifest
+
+    assert manifest["kernels"] is None
+    assert set(manifest["placement"]["providers"]) == {"CUDAExecutionProvider"}
 
 
 @pytest.mark.parametrize(("target", "kind"), [("cuda-int8", "integer"), ("cuda-fp8", "float8")])
@@ -176,18 +233,26 @@ def test_linear_layers_in_8_bit_floats(tmp_path: Path):
     (result,) = artifact.session().run(None, rows()[0])
     assert result.shape == (2, 10)
 
-    model.graph.opset_imports[""] = 23  # the provider's DequantizeLinear ends at 22
-    assert "opset 23" in CudaFp8().check(model)[0].reason
+    for node in model.graph:
+        if node.op_type == "DequantizeLinear":
+            node.inputs[1].const_value = ir.tensor(qgraph.ir.constant(node.inputs[1]).astype(np.float64))
+            node.inputs[1].dtype = ir.DataType.DOUBLE  # of which the provider has no DequantizeLinear
+    refused = CudaFp8().check(model)
+    assert len(refused) == 3
+    assert all("input 1 is float64" in reason for _, reason in refused)
 
 
 def test_what_computes_on_the_cpu_is_refused_where_it_is_the_work():
-    text = '<ir_version: 10, opset_import: ["" : 22]> g (float[5,1,4] x) => (y) <float[1,8,4] w, float[1,8,2] r> {'
+    types = "(bfloat16[5,1,4] x) => (y) <bfloat16[1,8,4] w, bfloat16[1,8,2] r>"
+    text = f'<ir_version: 10, opset_import: ["" : 22]> g {types} {{'
     model = ir.from_onnx_text(f"{text} [lstm] y = LSTM<hidden_size = 2>(x, w, r) }}")
 
     ((node, reason),) = CudaFp16().check(model)
 
     assert node == "lstm"
-    assert reason.startswith("it would run on the CPU: LSTM: opset 22, and ONNX Runtime's CUDAExecutionProvider takes")
+    assert reason.startswith(
+        "it would run on the CPU: LSTM: input 0 is bfloat16, and ONNX Runtime's CUDAExecutionProvider"
+    )
 
 
 # --- TensorRT ---------------------------------------------------------------------------------------------------------
@@ -236,6 +301,46 @@ def test_float8_by_the_rules_of_tensorrt(tmp_path: Path):
     reasons = {one["node"]: one["reason"] for one in artifact.manifest["skipped"]}
     assert kernels["left_in_float"] == [{"node": "c0", "reason": reasons["c0"]}]
     assert reasons["c0"] == "its 3 to 16 channels are no multiples of 16, which 8-bit floats want"
+
+
+@pytest.mark.parametrize(
+    ("what", "size", "reason"),
+    [
+        ("activation", 1e5, "'ts_dq' reaches"),
+        ("activation", 1e9, "it reads 'ts_dq', which a constant may take out of what float16 holds"),
+        ("weight", 1e9, "it reads 'w1_dq', which a constant may take out of what float16 holds"),
+        ("weight", 1e-9, "it reads 'w1_dq', which a constant may take out of what float16 holds"),
+    ],
+)
+def test_only_the_layer_that_float16_cannot_hold_is_of_float32(what: str, size: float, reason: str, tmp_path: Path):
+    """It still multiplies 8-bit floats: the types around them are wider."""
+    text = """<ir_version: 8, opset_import: ["" : 19]> g (float[N,64] x) => (float[N,64] y)
+    <float[1] w0 = {0}, float[1] w1 = {0}, float[1] w2 = {0}, float up = {1}, float down = {1}>
+    {
+        h = MatMul(x, w0)  t = Relu(h)  ts = Mul(t, up)
+        [far] k = MatMul(ts, w1)
+        r = Relu(k)  l = Mul(r, down)
+        [last] y = MatMul(l, w2)
+    }"""
+    model = ir.from_onnx_text(text)
+    generator = np.random.default_rng(0)
+    sizes = {"up": size if what == "activation" else 1.0, "down": 1 / size}
+    arrays = {name: generator.normal(size=(64, 64)) / 8 for name in ("w0", "w1", "w2")} | sizes
+    arrays["w1"] = arrays["w1"] * (size if what == "weight" else 1.0)
+    for name, array in arrays.items():
+        value = model.graph.initializers[name]
+        value.const_value = ir.tensor(np.asarray(array, np.float32), name=name)
+        value.shape = value.const_value.shape
+
+    artifact = build("tensorrt-fp8", tmp_path, model, calibration=rows())
+
+    made = qgraph.ir.load(artifact.path / "model.onnx")
+    assert broken_rules(made) == []
+    types = {node.name: node.outputs[0].dtype for node in made.graph if node.op_type == "MatMul"}
+    assert (types["far"], types["last"]) == (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+    assert artifact.manifest["kernels"]["low_bit"] == {"MatMul": 3}
+    assert artifact.manifest["verification"]["outputs"][0]["sqnr_db"] > 20
+    assert {one["node"]: one["reason"] for one in artifact.manifest["skipped"]}["far"].startswith(reason)
 
 
 @pytest.mark.parametrize("target", ["tensorrt-int8", "tensorrt-fp8"])
@@ -361,12 +466,18 @@ def test_with_a_gpu_the_options_reach_the_session(target, count: int, monkeypatc
         monkeypatch.setattr(f"{module}.provider_fault", lambda provider: "")
     monkeypatch.setattr("qgraph.runtime.serving.open_session", lambda path, **options: opened.append(options))
 
+    model = small_cnn()
+    Pipeline.parse("to-fp16").run(model)
+    qgraph.ir.save(model, tmp_path / "model.onnx")
+
     target.session(tmp_path)
 
     assert target.stand_in() == ""
     assert tuple(opened[0]["disabled"]) == tuple(target.disabled)
     providers = opened[0]["providers"]
     assert len(providers) == count
+    if count == 2:
+        assert providers[0] == ("CUDAExecutionProvider", {"prefer_nhwc": "1"})
     if count == 3:
         name, options = providers[0]
         assert name == "TensorrtExecutionProvider"
