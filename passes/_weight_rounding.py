@@ -16,9 +16,10 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.analysis.compressed_weights import format_scheme, store, total_bits
+from qgraph.analysis.compressed_weights import format_scheme, total_bits
 from qgraph.analysis.convolutions import OPERATORS, weighted_layers
 from qgraph.analysis.linear_layers import LinearLayer, LinearLayers, matches
+from qgraph.analysis.weight_storage import store
 from qgraph.errors import UserError
 from qgraph.numerics.channel_rounding import channel_scales, nearest, quantized
 from qgraph.numerics.weights import QuantizedWeight, WeightScheme

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 import qgraph
 import qgraph.ir
-from qgraph.analysis.compressed_weights import weight_facts
+from qgraph.analysis.weight_facts import weight_facts
 from qgraph.errors import UserError
 from qgraph.pipeline import Report
 from qgraph.targets.base import Target

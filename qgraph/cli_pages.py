@@ -78,7 +78,7 @@ def survey_tables(survey: Survey) -> list[Table]:
         ("processor", f"{survey.cpu}, {survey.cores} cores usable"),
         ("instructions", " ".join(survey.flags) or "unknown"),
         ("memory", memory),
-        ("graphics cards", "; ".join(survey.devices) or "none found"),
+        ("graphics cards", "; ".join(survey.devices) or survey.device_fault or "none found"),
         *survey.versions.items(),
     ]
     runtimes = [

@@ -23,6 +23,7 @@ __all__ = ["Readiness", "Runtime", "Survey", "survey"]
 
 DISTRIBUTION = "qgraph-compiler"
 _NVIDIA_SMI_SECONDS = 10
+_MEND_DRIVER = "restart the machine, or install the driver anew, so that kernel module and library are of one version"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Survey:
         memory: bytes of RAM, or None where the system does not tell.
         flags: those of FLAGS that the processor has; empty where the system does not tell.
         devices: graphics cards.
+        device_fault: why the driver of cards that may be there does not tell of them, and what to do; '' otherwise.
         runtimes: installed or not.
         targets: usable here or not.
     """
@@ -78,6 +80,7 @@ class Survey:
     devices: tuple[str, ...]
     runtimes: tuple[Runtime, ...]
     targets: tuple[Readiness, ...]
+    device_fault: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -88,6 +91,7 @@ def survey() -> Survey:
     """Look at this machine and this environment; nothing that is missing or broken raises."""
     runtimes = (_onnxruntime(), *(_installed(*facts) for facts in _OTHERS))
     here = machine()
+    devices, fault = _nvidia_devices()
     return Survey(
         versions=_versions(),
         system=here.system,
@@ -95,7 +99,8 @@ def survey() -> Survey:
         cores=here.cores,
         memory=_memory(),
         flags=processor_flags(),
-        devices=_nvidia_devices(),
+        devices=devices,
+        device_fault=fault,
         runtimes=runtimes,
         targets=tuple(_readiness(target, runtimes) for target in catalog("target")),
     )
@@ -150,22 +155,28 @@ def _memory() -> int | None:
         return None
 
 
-def _nvidia_devices() -> tuple[str, ...]:
+def _nvidia_devices() -> tuple[tuple[str, ...], str]:
+    """Return the cards that the driver tells of, and why it does not."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return ()
+        return (), ""
     query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=_NVIDIA_SMI_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    return tuple(line.strip() for line in done.stdout.splitlines() if line.strip())
+        done = subprocess.run(query, capture_output=True, text=True, timeout=_NVIDIA_SMI_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return (), f"nvidia-smi does not answer within {_NVIDIA_SMI_SECONDS} s: {_MEND_DRIVER}"
+    except OSError as error:
+        return (), f"{tool} cannot be run ({error.strerror}): {_MEND_DRIVER}"
+    if done.returncode:
+        told = (done.stdout + done.stderr).strip().partition("\n")[0].rstrip(".")
+        return (), f"nvidia-smi says '{told or done.returncode}': {_MEND_DRIVER}"
+    return tuple(line.strip() for line in done.stdout.splitlines() if line.strip()), ""
 
 
 def _readiness(target: Entry, runtimes: Sequence[Runtime]) -> Readiness:
     missing = target.fault or _missing(target.facts["extra"], runtimes)
-    if not missing and target.facts["extra"] == "cuda":
-        missing = registry.find("target", target.name)().stand_in()  # a provider may be there and not start
+    if not missing:
+        missing = registry.find("target", target.name)().lacks()  # a provider may be there and not start
     return Readiness(target.name, usable=not missing, missing=missing)
 
 
@@ -175,8 +186,6 @@ def _missing(extra: str, runtimes: Sequence[Runtime]) -> str:
     if extra in ("cpu", "cuda"):
         if not ort.version or ort.fault:
             return f"ONNX Runtime {ort.fault or 'is not installed'}: pip install '{DISTRIBUTION}[{extra}]'"
-        if extra == "cuda" and "CUDAExecutionProvider" not in ort.offers:
-            return f"ONNX Runtime has no CUDA provider: pip install '{DISTRIBUTION}[cuda]'"
         return ""
     absent = [name for name in _required(extra) if not _version((name,))]
     return f"{', '.join(absent)} is not installed: pip install '{DISTRIBUTION}[{extra}]'" if absent else ""

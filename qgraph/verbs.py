@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,9 +16,9 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.analysis.compressed_weights import weight_facts
 from qgraph.analysis.cost import ModelCost, cost
 from qgraph.analysis.quantization_sensitivity import Sensitivities, tensor_sensitivities
+from qgraph.analysis.weight_facts import weight_facts
 from qgraph.artifact import Artifact, open_artifact
 from qgraph.compiler import Data
 from qgraph.errors import UserError
@@ -37,6 +38,8 @@ __all__ = ["Inspection", "Measured", "OutputArray", "Outputs", "bench", "diff", 
 AnyData = Data | str | Path | Iterable[Feeds]
 BENCH_FEEDS = 16
 _PLAIN = "cpu-fp32"
+_COPY = re.compile(rf"{re.escape(tempfile.gettempdir())}/qgraph-\w+/\w+\.onnx")
+"""A copy of the user's model, as a runtime was given it."""
 DIFF_FEEDS = 64
 """Samples from which sensitivities are told, at most."""
 
@@ -337,7 +340,7 @@ def _placement(model: ir.Model, path: Path, artifact: Artifact | None, target: s
             chosen.lower(model, Path(scratch))
             return _told(chosen, Path(scratch))
         except UserError as error:  # is about the user's file, of which the runtime saw a copy
-            raise UserError(str(error).replace(str(Path(scratch) / "model.onnx"), str(path))) from error
+            raise UserError(_COPY.sub(lambda _: str(path), str(error))) from error
 
 
 def _told(chosen: Target, folder: Path) -> Placement:

@@ -269,6 +269,13 @@ class Target(abc.ABC):
         """Return what sessions run on where the target's own device or runtime is not here; '' where it is."""
         return ""
 
+    def lacks(self) -> str:
+        """Return why artifacts do not run on the target's own provider here, and what to do; '' where they do.
+
+        Asked where the runtime that the extra brings is installed; for what can be wrong all the same.
+        """
+        return ""
+
     def placement(self, folder: Path) -> Placement | None:
         """Return what runs where, node by node, after the runtime's own optimisation.
 

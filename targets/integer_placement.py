@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 import qgraph.ir
+from qgraph.analysis.integer_units import computes_floats
 from qgraph.analysis.kernel_arithmetic import Arithmetic
 from qgraph.analysis.kernel_constraints import type_name
 from qgraph.capabilities import operator_name
@@ -74,7 +75,11 @@ def _node(node: ir.Node, provider: str) -> PlacedNode:
 def _arithmetic(node: ir.Node) -> Arithmetic:
     if BOUNDARY_KEY in node.metadata_props:
         return "float"
-    return "none" if node.op_type in _MOVES else "integer"
+    if node.op_type in _MOVES:
+        return "none"
+    # What is of no known type was not written by this target.
+    unknown = any(value.dtype is None for value in node.outputs if value.name)
+    return "float" if unknown or computes_floats(node) else "integer"
 
 
 def _types(values: Iterable[ir.Value]) -> tuple[str, ...]:

@@ -67,7 +67,7 @@ class NvidiaTarget(Target, abc.ABC):
     opset: ClassVar[int] = 18
     """The highest opset at which no release of the CUDA provider from 1.24 on loses kernels that it has earlier.
 
-    The one of its table has them up to opset 25; before, Pad and Equal ended at 18.
+    Before the release of its table, Pad and Equal ended there; in that one, MaxPool and a few others end at 21.
     """
 
     def prepare_passes(self) -> Pipeline:
@@ -80,14 +80,20 @@ class NvidiaTarget(Target, abc.ABC):
 
     def stand_in(self) -> str:
         """Return a note where the first provider is not installed, or does not start."""
-        installed, first = installed_providers(), self.wanted[0]
-        fault = provider_fault(first) if first in installed else ""
-        if not installed or (first in installed and not fault):
+        why = self.lacks()
+        if not why:
             return ""
+        installed = installed_providers()
         usable = [one for one in self.wanted[1:] if one in installed and not provider_fault(one)]
         instead = _short(next(iter(usable), CPU_PROVIDER))
-        why = fault or _NEEDED[first]
-        return f"the {instead} provider (same operators; not run on {_short(first)} here: {why})"
+        return f"the {instead} provider (same operators; not run on {_short(self.wanted[0])} here: {why})"
+
+    def lacks(self) -> str:
+        """Return why the first provider does not run here, and what to do; '' where it does, or nothing is known."""
+        installed, first = installed_providers(), self.wanted[0]
+        if not installed:
+            return ""
+        return provider_fault(first) if first in installed else f"no {first} is installed: {_NEEDED[first]}"
 
     def providers(self) -> Sequence[tuple[str, Mapping[str, str]]]:
         """Return the providers that are wanted, with their options, the CPU's last."""

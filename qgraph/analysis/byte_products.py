@@ -1,9 +1,10 @@
-"""Which products of bytes a processor adds exactly, by a capability table: of nodes as they are or are fused.
+"""Which products of bytes a processor adds exactly, by a capability table: of kernels, and of layers that become some.
 
     QGemm(x8, s, z, W8, ...)                                     the table's entry of QGemm
-    Conv(DequantizeLinear(x8), DequantizeLinear(W8))             that of QLinearConv, which the table says it becomes
+    Conv(DequantizeLinear(x8), DequantizeLinear(W8))             that of DequantizeLinear -> Conv -> QuantizeLinear
 
-A layer that the table fuses to no integer kernel multiplies floats. Types that are not known may be any.
+The two differ: before it fuses such a layer, ONNX Runtime makes unsigned activations of signed ones. A layer of which
+the table says nothing multiplies floats. Types that are not known may be any.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def saturating_weights(node: ir.Node, table: Table, processors: Collection[str])
         data, weight = (_stored(value) for value in node.inputs[:2])
         if data is None or weight is None:
             return []
-        kernels = _fused(node.op_type, table)
-        cut = any(one.kernel in kernels and _fits(one, node, data, weight) for one in entries)
+        pattern = f"DequantizeLinear -> {node.op_type} -> QuantizeLinear"
+        cut = any(one.kernel == pattern and _fits(one, node, data, weight) for one in entries)
         return [weight] if cut else []
     name = operator_name(node.domain, node.op_type)
     found: dict[ir.Value, None] = {}
@@ -64,12 +65,6 @@ def _is_depthwise(node: ir.Node, weight: ir.Value) -> bool:
     dims: Sequence[int | ir.SymbolicDim] = () if weight.shape is None else tuple(weight.shape)
     group = node.attributes.get_int("group", 1)
     return group > 1 and len(dims) > 1 and dims[0] == group and dims[1] == 1
-
-
-def _fused(op_type: str, table: Table) -> set[str]:
-    """Return the kernels that a layer between DequantizeLinear and QuantizeLinear may become."""
-    pattern = f"DequantizeLinear -> {op_type}"
-    return {one.kernel for one in table.fusions if one.pattern in (pattern, f"{pattern} -> QuantizeLinear")}
 
 
 def _stored(value: ir.Value | None) -> ir.Value | None:

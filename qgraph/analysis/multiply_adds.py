@@ -13,6 +13,10 @@ import onnx_ir as ir
 
 __all__ = ["UnknownCostError", "multiply_adds"]
 
+_JOINED = 3
+"""Dimensions of operands whose heads lie side by side."""
+_PAST_KEY = 4
+
 
 class UnknownCostError(Exception):
     """The multiply-adds cannot be known; the message says why."""
@@ -50,6 +54,10 @@ class _Operands:
         if value is None:
             raise UnknownCostError(f"input {position} is missing")
         return list(self._shape_of(value))
+
+    def has(self, position: int) -> bool:
+        """Tell whether an input is given."""
+        return position < len(self.node.inputs) and self.node.inputs[position] is not None
 
     def out(self) -> list[int]:
         """Return the shape of the first output."""
@@ -111,12 +119,19 @@ def _einsum(of: _Operands) -> int:
 
 
 def _attention(of: _Operands) -> int:
-    """Count `Attention` of ONNX or `MultiHeadAttention`: Q, K, V come in projected, [B, S, width] or [B, H, S, d]."""
+    """Count `Attention` of ONNX or `MultiHeadAttention`: Q, K, V come in projected, [B, S, width] or [B, H, S, d].
+
+    Those of ONNX may share keys among heads, and put them behind a cache [B, H, past, d].
+    """
     q, k, v = (of.shape(position) for position in range(3))
     if not len(q) == len(k) == len(v):
         raise UnknownCostError("packed operands of an attention")
     queries, keys = q[-2], k[-2]
-    per_pair = math.prod(q) // queries + math.prod(q[:-1]) // queries * v[-1]
+    if of.domain == "" and of.has(_PAST_KEY):
+        keys += of.shape(_PAST_KEY)[-2]
+    groups = of.option("kv_num_heads")
+    width = v[-1] * of.option("q_num_heads") // groups if len(v) == _JOINED and groups else v[-1]
+    per_pair = math.prod(q) // queries + math.prod(q[:-1]) // queries * width
     return queries * keys * per_pair
 
 

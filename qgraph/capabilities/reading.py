@@ -25,7 +25,7 @@
     kernel = "com.microsoft.MatMulNBits"        # "" where they stay as they are
     arithmetic = "integers"                     # optional: where a kernel may compute in float too
     source = "probe"
-    [[products]]                                # how a kernel adds products of bytes
+    [[products]]                                # how a kernel, or what becomes one, adds products of bytes
     kernel = "com.microsoft.QGemm"
     weights = [3]                               # its inputs that are weights
     activations = "uint8"                       # "float32" where it quantizes them itself

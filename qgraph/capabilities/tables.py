@@ -89,7 +89,7 @@ class ByteProduct:
     """How a kernel adds products of bytes, by what the processor has.
 
     Attributes:
-        kernel: its name.
+        kernel: its name, or nodes that become one, as fusions write them.
         weights: its inputs that are weights.
         activations: type of what they are multiplied with; "float32" where the kernel quantizes it itself.
         stored: type of the weights.

@@ -26,11 +26,11 @@ def guarded(rule: Any) -> Any:
     from tvm.s_tir.dlight import ScheduleRule
 
     class Guarded(ScheduleRule):
-        def apply(self, func: Any, target: Any, tunable: bool) -> Any:  # noqa: FBT001 - TVM's signature
+        def apply(self, func: Any, target: Any, tunable: bool) -> Any:
             for one in (func, _inlined(func)):
                 try:
                     return rule.apply(one, target, tunable)
-                except Exception:  # noqa: BLE001, S112 - assertions, and errors of every kind
+                except Exception:  # noqa: BLE001 - assertions, and errors of every kind
                     continue
             return None
 

@@ -40,7 +40,7 @@ QDQ = """d = DequantizeLinear (x, s)
     ("text", "x", "w", "cut"),
     [
         ("Conv", "uint8[1,8,8,8]", "int8[8,8,3,3]", True),
-        ("Conv", "int8[1,8,8,8]", "int8[8,8,3,3]", False),
+        ("Conv", "int8[1,8,8,8]", "int8[8,8,3,3]", True),  # the runtime makes unsigned activations of them
         ("Conv", "uint8[1,8,8,8]", "uint8[8,8,3,3]", False),
         ("Conv <group = 8>", "uint8[1,8,8,8]", "int8[8,1,3,3]", False),
         ("Conv <group = 8>", "uint8[1,8,8,8]", "int8[16,1,3,3]", True),

@@ -8,10 +8,12 @@ import re
 import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from qgraph import cli, doctor, registry
@@ -330,12 +332,24 @@ def test_inspect_asks_the_runtime_of_a_target_about_a_model(work: Path, capsys: 
     foreseen = json.loads(capsys.readouterr().out)["placement"]
     assert foreseen["runtime"].endswith("foreseen from its table")
     assert foreseen["providers"] == {"CUDAExecutionProvider": 3}
-    assert cli.main(["inspect", model, "--placement", "--target", "integer"]) == 2
-    assert "integer cannot tell here what runs where" in capsys.readouterr().err
+    assert cli.main(["inspect", model, "--placement", "--target", "integer", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["placement"]["kernels"]) == {"float"}
+    assert cli.main(["inspect", model, "--placement", "--target", "tvm-cpu"]) == 2
+    assert "tvm-cpu cannot tell here what runs where" in capsys.readouterr().err
     assert cli.main(["inspect", model, "--target", "cpu-fp32"]) == 2
     assert "pass --placement with it" in capsys.readouterr().err
     assert cli.main(["inspect", model, "--placement", "--against", model]) == 2
     assert "--placement looks at one model" in capsys.readouterr().err
+
+
+def test_inspect_names_the_users_file_where_the_runtime_refuses_it(work: Path, capsys: pytest.CaptureFixture[str]):
+    """The runtime saw a copy of it, in a folder that is gone."""
+    text = '<ir_version: 9, opset_import: ["" : 19, "my.ops" : 1]> g (float[2] x) => (float[2] y) { y = my.ops.Foo(x) }'
+    ir.save(ir.from_onnx_text(text), work / "custom.onnx")
+    assert cli.main(["inspect", str(work / "custom.onnx"), "--placement"]) == 2
+    shown = capsys.readouterr().err
+    assert f"ONNX Runtime cannot open {work / 'custom.onnx'}: " in shown
+    assert tempfile.gettempdir() + "/qgraph-" not in shown
 
 
 def test_compile_says_at_its_end_what_does_not_run_as_promised(qgraph: Run, work: Path):

@@ -9,8 +9,9 @@ import onnx_ir as ir
 import pytest
 
 import qgraph.ir
-from qgraph.analysis.compressed_weights import compressed, format_scheme, parse_scheme, store
+from qgraph.analysis.compressed_weights import compressed, format_scheme, parse_scheme
 from qgraph.analysis.linear_layers import linear_layers
+from qgraph.analysis.weight_storage import store
 from qgraph.errors import UserError
 from qgraph.numerics.weights import WeightScheme, quantize_weight
 from qgraph.runtime.session import open_session

@@ -74,6 +74,16 @@ def one_node(op_type, inputs, output, *, domain="", weights=None, **attributes):
             2 * (2 * 7 * 9 * 8),
         ),
         (
+            one_node(
+                "Attention",
+                {"q": [2, 3, 8], "k": [2, 3, 4], "v": [2, 3, 4], "m": [3, 8], "pk": [2, 2, 5, 2], "pv": [2, 2, 5, 2]},
+                [2, 3, 8],
+                q_num_heads=4,
+                kv_num_heads=2,
+            ),
+            2 * 4 * 3 * (5 + 3) * (2 + 2),
+        ),
+        (
             one_node("Attention", {"x": [2, 7, 8]}, [2, 7, 8], domain=ORT, weights={"w": [8, 24], "b": [24]}),
             2 * 7 * 8 * 24 + 2 * (2 * 7 * 7 * 8),
         ),

@@ -50,7 +50,20 @@ LAYERS = (
     ("build_recipe",),
     ("build_workers",),
     ("builder",),
-    ("cli", "cli_build", "cli_commands", "cli_compare", "cli_display", "cli_options", "cli_pages", "__main__"),
+    (
+        "cli",
+        "cli_artifact",
+        "cli_build",
+        "cli_catalog",
+        "cli_commands",
+        "cli_compare",
+        "cli_compile",
+        "cli_display",
+        "cli_language",
+        "cli_options",
+        "cli_pages",
+        "__main__",
+    ),
 )
 """From the bottom up: a module imports from layers below its own, and from its own component."""
 HEAVY = {"onnxruntime", "torch", "tvm", "coremltools", "tokenizers", "PIL", "sklearn", "ray"}

@@ -519,3 +519,22 @@ def test_pictures_tell_range_steps_and_what_is_cut_off():
 def test_layers_that_were_not_taken_say_why():
     page_data = dataclasses.replace(data(), layers=LayerFacts(remark="Not taken: for its size."))
     assert "Not taken: for its size." in Page(render(page_data)).text
+
+
+def test_both_sections_count_the_same_kernels():
+    """Functions that have no integer kernel are in float as well, whatever the target counts as left in float."""
+    placed = {
+        "runtime": "a runtime",
+        "nodes": 40,
+        "providers": {"CPUExecutionProvider": 40},
+        "kernels": {"integer": {"com.microsoft.QGemm": 25}, "float": {"Relu": 8, "Softmax": 2}, "none": {"Reshape": 5}},
+        "precisions": {},
+        "copies": 0,
+        "undone": [],
+    }
+    text = Page(render(ReportData(manifest(placement=placed)))).text
+    really, where = text.index("What really runs"), text.index("What runs where")
+    assert "10 in float" in text[really:where]
+    assert "8 Relu, 2 Softmax" in text[really:where]
+    assert "25 in integers" in text[really:where]
+    assert "5 other operators" in text[really:where]

@@ -12,7 +12,7 @@ import pytest
 import qgraph
 from qgraph import registry
 from qgraph.errors import UserError
-from qgraph.target_options import options_of, read_target, target_of, with_option
+from qgraph.target_options import options_of, read_target, refuse_untunable, target_of, with_option
 from qgraph.targets.cpu import CpuFp32
 
 
@@ -83,3 +83,19 @@ def test_a_manifest_with_options_that_are_none_is_damaged() -> None:
         target_of({"target": "cpu-fp32", "target_options": ["cpu"]})
     with pytest.raises(UserError, match="has no option 'cpu'"):
         target_of({"target": "cpu-fp32", "target_options": {"cpu": "neon"}})
+
+
+@pytest.mark.parametrize("name", ["apple-fp16", "cuda-fp16", "integer", "tvm-metal"])
+def test_a_target_that_times_nothing_says_who_does(name: str, tmp_path: Path) -> None:
+    message = f"--tune is for the targets cpu-int8, tvm-cpu, not for {name}"
+    with pytest.raises(UserError, match=message):
+        refuse_untunable(read_target(name))
+    with pytest.raises(UserError, match=message):
+        qgraph.compile(tmp_path / "model.onnx", name, tune=True)
+
+
+def test_targets_that_time_something_may_be_tuned() -> None:
+    for name in ("cpu-int8", "tvm-cpu"):
+        refuse_untunable(read_target(name))
+    with pytest.raises(UserError, match="--tune 8 is for the targets tvm-cpu, not for cpu-int8"):
+        qgraph.compile("model.onnx", "cpu-int8", tune=True, trials=8)

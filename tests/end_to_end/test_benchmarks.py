@@ -15,11 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import accuracy
 import accuracy_peers
 import data
+import decode
 import integer
 import integer_accuracy
 import integer_bits
 import integer_operators
 import integer_subjects
+import layout
 import lesser_processor
 import metrics
 import placement
@@ -30,6 +32,7 @@ import target_table
 import timing
 
 from qgraph import capabilities
+from qgraph.models import decoder
 
 
 def test_sqnr_is_twenty_decibels_for_a_tenth_of_noise() -> None:
@@ -360,6 +363,19 @@ def test_the_page_of_placements_counts_what_differs() -> None:
     assert page.endswith("- b, cpu-int4: x: Conv ran\n")
 
 
+def test_a_decoder_reads_token_by_token_what_it_reads_at_once(tmp_path: Path) -> None:
+    decode.write_checkpoint(tmp_path / "checkpoint", decode.Shape(32, 48, 4, 2, vocabulary=64), layers=2)
+    model = tmp_path / "model.onnx"
+    decoder.export(tmp_path / "checkpoint", model)
+    ids = np.random.default_rng(0).integers(0, 64, (1, 9))
+    one = decode.Decoder(model, ids[:, :5])
+    for at in range(5, 9):
+        logits = one.read(ids[:, at : at + 1])
+    np.testing.assert_allclose(logits, decode.Decoder(model, ids).logits, rtol=0, atol=1e-5)
+    figures = decode.decode_in_turn({"first": model, "second": model}, 64, prompt=5, tokens=3)
+    assert [one["logits_sqnr_db"] for one in figures.values()] == [None, None]
+
+
 @pytest.mark.parametrize("processor", ["avx2", "avx512"])
 def test_the_table_knows_which_sums_saturate_on_lesser_processors(processor: str):
     import onnxruntime
@@ -369,4 +385,14 @@ def test_the_table_knows_which_sums_saturate_on_lesser_processors(processor: str
         pytest.skip("no such processor can be had here, or the table is of another release")
     found = list(lesser_processor.products_of(processor))
     assert [bool(one.saturates) for one in found] == [processor in one.saturates for one in table.products]
-    assert sum(bool(one.saturates) for one in found) == 11
+    assert sum(bool(one.saturates) for one in found) == 17
+
+
+def test_a_channel_shuffle_is_the_same_in_both_layouts() -> None:
+    first, last = layout.shuffle(4, 6)
+    assert first > 0
+    assert last > 0
+    row = {"model": "m", "convolutions": 3, "transposes": 1, "total": 200, "transposing": 5, "share": 0.025}
+    page = layout.render([row], [(4, 6, 1.4, 2.6)])
+    assert "| m | 3 | 1 | 200 | 5 | 2.5% |" in page
+    assert "| 2 x 4 | 6 x 6 | 1 | 3 |" in page

@@ -14,8 +14,9 @@ import pytest
 
 import qgraph.ir
 from qgraph import capabilities
-from qgraph.analysis.compressed_weights import compressed, parse_scheme, store
+from qgraph.analysis.compressed_weights import compressed, parse_scheme
 from qgraph.analysis.linear_layers import linear_layers
+from qgraph.analysis.weight_storage import store
 from qgraph.numerics.packing import to_container
 from qgraph.numerics.weights import QuantizedWeight, quantize_weight
 from qgraph.passes.matmul_nbits import MatmulNbits

@@ -9,8 +9,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qgraph.analysis.compressed_weights import compressed, store
+from qgraph.analysis.compressed_weights import compressed
 from qgraph.analysis.linear_layers import linear_layers
+from qgraph.analysis.weight_storage import store
 from qgraph.errors import UserError
 from qgraph.models import digits_encoder
 from qgraph.numerics.weights import WeightScheme, quantize_weight

@@ -10,8 +10,9 @@ import onnx_ir as ir
 import pytest
 
 import qgraph.ir
-from qgraph.analysis.compressed_weights import compressed, store
+from qgraph.analysis.compressed_weights import compressed
 from qgraph.analysis.linear_layers import linear_layers
+from qgraph.analysis.weight_storage import store
 from qgraph.errors import UserError
 from qgraph.models import digits_encoder
 from qgraph.numerics.weights import QuantizedWeight, WeightScheme, quantize_weight

@@ -13,7 +13,7 @@ import pytest
 
 import qgraph
 import qgraph.ir
-from qgraph import registry
+from qgraph import registry, verbs
 from qgraph.compiler import verify
 from qgraph.coreml import toolkit
 from qgraph.coreml.structure import examine
@@ -138,7 +138,10 @@ REFUSED = {
         "g (float[4] x) => (int64[1,n] y) { y = NonZero (x) }",
         r"apple-\w+ cannot run this model: 'NonZero->y': NonZero has no form in ML Programs: the size of its result",
     ),
-    "type": ("g (double[4] x) => (double[4] y) { y = Exp (x) }", "'Exp->y': 'x' is DOUBLE, which ML Programs do not"),
+    "type": (
+        "g (double[4] x) => (double[4] y) { y = Exp (x) }",
+        "'x': it is a float64 input of the model, and Core ML has no",
+    ),
     "axes": (
         "g (float[1,1,1,1,1,4] x) => (float[1,1,1,1,1,4] y) { y = Exp (x) }",
         "has 6 axes, and Core ML has at most 5",
@@ -200,3 +203,35 @@ def test_every_target_says_what_it_brings():
         target = registry.find("target", name)()
         assert target.extra == "apple"
         assert not target.needs_calibration
+
+
+@pytest.mark.usefixtures("coremltools")
+@pytest.mark.parametrize("target", ["apple-fp16", "apple-int8"])
+def test_what_runs_where_is_told(target: str, built: Callable[[str, str], qgraph.Artifact]):
+    """Operation by operation of the package; where there is a model.onnx, what the provider makes of it as well."""
+    artifact = built("cnn", target)
+    placement = verbs.inspect(artifact.path, placement=True).placement
+    kernels, placed = artifact.manifest["kernels"], placement.kernels()
+    assert {node.provider for node in placement.nodes} == {"Core ML"}
+    assert placed.get("low-bit", {}) == kernels["low_bit"]
+    assert {kind: placed["float"][kind] for kind in kernels["float"]} == kernels["float"]
+    conv = next(node for node in placement.nodes if node.kernel == "conv")
+    assert conv.precision == "float16 -> float16"
+    assert ("CoreML provider: 1 partition" in placement.runtime) == (target == "apple-fp16")
+    assert any("/stem" in node.sources[0] for node in placement.nodes) == (target == "apple-fp16")
+
+
+@pytest.mark.usefixtures("coremltools")
+def test_texts_among_the_inputs_are_refused_in_one_line(tmp_path: Path):
+    """They are no arrays of bytes: calibration failed on them, deep inside a pass."""
+    text = """<ir_version: 9, opset_import: ["" : 19]> g (float[8,64] x, string[2] s) => (float[8,64] y, string[2] t)
+    <float[1] w = {0}> { y = MatMul(x, w)  t = Identity(s) }"""
+    model = ir.from_onnx_text(text)
+    weight = model.graph.initializers["w"]
+    weight.const_value = ir.tensor(np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32), name="w")
+    weight.shape = weight.const_value.shape
+    feeds = [{"x": np.ones((8, 64), np.float32) * i, "s": np.array(["a", "long"], object)} for i in range(1, 5)]
+    with pytest.raises(UserError, match="'s' is STRING, which ML Programs do not have"):
+        qgraph.compile(model, "apple-int4", calibration=feeds, output=tmp_path / "out")
+    artifact = qgraph.compile(model, "cpu-int4", calibration=feeds, output=tmp_path / "int4")
+    assert artifact.manifest["kernels"]["integer"] == {"MatMulNBits": 1}

@@ -18,6 +18,7 @@ import pytest
 
 import qgraph
 import qgraph.ir
+from qgraph import verbs
 from qgraph.artifact import Artifact
 from qgraph.codegen.c_graph import IntegerGraph
 from qgraph.errors import UserError
@@ -247,3 +248,54 @@ def test_a_type_that_is_not_known_proves_nothing():
     assert Integer().check(model) == []
     model.graph[-2].outputs[0].type = None
     assert "is not known" in Integer().check(model)[0].reason
+
+
+def test_what_runs_where_is_told_for_code_and_without(made, tmp_path: Path):
+    """Function by function of the C code; of the graph alone, node by node. The counts agree with the manifest's."""
+    _, artifact, _ = made
+    in_c = verbs.inspect(artifact.path, placement=True).placement
+    assert {node.provider for node in in_c.nodes} == {"C"}
+    assert in_c.counted("arithmetic").keys() <= {"integer", "none"}
+    source = (artifact.path / "c" / "model.c").read_text()
+    assert all(f"{node.name}(" in source for node in in_c.nodes)
+    assert artifact.manifest["placement"]["kernels"] == in_c.summary()["kernels"]
+
+    shutil.copytree(artifact.path, tmp_path / "bare")
+    shutil.rmtree(tmp_path / "bare" / "c")
+    in_onnx = Integer().placement(tmp_path / "bare")
+    assert {node.provider for node in in_onnx.nodes} == {"CPUExecutionProvider"}
+    counted = {kernel.rpartition(".")[2]: count for kernel, count in in_onnx.kernels()["integer"].items()}
+    assert counted == artifact.manifest["kernels"]["integer"]
+
+
+def test_open_sizes_are_named_where_they_keep_a_model_in_float():
+    model = ir.from_onnx_text("""<ir_version: 10, opset_import: ["" : 21]>
+    g (float[batch,4] x, float[2,batch] state) => (float[n] y) <int64[1] flat = {-1}, int64 one = {1}> {
+        size = Size(x)  many = Greater(size, one)
+        y = If (many) <then_branch = a () => (float[p] r) { r = Reshape(x, flat) },
+                       else_branch = b () => (float[q] s) { s = Reshape(state, flat) }>
+    }""")
+    message = r"while sizes of 'x', 'state' are open.* --shape x=BATCH,4 --shape state=2,BATCH, with numbers for BATCH$"
+    with pytest.raises(UserError, match=message):
+        Integer().check(model)
+
+
+@pytest.mark.parametrize(
+    ("node", "reason"),
+    [
+        ("Einsum<equation = 'bii->bi'>(x)", "Einsum has no integer form as it is used here: 'bii' takes a diagonal"),
+        ("GridSample<mode = 'cubic'>(y, grid)", "GridSample has no integer form as it is used here: its mode is cubic"),
+    ],
+)
+def test_the_refusal_of_code_says_what_is_in_the_way(node: str, reason: str, tmp_path: Path):
+    model = ir.from_onnx_text(f"""<ir_version: 9, opset_import: ["" : 20]>
+    g (float[2,4,4] x, float[1,1,4,4] y, float[1,2,2,2] grid) => (float[N] z, float[M] used) <int64[1] flat = {{-1}}> {{
+        r = {node.replace("'", '"')}  z = Reshape(r, flat)
+        one = Reshape(x, flat) two = Reshape(y, flat) three = Reshape(grid, flat)
+        used = Concat<axis = 0>(one, two, three)
+    }}""")
+    random = np.random.default_rng(0)
+    shapes = {"x": (2, 4, 4), "y": (1, 1, 4, 4), "grid": (1, 2, 2, 2)}
+    feeds = [{name: random.uniform(-1, 1, shape).astype(np.float32) for name, shape in shapes.items()} for _ in "ab"]
+    with pytest.raises(UserError, match=re.escape(reason)):
+        qgraph.compile(model, "integer", calibration=feeds, emit=("c",), output=tmp_path / "out")

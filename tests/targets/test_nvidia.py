@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -434,10 +435,10 @@ def test_what_is_wrong_with_a_range_is_said_once():
 
 @pytest.mark.parametrize("name", ["cuda-int8", "cuda-fp8"])
 def test_a_refused_model_is_sent_only_to_targets_that_take_it(name: str, tmp_path: Path):
-    signature = "g (double[2,64] x, double[64,64] w) => (double[2,64] y)"
+    signature = "g (float[2,16] x, float[16,16] w) => (float[2,16] y)"  # too small to be stored in 8 bits
     model = ir.from_onnx_text(f'<ir_version: 8, opset_import: ["" : 18]> {signature} {{ y = MatMul(x, w) }}')
     weight = model.graph.inputs.pop(1)
-    weight.const_value = ir.tensor(np.ones((64, 64)), name="w")
+    weight.const_value = ir.tensor(np.ones((16, 16), np.float32), name="w")
     model.graph.register_initializer(weight)
     with pytest.raises(UserError, match=r"in float32 or float16, .* Use --target cuda-fp16\.$"):
         qgraph.compile(model, name, output=tmp_path / "out")
@@ -536,8 +537,40 @@ def test_the_doctor_tells_of_it(monkeypatch):
     ready = {one.target: one for one in doctor.survey().targets}
 
     assert not ready["cuda-fp16"].usable
-    assert "not run on CUDA here: it takes an NVIDIA GPU" in ready["cuda-fp16"].missing
+    assert ready["cuda-fp16"].missing == (
+        "no CUDAExecutionProvider is installed: it takes an NVIDIA GPU and pip install 'qgraph-compiler[cuda]'"
+    )
     assert "pip install 'qgraph-compiler[cuda]' tensorrt" in ready["tensorrt-int8"].missing
+
+
+def test_a_driver_that_does_not_match_is_told_with_the_remedy(tmp_path: Path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'Failed to initialize NVML: Driver/library version mismatch'\nexit 18\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    survey = doctor.survey()
+
+    assert survey.devices == ()
+    assert survey.device_fault == (
+        "nvidia-smi says 'Failed to initialize NVML: Driver/library version mismatch': restart the machine, or install "
+        "the driver anew, so that kernel module and library are of one version"
+    )
+
+
+@pytest.mark.parametrize(
+    ("passes", "reason"),
+    [
+        ("rtn{bits=4}", "rtn would round weights to 4 bits: use --target cuda-int4"),
+        ("gptq{bits=8}", "gptq rounds weights alone: leave --passes out, or use --target cuda-int8"),
+    ],
+)
+@pytest.mark.parametrize("target", ["tensorrt-int8", "tensorrt-fp8"])
+def test_weights_that_tensorrt_cannot_use_are_refused_before_they_are_rounded(
+    target: str, passes: str, reason: str, tmp_path: Path
+):
+    with pytest.raises(UserError, match=reason):
+        build(target, tmp_path, passes=passes)
 
 
 @pytest.mark.parametrize("target", ["cuda-fp16", "tensorrt-int8", "tensorrt-fp8"])
