@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.calibration import calibrate
+from qgraph.analysis.float_weights import in_float
 from qgraph.analysis.linear_layers import matches
 from qgraph.analysis.shapes import Shapes
 from qgraph.errors import UserError
@@ -22,6 +23,8 @@ __all__ = ["Decide", "narrow"]
 _PRODUCTS = ("Attention", "Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "GroupQueryAttention", "LSTM", "MatMul",
              "MatMulBnb4", "MatMulNBits", "MultiHeadAttention", "RNN")  # fmt: skip
 """A graph without one of these gains nothing."""
+_WEIGHTS = 4
+"""Compressed weights are spread out to floats in this part of the memory for calibration, if they fit."""
 Decide = Callable[[ir.Graph, Kept, Ranges], None]
 """Adds the nodes that stay in float32, but for those that `exclude` names, which are there already."""
 
@@ -78,9 +81,10 @@ def narrow(
 
 
 def _measured(model: ir.Model, context: Context) -> Ranges:
-    names = tuple(value.name for node in model.graph for value in node.outputs if is_float(value) and value.name)
-    ranges = calibrate(model, context, names)
-    return {name: (float(one.low.min()), float(one.high.max())) for name, one in ranges.items()}
+    names = [value.name for node in model.graph for value in node.outputs if is_float(value) and value.name]
+    plain = in_float(model, context.calibration_memory // _WEIGHTS)
+    ranges = calibrate(plain.model, context, tuple(name for name in names if name not in plain.ranges))
+    return {name: (float(one.low.min()), float(one.high.max())) for name, one in ranges.items()} | plain.ranges
 
 
 def _left(skipped: Sequence[Skipped]) -> list[str]:

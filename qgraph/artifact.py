@@ -74,6 +74,14 @@ class Artifact:
         return target_of(self.manifest)
 
     @property
+    def source(self) -> Path:
+        """Where the model that it was compiled from should lie: beside it, or where the index of its build says."""
+        folder = self.path.resolve().parent
+        beside = folder / self.manifest["source"]["name"]
+        told = _source_of_build(folder)
+        return beside if told is None or beside.is_file() else told
+
+    @property
     def report(self) -> ArtifactReport:
         """The figures, with the timings of bench.json where there is one."""
         bench = self.path / "bench.json"
@@ -95,6 +103,17 @@ class Artifact:
     def run(self, output_names: list[str] | None, feeds: Mapping[str, Any]) -> list[Any]:
         """Run one feed in a new session; open `session()` once to run many."""
         return self.session().run(output_names, feeds)
+
+
+def _source_of_build(folder: Path) -> Path | None:
+    """Return the model that the build in a folder was made from, as its index says; None where there is none."""
+    if not (folder / INDEX).is_file():
+        return None
+    try:
+        path = read_json(folder / INDEX)["source"]["path"]
+    except (UserError, TypeError, KeyError):
+        return None
+    return Path(os.path.normpath(folder / path)) if isinstance(path, str) else None
 
 
 @contextlib.contextmanager

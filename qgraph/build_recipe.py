@@ -24,6 +24,7 @@ A recipe of one target, such as every artifact holds, is one too: `target` with 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -117,6 +118,8 @@ def read_recipe(recipe: str | Path | Mapping[str, Any]) -> BuildRecipe:
     """
     if isinstance(recipe, Mapping):
         return _read(recipe, Path())
+    if not isinstance(recipe, str | os.PathLike):
+        raise UserError(f"a recipe is a TOML file, or a table of what one holds, not {_shown(recipe)}")
     path = Path(recipe)
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))

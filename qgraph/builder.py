@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from qgraph.build_workers import run_ahead
 from qgraph.cache import Cache
 from qgraph.comparison import contender
 from qgraph.compiler import compile as compile_model
-from qgraph.errors import ToleranceError, UserError
+from qgraph.errors import ToleranceError, UserError, is_disk_full
 from qgraph.loading import Data
 from qgraph.manifest import MANIFEST, sha256
 from qgraph.pipeline import Context
@@ -84,7 +85,7 @@ class Build:
 
     Attributes:
         path: the folder.
-        source: name, bytes and hash of the model.
+        source: name, bytes and hash of the model, and how one gets to it from the folder.
         entries: in the order of the recipe.
     """
 
@@ -187,7 +188,7 @@ def build(
     with (
         contextlib.ExitStack() as scratch,
         staging(folder, force=force) as stage,
-        work_folder(folder, resume=False) as work,
+        work_folder(folder, resume=False, resumable=False) as work,
     ):
         context = dataclasses.replace(context, work_folder=context.work_folder or work, _analyses={})
         if workers > 1 and len(asked.targets) > 1:
@@ -199,7 +200,7 @@ def build(
             if on_target is not None:
                 on_target(target, number, len(wanted.targets))
             entries.append(shop.make(target, stage / target.name))
-        made = _finished(stage, entries)
+        made = _finished(stage, entries, _way(source, folder))
     return dataclasses.replace(made, path=folder, entries=tuple(_moved(one, folder) for one in made.entries))
 
 
@@ -245,11 +246,16 @@ class _Shop:
             )
         except ToleranceError as error:
             return Entry(one.name, one.text, "outside", "; ".join(error.result.manifest["failures"]), error.result)
-        except UserError as error:
-            return Entry(one.name, one.text, "refused", _line(error, folder))
         except MemoryError:
             raise
-        except Exception as error:  # noqa: BLE001 - a fault of one target must not cost the others
+        except Exception as error:
+            if is_disk_full(error):  # which is no target's fault, and the others would fare no better
+                raise UserError(
+                    f"the disk is full: there was no room left while {one.name} was made "
+                    f"({_line(error, folder)}). Free some room and run again, or build elsewhere with -o."
+                ) from error
+            if isinstance(error, UserError):
+                return Entry(one.name, one.text, "refused", _line(error, folder))
             return Entry(one.name, one.text, "failed", f"{type(error).__name__}: {_line(error, folder)}")
         return Entry(one.name, one.text, "built", artifact=artifact)
 
@@ -262,8 +268,21 @@ def _line(error: Exception, folder: Path) -> str:
     return " ".join(str(error).replace(str(folder), folder.name).split())
 
 
-def _finished(stage: Path, entries: Sequence[Entry]) -> Build:
+def _way(source: Path, folder: Path) -> str:
+    """Return how one gets from the build to its model: relative, so that both can be moved together."""
+    try:
+        return Path(os.path.relpath(source.resolve(), folder.resolve())).as_posix()
+    except ValueError:  # on another drive
+        return source.resolve().as_posix()
+
+
+def _finished(stage: Path, entries: Sequence[Entry], way: str) -> Build:
     """Write the index.
+
+    Args:
+        stage: the folder of the build.
+        entries: in the order of the recipe.
+        way: from the build to the model.
 
     Raises:
         UserError: no target has an artifact.
@@ -275,7 +294,7 @@ def _finished(stage: Path, entries: Sequence[Entry]) -> Build:
             raise UserError(reasons[0])
         told = "; ".join(f"{one.name}: {one.reason}" for one in entries)
         raise UserError(f"none of the {len(entries)} targets can be built. {told}")
-    made = Build(stage, first.manifest["source"], tuple(entries))
+    made = Build(stage, {**first.manifest["source"], "path": way}, tuple(entries))
     text = json.dumps(made.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
     (stage / INDEX).write_text(text + "\n", encoding="utf-8")
     (stage / INDEX_PAGE).write_text(render(*made.rows()), encoding="utf-8")

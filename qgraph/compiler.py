@@ -268,7 +268,8 @@ def verify(
 
     Args:
         artifact: the folder.
-        source: the model it was compiled from; looked for beside the artifact by default, and checked by its hash.
+        source: the model it was compiled from; looked for beside the artifact by default, or where the index of its
+            build says, and checked by its hash.
         data: samples to run; random inputs when None.
         tolerance: metric -> bound; those of the manifest when None, without the one on `eval` unless `evaluation` is
             given.
@@ -282,7 +283,7 @@ def verify(
     context = context or Context()
     opened = open_artifact(artifact)
     facts = opened.manifest["source"]
-    path = Path(source) if source is not None else opened.path.resolve().parent / facts["name"]
+    path = Path(source) if source is not None else opened.source
     if not path.is_file():
         raise UserError(f"the source {facts['name']} is not at {path}. Say where it is with --source MODEL.onnx.")
     model = qgraph.ir.load(path)

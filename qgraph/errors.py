@@ -1,10 +1,11 @@
 """Errors that a user can mend, told in one line."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["SearchInterrupted", "ToleranceError", "UserError", "nearest"]
+__all__ = ["SearchInterrupted", "ToleranceError", "UserError", "is_disk_full", "nearest"]
 
 
 class UserError(Exception):
@@ -36,6 +37,15 @@ class SearchInterrupted(KeyboardInterrupt):
     def __init__(self, result: Any) -> None:
         super().__init__("interrupted")
         self.result = result
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Tell whether an error, or what it was raised for, is that a disk or a quota is used up."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

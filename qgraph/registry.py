@@ -42,6 +42,7 @@ def names(kind: Kind) -> list[str]:
     return sorted(_entries(kind))
 
 
+@functools.cache
 def find(kind: Kind, name: str) -> Any:
     """Return the class registered under `name`.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qgraph.analysis.quantization_sensitivity import Sensitivities
+from qgraph.beginnings import Beginning
 from qgraph.bounds import Bounds, bytes_of
 from qgraph.building import Built
 from qgraph.errors import UserError
@@ -81,7 +82,8 @@ class Trials:
         # A context of its own: the reference that the run's gets from a candidate is not that of the others.
         context = dataclasses.replace(run.context, _analyses={})
         self._place = Workplace(model, run.target, lower, context, tuning, recorded)
-        self._shop = Workshop(self._place)
+        self._beginning = Beginning.of(run.line)
+        self._shop = Workshop(self._place, self._beginning)
         self._executor: Executor | None = None
         self._known: set[Pipeline] = set()
         self._folders = 0
@@ -196,8 +198,8 @@ class Trials:
         return model, context
 
     def once_more(self, chosen: Candidate, stage: Path) -> Built:
-        """Build what was chosen as its recipe would, with nothing that other candidates have found out."""
-        built, context = Workshop(self._place).build(chosen.compress, stage)
+        """Build what was chosen as its recipe would, with nothing that other candidates alone have found out."""
+        built, context = Workshop(self._place, self._beginning).build(chosen.compress, stage)
         self._run.context.reference = context.reference
         self._run.event("build", f"{chosen.name}   {built.told()}")
         return built

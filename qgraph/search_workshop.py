@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from qgraph import building
 from qgraph.analysis.calibration import Calibration, Range, calibrate
+from qgraph.beginnings import Beginning
 from qgraph.building import Built
 from qgraph.errors import UserError
 from qgraph.numerics.schemes import UINT8, Scheme
@@ -204,13 +205,20 @@ class _State:
     values: tuple[str, ...]
     marks: tuple[str, ...]
     exact: bool
+    promises: tuple[Callable[[ir.Model], str | None], ...]
 
 
 class Workshop:
-    """Makes candidates one after the other."""
+    """Makes candidates one after the other.
 
-    def __init__(self, place: Workplace) -> None:
+    Args:
+        place: what they are made of.
+        beginning: where the prepared model stands among what compilations share; None shares nothing with them.
+    """
+
+    def __init__(self, place: Workplace, beginning: Beginning | None = None) -> None:
         self.place = place
+        self._beginning = beginning
         self.ranges = Ranges()
         self._progress = place.context.progress
         self._states: OrderedDict[tuple[Pass, ...], _State] = OrderedDict()
@@ -272,6 +280,7 @@ class Workshop:
         context.progress = self._progress
         context.reference, context.exact = state.reference, state.exact
         context.values, context.marks = state.values, state.marks
+        context.promises = list(state.promises)
         reports = list(state.reports)
         rest = pipeline.passes[known:]
 
@@ -281,9 +290,17 @@ class Workshop:
             if report.changed:
                 context.follow(one)
             kept = _State(
-                model.clone(), tuple(reports), context.reference, context.values, context.marks, context.exact
+                model.clone(),
+                tuple(reports),
+                context.reference,
+                context.values,
+                context.marks,
+                context.exact,
+                tuple(context.promises),
             )
             self._keep(pipeline.passes[: len(reports)], kept)
+            if self._beginning is not None and context.exact:
+                self._beginning.keep(pipeline.passes[: len(reports)], model, context, reports)
             if told is not None:
                 told(report)
 
@@ -297,13 +314,35 @@ class Workshop:
         return model, context, joined(summed, reports)
 
     def _longest(self, pipeline: Pipeline) -> tuple[int, _State]:
-        """Return how many passes of the pipeline have run already, and the model behind them."""
+        """Return how many passes of the pipeline have run already, here or elsewhere, and the model behind them."""
+        context = self.place.context
+        known, state = (
+            0,
+            _State(self.place.model, (), context.reference, (), (), exact=True, promises=tuple(context.promises)),
+        )
         for count in range(len(pipeline), 0, -1):
-            state = self._states.get(pipeline.passes[:count])
-            if state is not None:
+            kept = self._states.get(pipeline.passes[:count])
+            if kept is not None:
                 self._states.move_to_end(pipeline.passes[:count])
-                return count, state
-        return 0, _State(self.place.model, (), self.place.context.reference, (), (), exact=True)
+                known, state = count, kept
+                break
+        found = None if self._beginning is None else self._beginning.find(pipeline.passes, known)
+        if found is None:
+            return known, state
+        count, shared = found
+        followed = SharingContext()
+        for one, report in zip(pipeline.passes, shared.reports, strict=False):
+            if report.changed:
+                followed.follow(one)
+        return count, _State(
+            shared.model,
+            shared.reports,
+            shared.reference,
+            followed.values,
+            followed.marks,
+            exact=True,
+            promises=shared.promises,
+        )
 
     def _keep(self, passes: tuple[Pass, ...], state: _State) -> None:
         self._states[passes] = state

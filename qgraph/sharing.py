@@ -32,7 +32,7 @@ import onnx_ir as ir
 import qgraph
 from qgraph import spec
 from qgraph.analysis.calibration import calibrate
-from qgraph.analysis.finished_layers import fingerprint
+from qgraph.analysis.finished_layers import fingerprint, likeness
 from qgraph.analysis.tensor_statistics import statistics
 from qgraph.cache import Cache, key_of
 from qgraph.errors import UserError
@@ -40,12 +40,15 @@ from qgraph.manifest import sha256
 from qgraph.pipeline import Context, IrPass, Pass, Pipeline, Report, Rewrite, Samples
 from qgraph.runtime.benchmark import machine
 from qgraph.runtime.recorded import Recorded
+from qgraph.runtime.watched_source import WatchedSource
 from qgraph.stored_states import State, read_outputs, read_state, write_outputs, write_state
 
-__all__ = ["BusyError", "Line", "Sharing", "joined"]
+__all__ = ["BusyError", "Line", "Sharing", "joined", "keys_behind"]
 
 _STATES = 16
 """States of the model that are kept in memory; they share most of their weights."""
+_WATCHED = 4
+"""Sources whose inner tensors are kept."""
 _WORTH_COPYING = 0.1
 _WORTH_WRITING = 0.5
 """Seconds of work behind which a state is kept, in memory and on disk. What is kept decides on nothing but time."""
@@ -71,6 +74,7 @@ class Sharing:
         self.claims = claims
         self._memory = memory
         self._states: OrderedDict[str, State] = OrderedDict()
+        self._watched: OrderedDict[tuple[Any, ...], WatchedSource] = OrderedDict()
         self._facts: dict[tuple[Any, ...], Any] = {}
         self._digests: dict[int, str] = {}
         self._held: list[object] = []
@@ -119,6 +123,22 @@ class Sharing:
             self.cache.drop(key)
             return None
 
+    def furthest(self, keys: Sequence[str | None]) -> tuple[int, State] | None:
+        """Return how many of the keys behind one another lead to the furthest state that there is, and the state."""
+        for count in range(len(keys), 0, -1):
+            key = keys[count - 1]
+            state = self.find(key) if key is not None else None
+            if state is not None:
+                return count, state
+        return None
+
+    def leave(self, key: str, model: ir.Model, context: Context, reports: Sequence[Report], seconds: float) -> None:
+        """Keep a state behind so many seconds of work, where that is worth it."""
+        if seconds >= _WORTH_COPYING:
+            self.remember(key, model, context, reports)
+        if seconds >= _WORTH_WRITING:
+            self.store(key, model, context, reports)
+
     def remember(self, key: str, model: ir.Model, context: Context, reports: Sequence[Report]) -> None:
         """Keep a state in memory, if any are."""
         if not self._memory:
@@ -145,6 +165,18 @@ class Sharing:
         outputs = recorded.outputs
         if self.cache is not None and outputs is not None:
             self.cache.keep(self._outputs_key(root, samples), functools.partial(write_outputs, outputs))
+
+    def watched(self, watched: WatchedSource) -> WatchedSource:
+        """Return one that stands for a like source with the same samples, if there is one, else this."""
+        if not self._memory:
+            return watched
+        source = watched.source
+        key = (likeness(source) if isinstance(source, ir.Model) else source, _fingerprint(watched.samples))
+        found = self._watched.setdefault(key, watched)
+        self._watched.move_to_end(key)
+        while len(self._watched) > _WATCHED:
+            self._watched.popitem(last=False)
+        return found
 
     def _outputs_key(self, root: str, samples: Samples) -> str:
         return key_of("outputs", root, self._digest(samples))
@@ -198,6 +230,21 @@ class Line:
             values = {name: getattr(context, name) for name in fields}
             self.context = _SharedContext(**{**values, "promises": list(context.promises)}, sharing=sharing)
 
+    @property
+    def sharing(self) -> Sharing | None:
+        """What it shares; None for nothing."""
+        return self._sharing
+
+    @property
+    def key(self) -> str | None:
+        """Of the model as it is now; None behind a pass that has no text."""
+        return self._key
+
+    @property
+    def reports(self) -> tuple[Report, ...]:
+        """Of all passes since the source, where something is shared."""
+        return self._reports
+
     def run(self, pipeline: Pipeline, *, after_pass: Callable[[Report], None] | None = None) -> Report:
         """Run the passes, or take up the model where another line has been; return the report of all.
 
@@ -216,7 +263,7 @@ class Line:
             parts = [self.run(Pipeline([one]), after_pass=after_pass) for one in pipeline]
             return joined(parts[-1], self._reports[-len(parts) :])
         before, tell = len(self._reports), after_pass or _ignore
-        keys = _keys(self._key, pipeline.passes)
+        keys = keys_behind(self._key, pipeline.passes)
         known = self._take_up(keys)
         reports = self._reports[before:]
         for report in reports:
@@ -245,18 +292,17 @@ class Line:
     def _take_up(self, keys: Sequence[str | None]) -> int:
         """Go on from the furthest place on the way where somebody has been; return how many passes that saves."""
         assert self._sharing is not None
-        for count in range(len(keys), 0, -1):
-            key = keys[count - 1]
-            state = self._sharing.find(key) if key is not None else None
-            if state is not None:
-                self.model = state.model.clone()
-                self.context.reference, self.context.promises = state.reference, list(state.promises)
-                self.context.forget()
-                self._reports = state.reports
-                self._key = key
-                self._uncopied = self._unwritten = 0.0
-                return count
-        return 0
+        found = self._sharing.furthest(keys)
+        if found is None:
+            return 0
+        count, state = found
+        self.model = state.model.clone()
+        self.context.reference, self.context.promises = state.reference, list(state.promises)
+        self.context.forget()
+        self._reports = state.reports
+        self._key = keys[count - 1]
+        self._uncopied = self._unwritten = 0.0
+        return count
 
     def _passed(self, key: str | None, report: Report) -> None:
         assert self._sharing is not None
@@ -294,8 +340,8 @@ def _ignore(report: Report) -> None:
     del report
 
 
-def _keys(key: str | None, passes: Sequence[Pass]) -> list[str | None]:
-    """Return the keys behind each of the passes; None from the first on that has no text."""
+def keys_behind(key: str | None, passes: Sequence[Pass]) -> list[str | None]:
+    """Return the keys of a model behind each of some passes, given its own; None from the first on without a text."""
     keys: list[str | None] = []
     for one in passes:
         try:

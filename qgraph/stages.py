@@ -26,11 +26,12 @@ from qgraph.proof import Proof
 from qgraph.report.data import ReportData
 from qgraph.report.html import render
 from qgraph.report.ladder import Rung
-from qgraph.report.layers import LayerFacts, few, look_inside
+from qgraph.report.layers import KEPT_SOURCE, LayerFacts, few, look_inside
 from qgraph.runtime.benchmark import Benchmark
 from qgraph.runtime.figures import Verification
 from qgraph.runtime.session import input_signature
 from qgraph.runtime.user_metric import UserMetric
+from qgraph.runtime.watched_source import WatchedSource
 from qgraph.sharing import Line, Sharing
 from qgraph.targets.base import Session, Target
 
@@ -38,6 +39,8 @@ __all__ = ["Event", "Run", "ignore", "told"]
 
 _NOISE = 1.05
 """How many times longer than its budget a result may take: timings repeat within a few per cent."""
+_WATCHED = 8
+"""The source's inner tensors are kept for the report up to this part of the memory for calibration."""
 _MOST_NODES = 5000
 """Layers of larger graphs are not compared for the report: a node costs about a millisecond."""
 
@@ -206,16 +209,19 @@ class Run:
             why = "the model is compared in slices, for its size" if sliced else f"{nodes:,} nodes take long"
             return LayerFacts(remark=f"Not taken: {why}. `qgraph diff MODEL ARTIFACT --calib DATA` takes it.")
         seconds = self._bench["before"].seconds if self._bench is not None else None
-        facts = look_inside(
-            self.context.reference or self.loaded.path,
-            stage,
-            few(self.proof.samples, seconds),
-            threads=self.context.threads,
-            progress=self.context.progress,
-        )
+        source = self._watched(few(self.proof.samples, seconds))
+        threads, progress = self.context.threads, self.context.progress
+        facts = look_inside(source, stage, source.samples, threads=threads, progress=progress)
         if facts.tensors:
             self.event("layers", facts.told())
         return facts
+
+    def _watched(self, samples: Sequence[Feeds]) -> WatchedSource:
+        """Return the source's side of comparing tensors; it serves for all targets that have the same source."""
+        keep = min(KEPT_SOURCE, self.context.calibration_memory // _WATCHED)
+        source = self.context.reference or self.loaded.path
+        watched = WatchedSource(source, samples, threads=self.context.threads, keep=keep)
+        return watched if self._sharing is None else self._sharing.watched(watched)
 
 
 def told(report: Report) -> str:

@@ -248,7 +248,7 @@ def bench(
     """
     context = context or Context()
     opened = open_artifact(artifact)
-    rival = Path(against) if against is not None else _source_beside(opened)
+    rival = Path(against) if against is not None else _source_of(opened)
     paths = {**({"before": rival} if rival is not None else {}), "after": opened.path}
     openers = {name: functools.partial(_open, path, context.threads) for name, path in paths.items()}
     sessions = {name: opener() for name, opener in openers.items()}
@@ -259,9 +259,8 @@ def bench(
     return Measured(timed.with_memory(peaks), sizes, opened.target.stand_in())
 
 
-def _source_beside(artifact: Artifact) -> Path | None:
-    path = artifact.path.resolve().parent / artifact.manifest["source"]["name"]
-    return path if path.is_file() else None
+def _source_of(artifact: Artifact) -> Path | None:
+    return artifact.source if artifact.source.is_file() else None
 
 
 def _open(path: Path, threads: int) -> Session:

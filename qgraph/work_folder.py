@@ -27,12 +27,13 @@ def name_of(output: Path) -> Path:
 
 
 @contextlib.contextmanager
-def work_folder(output: Path, *, resume: bool) -> Iterator[Path]:
+def work_folder(output: Path, *, resume: bool, resumable: bool = True) -> Iterator[Path]:
     """Give the work folder of `output`, which may not exist yet; remove it if the block ends well.
 
     Args:
         output: the artifact's folder.
         resume: keep what a run before has finished, if there was one; otherwise it is removed now.
+        resumable: leave what is finished where the block breaks off, since another run can go on from it.
 
     Raises:
         UserError: what stands there is no work folder.
@@ -43,7 +44,7 @@ def work_folder(output: Path, *, resume: bool) -> Iterator[Path]:
     try:
         yield folder
     except BaseException:
-        _clear(folder, everything=False)
+        _clear(folder, everything=not resumable)
         raise
     _clear(folder, everything=True)
 

@@ -19,14 +19,13 @@ import numpy as np
 import onnx_ir as ir
 
 import qgraph.ir
-from qgraph.errors import UserError
+from qgraph.errors import UserError, is_disk_full
 from qgraph.numerics.packing import pack_bits, unpack_bits
 from qgraph.numerics.weights import QuantizedWeight, WeightScheme
+from qgraph.onnx_file import MappedTensor
 from qgraph.pipeline import Context
 
-__all__ = ["Finished", "FinishedLayers", "fingerprint"]
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+__all__ = ["Finished", "FinishedLayers", "fingerprint", "likeness"]
 
 
 class Finished(NamedTuple):
@@ -93,7 +92,7 @@ class FinishedLayers:
             unfinished.unlink(missing_ok=True)
             if error.errno == errno.ENOENT:
                 raise _removed(self._folder) from error
-            if error.errno not in _FULL:
+            if not is_disk_full(error):
                 raise
             raise UserError(
                 f"the disk is full: {self._folder} has no room for another finished layer. Those that are done are "
@@ -142,6 +141,34 @@ def _removed(folder: Path) -> UserError:
 def fingerprint(model: ir.Model, context: Context, settings: str) -> str:
     """Return 32 hexadecimal digits that change with the nodes and weights of a model, the samples and `settings`."""
     digest = hashlib.blake2b(settings.encode(), digest_size=16)
+    _add_model(digest, model, lambda tensor: _add(digest, tensor.numpy()))
+    for feed in context.samples("a pass that resumes"):
+        for name in sorted(feed):
+            digest.update(name.encode())
+            _add(digest, feed[name])
+    return digest.hexdigest()
+
+
+def likeness(model: ir.Model) -> str:
+    """Return 32 hexadecimal digits that models of the same nodes, inputs and weights have in common in this process.
+
+    A weight that lies in a file is known by its place there: nobody changes the file of a model that is being read.
+    """
+    digest = hashlib.blake2b(str(model.graph.opset_imports).encode(), digest_size=16)
+
+    def add(tensor: ir.TensorProtocol) -> None:
+        if isinstance(tensor, MappedTensor):
+            digest.update(f"{tensor.path}\0{tensor.offset}\0{tensor.dtype}{tensor.shape}".encode())
+        else:
+            _add(digest, tensor.numpy())
+
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        digest.update(f"{value.name}\0{value.type}\0{value.shape}".encode())
+    _add_model(digest, model, add)
+    return digest.hexdigest()
+
+
+def _add_model(digest: hashlib.blake2b, model: ir.Model, add: Callable[[ir.TensorProtocol], None]) -> None:
     for node in qgraph.ir.walk(model):
         parts = [node.domain, node.op_type, *(value.name or "" if value is not None else "" for value in node.inputs)]
         parts += [value.name or "" for value in node.outputs]
@@ -150,18 +177,13 @@ def fingerprint(model: ir.Model, context: Context, settings: str) -> str:
         digest.update("\0".join(parts).encode())
         for attribute in node.attributes.values():
             if not attribute.is_ref() and attribute.type == ir.AttributeType.TENSOR:
-                _add(digest, attribute.as_tensor().numpy())
+                add(attribute.as_tensor())
     for graph in qgraph.ir.all_graphs(model):
         for name, value in graph.initializers.items():
             digest.update(name.encode())
             if value.const_value is not None and value.const_value.dtype != ir.DataType.STRING:
-                _add(digest, value.const_value.numpy())
+                add(value.const_value)
                 qgraph.ir.forget_pages()
-    for feed in context.samples("a pass that resumes"):
-        for name in sorted(feed):
-            digest.update(name.encode())
-            _add(digest, feed[name])
-    return digest.hexdigest()
 
 
 def _is_plain(attribute: ir.Attr) -> bool:

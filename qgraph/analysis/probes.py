@@ -18,6 +18,7 @@ from onnx_ir.passes import common
 
 import qgraph.ir
 from qgraph.errors import UserError
+from qgraph.lazy_tensors import evaluated
 from qgraph.onnx_file import MappedTensor
 from qgraph.pipeline import Feeds
 
@@ -238,6 +239,7 @@ def _detach_weights(model: ir.Model) -> tuple[dict[str, onnxruntime.OrtValue], s
             folders[value.const_value.path.resolve().parent] += value.const_value.nbytes
     folder = folders.most_common(1)[0][0] if folders else None
     weights = {}
+    held: list[ir.Value] = []
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is None or tensor.nbytes < _INLINE_BELOW or tensor.dtype == ir.DataType.STRING:
@@ -246,9 +248,14 @@ def _detach_weights(model: ir.Model) -> tuple[dict[str, onnxruntime.OrtValue], s
         if isinstance(tensor, MappedTensor) and file is not None and file.parent == folder:
             value.const_value = _reference(tensor, name, file.name, tensor.offset)
             continue
-        array = np.ascontiguousarray(tensor.numpy())
+        held.append(value)
+    # Those that are computed together are computed once.
+    computed = evaluated([value.const_value for value in held if value.const_value is not None])
+    for value, tensor in zip(held, computed, strict=True):
+        name, array = str(value.name), np.ascontiguousarray(tensor.numpy())
         if array.nbytes != tensor.nbytes:
-            continue  # packed elements of less than a byte
+            value.const_value = tensor  # packed elements of less than a byte
+            continue
         bare = array.view(f"u{array.itemsize}") if array.dtype.kind == "V" else array
         weights[name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bare, int(tensor.dtype))
         value.const_value = _reference(tensor, name, "weights", 0)

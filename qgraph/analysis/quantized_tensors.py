@@ -20,7 +20,7 @@ import qgraph.ir
 from qgraph.analysis.perturbations import Perturbation, Rounding
 from qgraph.analysis.probes import main_values
 
-__all__ = ["SOURCE_KEY", "QuantizedTensor", "quantized_tensors"]
+__all__ = ["SOURCE_KEY", "QuantizedTensor", "dequantized", "quantized_tensors"]
 
 SOURCE_KEY = "qgraph.source"
 """Metadata of a value that stands for a tensor of the source under another name."""
@@ -130,7 +130,7 @@ class _Pairing:
         if stored is None:
             yield from self._table(node)
             return
-        real = _dequantized(node, stored)
+        real = dequantized(node, stored)
         if real is None:
             self.notes.append(f"'{node.outputs[0].name}': its scale is computed at run time")
             return
@@ -152,7 +152,7 @@ class _Pairing:
             if table is None or table in self._tables or not qgraph.ir.is_op(maker, "Gather"):
                 return
             self._tables.add(table)
-            real = _dequantized(node, stored)
+            real = dequantized(node, stored)
             if real is not None:
                 yield from self._as_read(table, real, stored.dtype or ir.DataType.INT8)
             return
@@ -242,14 +242,28 @@ def _integer_range(kind: ir.DataType) -> tuple[int, int]:
     return (0, (1 << bits) - 1) if kind.name.startswith("UINT") else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
 
 
-def _dequantized(node: ir.Node, stored: ir.Value) -> np.ndarray | None:
+def dequantized(node: ir.Node, stored: ir.Value) -> np.ndarray | None:
     """Return what DequantizeLinear makes of constant integers, float32; None where the scale is computed."""
     parameters = _parameters(node)
     integers = qgraph.ir.constant(stored)
     if parameters is None or integers is None:
         return None
-    scale, zero = (_spread(entries, node, integers.shape) for entries in parameters[:2])
-    return np.asarray((integers.astype(np.float32) - zero.astype(np.float32)) * scale)
+    # Blocks get an axis of their own, so that neither scales nor zero points are written out for every element.
+    axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
+    apart = list(integers.shape)
+    if block and parameters[0].size > 1 and apart[axis] == parameters[0].shape[axis] * block:
+        place = axis % len(apart)
+        apart[place : place + 1] = [apart[place] // block, block]
+        scale, zero = (
+            entries if entries.size == 1 else np.expand_dims(entries, place + 1) for entries in parameters[:2]
+        )
+    else:
+        scale, zero = (_spread(entries, node, integers.shape) for entries in parameters[:2])
+    real = integers.astype(np.float32).reshape(apart)
+    if zero.any():
+        real -= zero.astype(np.float32)
+    real *= scale
+    return real.reshape(integers.shape)
 
 
 def _spread(entries: np.ndarray, node: ir.Node, shape: tuple[int, ...]) -> np.ndarray:

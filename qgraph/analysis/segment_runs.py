@@ -5,7 +5,6 @@ What crosses from a segment to the next is kept in memory as far as there is roo
 
 from __future__ import annotations
 
-import errno
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.blocks import Segment
 from qgraph.analysis.probes import Probe, first_line, raw_outputs
-from qgraph.errors import UserError
+from qgraph.errors import UserError, is_disk_full
 from qgraph.pipeline import Feeds
 
 __all__ = ["CarriedValues", "SegmentRun"]
@@ -171,7 +170,7 @@ class CarriedValues:
             self._folder.mkdir(exist_ok=True)
             np.save(path, array)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not is_disk_full(error):
                 raise
             raise UserError(
                 f"the disk is full: {self._folder.parent} has no room for the activations of the samples. "

@@ -22,8 +22,9 @@ from qgraph.errors import UserError
 from qgraph.pipeline import Feeds, Progress, Samples
 from qgraph.report.stored_weights import Grid, layer_of, read_grid, stored_weight
 from qgraph.runtime.difference import SOURCE_KEY, TensorError, difference
+from qgraph.runtime.watched_source import WatchedSource
 
-__all__ = ["BINS", "LayerFacts", "Picture", "adds_error", "few", "look_inside", "worst_first"]
+__all__ = ["BINS", "KEPT_SOURCE", "LayerFacts", "Picture", "adds_error", "few", "look_inside", "worst_first"]
 
 BINS = 80
 PICTURED = 8
@@ -35,6 +36,8 @@ _WHOLE = 1 << 20
 _SAMPLED = 1 << 15
 """... and otherwise this many values."""
 _MEMORY = 256 << 20
+KEPT_SOURCE = _MEMORY // 2
+"""Bytes of the source's tensors that are kept for the next result."""
 _MOST_SAMPLES = 4
 _SECONDS = 0.002
 """Of running the source alone; comparing every tensor takes many times as long."""
@@ -138,7 +141,7 @@ def few(samples: Samples, seconds: float | None) -> list[Feeds]:
 
 
 def look_inside(
-    source: Path | ir.Model,
+    source: Path | ir.Model | WatchedSource,
     result: Path,
     samples: Samples,
     *,
@@ -169,7 +172,8 @@ def look_inside(
         found = difference(
             source, after, samples, memory=_MEMORY, threads=threads, progress=report, observe=kept.observe
         )
-        before = source if isinstance(source, ir.Model) else None
+        given = source.source if isinstance(source, WatchedSource) else source
+        before = given if isinstance(given, ir.Model) else None
         pictures = tuple(_pictures(before, after, worst_first(found.tensors), kept))
     except UserError as error:
         return LayerFacts(remark=str(error))

@@ -27,12 +27,12 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.integer_meaning import meaning
-from qgraph.analysis.probes import AddOutputs, Probe, kinds, main_values, raw_outputs, size_outputs
+from qgraph.analysis.probes import AddOutputs, Probe, main_values
 from qgraph.analysis.quantization_sensitivity import Sensitivities
 from qgraph.errors import UserError
-from qgraph.pipeline import Feeds, Progress, Samples
+from qgraph.pipeline import Progress, Samples
 from qgraph.runtime.metrics import ErrorSums, round_figure
-from qgraph.runtime.session import first_line
+from qgraph.runtime.watched_source import WatchedSource, model_file, run_probe, without_dropout
 
 __all__ = ["Difference", "Observe", "TensorError", "Unmatched", "difference"]
 
@@ -137,7 +137,7 @@ class _Pair(NamedTuple):
 
 
 def difference(
-    source: Path | ir.Model,
+    source: Path | ir.Model | WatchedSource,
     result: Path | ir.Model,
     samples: Samples,
     *,
@@ -151,8 +151,8 @@ def difference(
     Args:
         source: the model as it was given, or as it was before the first loss (`Context.reference`).
         result: the compiled ONNX model. Either is a file, a folder that holds one as model.onnx, or a model in memory,
-            which is not changed.
-        samples: feeds.
+            which is not changed; a source that serves for several results is a `WatchedSource`.
+        samples: feeds; those of such a source.
         memory: bound in bytes on the tensors held at once; one tensor alone may be larger.
         threads: of the sessions; 0 lets the runtime choose.
         progress: called as `progress("diff", done, total)`.
@@ -164,34 +164,27 @@ def difference(
     """
     if not len(samples):
         raise UserError("there are no samples to compare on")
-    before, after = (
-        _without_dropout(one if isinstance(one, ir.Model) else qgraph.ir.load(_model_file(one)))
-        for one in (source, result)
-    )
-    largest = _largest(before, samples)
-    fed = frozenset(largest)
-    pairs, unmatched = _match(_float_tensors(before, fed), after)
+    before = source if isinstance(source, WatchedSource) else WatchedSource(source, samples, threads=threads)
+    after = without_dropout(result if isinstance(result, ir.Model) else qgraph.ir.load(model_file(result)))
+    pairs, unmatched = _match(before.tensors, after)
     if not pairs:
-        names = [one.graph.name if isinstance(one, ir.Model) else one for one in (source, result)]
+        other = result.graph.name if isinstance(result, ir.Model) else result
         raise UserError(
-            f"no tensor of {names[0]} has its counterpart in {names[1]}: give a model and what was compiled from it"
+            f"no tensor of {before.name} has its counterpart in {other}: give a model and what was compiled from it"
         )
-    sizes = _sizes(before, [pair.source for pair in pairs], largest, threads)
-    slices = list(_slices(pairs, sizes, memory))
+    slices = list(_slices(pairs, before.bytes_of([pair.source for pair in pairs]), memory))
     sums: dict[str, ErrorSums] = {}
     for number, some in enumerate(slices):
-        probes = (
-            Probe(before, raw_outputs([pair.name for pair in some]), fed, threads=threads),
-            Probe(after, _real_outputs(_results(some)), fed, threads=threads),
-        )
+        given = before.giving([pair.name for pair in some])
+        probe = Probe(after, _real_outputs(_results(some)), frozenset(before.largest), threads=threads)
         steps = _Steps(progress, number * len(samples), len(slices) * len(samples))
-        sums.update(_compare(some, probes, samples, steps, observe))
+        sums.update(_compare(some, given, probe, samples, steps, observe))
     unmatched += [
         Unmatched(pair.name, _op(pair.source), "the result's tensor has another shape or type")
         for pair in pairs
         if pair.name not in sums
     ]
-    return Difference(len(samples), tuple(_errors(before, sums)), tuple(unmatched))
+    return Difference(len(samples), tuple(_errors(before.model, sums)), tuple(unmatched))
 
 
 class _Steps(NamedTuple):
@@ -204,77 +197,9 @@ class _Steps(NamedTuple):
             self.progress("diff", self.done + more, self.total)
 
 
-def _model_file(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    if not (path / "model.onnx").is_file():
-        raise UserError(f"{path} holds no model.onnx: its target deploys no ONNX model whose layers can be compared")
-    return path / "model.onnx"
-
-
 def _op(value: ir.Value) -> str:
     node = value.producer()
     return "" if node is None else node.op_type
-
-
-def _without_dropout(model: ir.Model) -> ir.Model:
-    """Return the model with an Identity for each Dropout; the model itself if there is none."""
-    if not any(_is_idle_dropout(node) for node in qgraph.ir.walk(model)):
-        return model
-    model = model.clone()
-    for node in list(qgraph.ir.walk(model)):
-        if _is_idle_dropout(node):
-            qgraph.ir.replace_node(node, ir.node("Identity", [node.inputs[0]], name=node.name))
-    return model
-
-
-def _is_idle_dropout(node: ir.Node) -> bool:
-    return qgraph.ir.is_op(node, "Dropout") and not any(mask.uses() for mask in node.outputs[1:])
-
-
-def _run(probe: Probe, feed: Feeds, who: str) -> list[np.ndarray]:
-    try:
-        return probe.run(feed)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise UserError(f"{who} cannot run the samples: {first_line(error)}") from error
-
-
-def _float_tensors(model: ir.Model, fed: frozenset[str]) -> list[ir.Value]:
-    """Return the float tensors that the main graph's nodes compute, in order."""
-    values = [value for node in model.graph for value in node.outputs if value.name and node.op_type != "Constant"]
-    known = kinds(model, [value.name for value in values if value.name], fed)
-    return [value for value in values if value.name and known[value.name].dtype is not None]
-
-
-def _sizes(model: ir.Model, values: Sequence[ir.Value], feed: Feeds, threads: int) -> list[int]:
-    """Return the number of elements of each tensor for one feed; the tensors themselves are not kept.
-
-    What the shapes that the model states do not tell is counted by running it.
-    """
-    axes = {
-        dim.value: size
-        for value in model.graph.inputs
-        if value.shape is not None and value.name in feed and len(value.shape) == feed[value.name].ndim
-        for dim, size in zip(value.shape, feed[value.name].shape, strict=True)
-        if isinstance(dim, ir.SymbolicDim) and dim.value is not None
-    }
-    stated = {value: _stated_size(value, axes) for value in values}
-    names = [value.name or "" for value in values if stated[value] is None]
-    counted: dict[str, int] = {}
-    if names:
-        counts = _run(Probe(model, size_outputs(names), frozenset(feed), threads=threads), feed, "the source")
-        counted = dict(zip(names, map(int, counts), strict=True))
-    return [counted[value.name or ""] if (size := stated[value]) is None else size for value in values]
-
-
-def _stated_size(value: ir.Value, axes: Mapping[str, int]) -> int | None:
-    if value.shape is None:
-        return None
-    sizes = [dim if isinstance(dim, int) else axes.get(dim.value or "") for dim in value.shape]
-    known = [size for size in sizes if size is not None]
-    return math.prod(known) if len(known) == len(sizes) else None
 
 
 def _match(floats: Sequence[ir.Value], after: ir.Model) -> tuple[list[_Pair], list[Unmatched]]:
@@ -339,20 +264,12 @@ def _stood_for(graph: ir.Graph, value: ir.Value, scale: float, zero_point: int, 
     return real.outputs[0]
 
 
-def _largest(model: ir.Model, samples: Samples) -> Feeds:
-    """Return the feed of most elements; the first one where no axis is dynamic."""
-    fixed = all(value.shape is not None and value.shape.is_static() for value in model.graph.inputs)
-    if fixed:
-        return next(iter(samples))
-    return max(samples, key=lambda feed: sum(array.size for array in feed.values()))
-
-
-def _slices(pairs: Sequence[_Pair], sizes: Sequence[int], memory: int) -> Iterator[list[_Pair]]:
+def _slices(pairs: Sequence[_Pair], held_bytes: Sequence[int], memory: int) -> Iterator[list[_Pair]]:
     """Split the pairs so that both sides' tensors of a slice fit into `memory`."""
     some: list[_Pair] = []
     held = 0
-    for pair, size in zip(pairs, sizes, strict=True):
-        needed = 2 * size * (8 if pair.source.dtype == ir.DataType.DOUBLE else 4)
+    for pair, one in zip(pairs, held_bytes, strict=True):
+        needed = 2 * one
         if some and held + needed > memory:
             yield some
             some, held = [], 0
@@ -369,15 +286,15 @@ def _results(pairs: Sequence[_Pair]) -> list[str]:
 
 def _compare(
     pairs: Sequence[_Pair],
-    probes: tuple[Probe, Probe],
+    given: Iterator[list[np.ndarray]],
+    probe: Probe,
     samples: Samples,
     steps: _Steps,
     observe: Observe | None,
 ) -> dict[str, ErrorSums]:
     sums = {pair.name: ErrorSums() for pair in pairs}
-    for number, feed in enumerate(samples):
-        ones = _run(probes[0], feed, "the source")
-        twos = dict(zip(_results(pairs), _run(probes[1], feed, "the result"), strict=True))
+    for number, (feed, ones) in enumerate(zip(samples, given, strict=True)):
+        twos = dict(zip(_results(pairs), run_probe(probe, feed, "the result"), strict=True))
         for pair, one in zip(pairs, ones, strict=True):
             if pair.name not in sums:
                 continue

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 __all__ = ["ErrorSums", "round_figure"]
 
-_PIECE = 1 << 20
+_PIECE = 1 << 15
+"""Elements that stay in the processor's cache with all that is computed from them."""
 
 
 def round_figure(value: float, digits: int = 5) -> float:
@@ -48,21 +50,21 @@ class ErrorSums:
             )
 
     def _add_piece(self, source: np.ndarray, result: np.ndarray) -> None:
-        finite = np.isfinite(source) & np.isfinite(result)
         self.values += source.size
-        if not finite.all():
+        sums = _Sums.of(source, result)
+        if not sums.finite:
+            finite = np.isfinite(source) & np.isfinite(result)
             self.excluded += int(source.size - finite.sum())
             self.broken += int((np.isfinite(source) & ~np.isfinite(result)).sum())
             source, result = source[finite], result[finite]
+            sums = _Sums.of(source, result)
         if not source.size:
             return
-        # np.sum adds in one fixed order; a BLAS dot product splits its sum by threads.
-        error = source - result
-        self.signal += float(np.sum(source * source))
-        self.result_power += float(np.sum(result * result))
-        self.product += float(np.sum(source * result))
-        self.noise += float(np.sum(error * error))
-        self.max_abs = max(self.max_abs, float(np.max(np.abs(error))))
+        self.signal += sums.signal
+        self.result_power += sums.result_power
+        self.product += sums.product
+        self.noise += sums.noise
+        self.max_abs = max(self.max_abs, sums.max_abs)
 
     @property
     def sqnr_db(self) -> float | None:
@@ -82,3 +84,31 @@ class ErrorSums:
             return 1.0
         power = math.sqrt(self.signal) * math.sqrt(self.result_power)
         return round_figure(self.product / power, 6) if power > 0 else None
+
+
+class _Sums(NamedTuple):
+    """What is summed of two pieces."""
+
+    signal: float
+    result_power: float
+    product: float
+    noise: float
+    max_abs: float
+
+    @classmethod
+    def of(cls, source: np.ndarray, result: np.ndarray) -> _Sums:
+        # np.sum adds in one fixed order; a BLAS dot product splits its sum by threads.
+        with np.errstate(over="ignore", invalid="ignore"):
+            error = source - result
+            return cls(
+                signal=float(np.sum(source * source)),
+                result_power=float(np.sum(result * result)),
+                product=float(np.sum(source * result)),
+                noise=float(np.sum(error * error)),
+                max_abs=max(float(error.max(initial=0.0)), -float(error.min(initial=0.0))),
+            )
+
+    @property
+    def finite(self) -> bool:
+        """Whether every value is finite; a sum may overflow without."""
+        return math.isfinite(self.signal + self.result_power)

@@ -14,6 +14,7 @@ from qgraph.errors import UserError
 from qgraph.float_form import float_form
 from qgraph.pipeline import Context, Pipeline
 from qgraph.runtime import difference as module
+from qgraph.runtime import watched_source
 from qgraph.runtime.difference import Difference, TensorError, Unmatched, difference
 from qgraph.runtime.session import open_session
 from qgraph.verbs import diff
@@ -296,8 +297,8 @@ def test_sizes_are_read_off_the_shapes_where_they_are_stated(tmp_path, shape, st
     model = qgraph.ir.load(write(tmp_path, "m", SOURCE))
     (value,) = (node.outputs[0] for node in model.graph if node.outputs[0].name == "a")
     value.shape = None if shape is None else ir.Shape(shape)
-    assert module._stated_size(value, {"n": 5}) == (20 if stated else None)
-    assert module._sizes(model, [value], samples(1)[0], 1) == [20]
+    assert watched_source.stated_size(value, {"n": 5}) == (20 if stated else None)
+    assert watched_source.sizes(model, [value], samples(1)[0], 1) == [20]
 
 
 NETWORK = """<ir_version: 10, opset_import: ["" : 13]>

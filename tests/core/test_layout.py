@@ -36,7 +36,7 @@ LAYERS = (
     ("artifact",),
     ("bounds", "plan", "building", "loading", "stored_states"),
     ("sharing", "manifest_facts"),
-    ("proof",),
+    ("proof", "beginnings"),
     ("stages",),
     ("search_edits", "search_precision", "search_ranking", "search_workshop"),
     ("search_candidates", "search_executors"),

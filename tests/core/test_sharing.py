@@ -153,7 +153,7 @@ def test_the_code_that_a_pass_names_is_in_the_key(text: str, tmp_path: Path, mon
     def key(module: str) -> str | None:
         sharing_module._code.cache_clear()
         importlib.invalidate_caches()
-        return sharing_module._keys("root", Pipeline.parse(text.format(module)).passes)[0]
+        return sharing_module.keys_behind("root", Pipeline.parse(text.format(module)).passes)[0]
 
     (tmp_path / "user_rules.py").write_text("RULES = Mine = 1")
     first = key("user_rules")
@@ -373,7 +373,7 @@ def test_who_is_busy_with_a_pass_keeps_others_from_it(network: Path, tmp_path: P
     first = line()
     first.run(Pipeline.parse("fold-constants"))
     assert first._key is not None
-    (key,) = sharing_module._keys(first._key, Pipeline.parse("qdq").passes)
+    (key,) = sharing_module.keys_behind(first._key, Pipeline.parse("qdq").passes)
     assert key is not None
     cache.keep(key, lambda folder: {})  # by another process, just now: what is there is not looked into yet
     with pytest.raises(BusyError), first._claimed([key]):
