@@ -73,6 +73,7 @@ class _Rows:
         axis = {"axis": -1} if qgraph.ir.is_op(node, *_NORMS) else {}
         attributes = {**node.attributes, **{name: ir.AttrInt64(name, number) for name, number in axis.items()}}
         matrix = ir.Node("", node.op_type, inputs, attributes.values(), name=node.name)
+        matrix.metadata_props.update(node.metadata_props)
         output, above = node.outputs[0], list(node.inputs)
         matrix.outputs[0].name = qgraph.ir.fresh_name(self.graph, f"{output.name}_rows")
         matrix.outputs[0].type = output.type

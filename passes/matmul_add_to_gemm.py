@@ -83,5 +83,6 @@ def _join(node: ir.Node, place: int) -> None:
     if matmul is None:
         raise ValueError(f"{qgraph.ir.node_label(node)} adds to no product")
     gemm = ir.node("Gemm", [*matmul.inputs, addend], name=node.name)
+    gemm.metadata_props.update(matmul.metadata_props)
     qgraph.ir.replace_node(node, gemm)
     qgraph.ir.discard(matmul)
