@@ -92,11 +92,13 @@ def _grouped(node: ir.Node, emit: Emitter) -> Sequence[ir.Value | None]:
         _cached(emit.within(name), form, past, new, places.starts)
         for name, past, new in (("keys", _input(node, 3), k), ("values", _input(node, 4), v))
     )
-    seen = (repeated(emit, _shortened(emit, form, one), form.groups, form.heads) for one in (keys, values))
+    seen_keys, seen_values = (
+        repeated(emit, _shortened(emit, form, one), form.groups, form.heads) for one in (keys, values)
+    )
     scale = node.attributes.get_float("scale", 0.0) or 1 / math.sqrt(form.width)
     cap = node.attributes.get_float("softcap", 0.0)
     result = attend(
-        emit, q, *seen, number(emit, "scale", node.inputs[0], scale), _mask(node, emit, form, places),
+        emit, q, seen_keys, seen_values, number(emit, "scale", node.inputs[0], scale), _mask(node, emit, form, places),
         number(emit, "cap", node.inputs[0], cap) if cap else None,
     )  # fmt: skip
     return [heads_joined(emit, result, form.heads * form.width), keys, values][: len(node.outputs)]
@@ -107,6 +109,8 @@ def _form(node: ir.Node) -> _Form:
     other = [name for name, value in _DEFAULTS.items() if node.attributes.get_int(name, value) != value]
     if refused or other:
         raise UnfitError(f"it has {refused[0] if refused else f'{other[0]}={node.attributes.get_int(other[0])}'}")
+    if node.attributes.get_int("do_rotary", 0):
+        static_sizes(_input(node, 7), [1], "the width of its tables is")
     heads, groups = node.attributes.get_int("num_heads"), node.attributes.get_int("kv_num_heads")
     rows, hidden = static_sizes(node.inputs[0], [1, 2], "a size of its queries is")
     past, total = _input(node, 3), qgraph.ir.constant(_input(node, 6))

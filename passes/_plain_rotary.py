@@ -60,12 +60,6 @@ def _microsoft(node: ir.Node, emit: Emitter) -> Sequence[ir.Value]:
     value, ids, cosine, sine = node.inputs
     if node.attributes.get_int("is_packed_batching", 0):
         raise UnfitError("its batch is packed")
-    if ids is None or ids.shape is None:
-        raise UnfitError("the rank of its positions is not known")
-    if len(ids.shape) == 1:  # where the first token stands
-        rank = _RANK if value is None or value.shape is None else len(value.shape)
-        (tokens,) = static_sizes(value, [rank - 2], "its length is")
-        ids = emit("Add", emit("Unsqueeze", ids, emit.integers("axis", [0])), emit.integers("tokens", range(tokens)))
     return [_embedded(node, emit, value, cosine, sine, ids)]
 
 
@@ -78,18 +72,28 @@ def _embedded(
         raise UnfitError("the rank of its input is not known")
     (half,) = static_sizes(cosine, [-1], "the width of its tables is")
     (hidden,) = static_sizes(value, [-1], "its width is")
+    if ids is not None and ids.shape is None:
+        raise UnfitError("the rank of its positions is not known")
     flat = len(value.shape) != _RANK
+    tokens = static_sizes(value, [1 if flat else 2], "its length is")[0] if _is_first(ids) else 0
     width = hidden
     if flat:
         heads = node.attributes.get_int("num_heads", 0) or hidden // (2 * half)
         width = hidden // heads
         value = emit("Reshape", value, emit.integers("heads", [0, 0, heads, width]))
+    if tokens:
+        ids = emit("Add", emit("Unsqueeze", ids, emit.integers("axis", [0])), emit.integers("tokens", range(tokens)))
     axis = emit.integers("head", [2 if flat else 1])
     tables = (cosine, sine) if ids is None else (emit("Gather", table, ids, axis=0) for table in (cosine, sine))
-    apart = [emit("Unsqueeze", table, axis) for table in tables]
+    cosines, sines = (emit("Unsqueeze", table, axis) for table in tables)
     interleaved = bool(node.attributes.get_int("interleaved", 0))
-    turned = rotate(emit, value, *apart, width, half, interleaved=interleaved)
+    turned = rotate(emit, value, cosines, sines, width, half, interleaved=interleaved)
     return emit("Reshape", turned, emit.integers("joined", [0, 0, hidden])) if flat else turned
+
+
+def _is_first(ids: ir.Value | None) -> bool:
+    """Tell whether positions are those of the first tokens alone."""
+    return ids is not None and len(ids.shape or ()) == 1
 
 
 STANDARD: Mapping[str, Rewriting] = {"RotaryEmbedding": _standard}

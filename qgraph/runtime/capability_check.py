@@ -138,9 +138,15 @@ def _check_importer(
         *(f"the importer has a converter that the table lacks: {one}" for one in sorted(known - shown - untried)),
         *(f"the importer lacks a converter that the table has: {one}" for one in sorted(untried - known)),
     ]
-    states = dict(sorted(Counter(result.state for result in results).items()))
+    states = Counter(result.state for result in results)
     return TableCheck(
-        table.name, table.version, installed, "", len(known), states, differences=tuple(differences), importer=True
+        table.name,
+        table.version,
+        installed,
+        entries=len(known),
+        probes=dict(sorted(states.items())),
+        differences=tuple(differences),
+        importer=True,
     )
 
 

@@ -42,6 +42,8 @@ def examples(op_type: str | None = None) -> Iterator[Probe]:
         warnings.simplefilter("ignore")  # of examples that overflow, or divide by zero
         cases = collect_testcases(op_type)
     for case in cases:
+        if case.model is None or not case.data_sets:
+            continue
         graph = case.model.graph
         if len(graph.node) != 1 or graph.node[0].domain not in DEFAULT_DOMAINS:
             continue
