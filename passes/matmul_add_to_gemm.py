@@ -32,19 +32,20 @@ class MatmulAddToGemm(Pass):
         """Join; `skipped` has the products of matrices whose sum Gemm cannot do."""
         shapes = context.analyse(shapes_of, model)
         skipped: list[Skipped] = []
-        count = 0
+        found: list[tuple[ir.Node, int]] = []
         for node in qgraph.ir.walk(model):
             place = _product_input(node)
             if place is None:
                 continue
             reason = _obstacle(node, place, shapes)
             if reason is None:
-                _join(node, place)
-                count += 1
+                found.append((node, place))
             else:
                 skipped.append(Skipped(qgraph.ir.node_label(node), f"no Gemm: {reason}"))
-        notes = [f"{count} MatMul and Add joined to Gemm"] if count else []
-        return Report(changed=count, notes=notes, skipped=skipped)
+        for node, place in found:  # not before: what a Gemm makes has no known shape for the product that reads it
+            _join(node, place)
+        notes = [f"{len(found)} MatMul and Add joined to Gemm"] if found else []
+        return Report(changed=len(found), notes=notes, skipped=skipped)
 
 
 def _product_input(node: ir.Node) -> int | None:
