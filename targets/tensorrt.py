@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -153,7 +153,18 @@ class TensorrtTarget(NvidiaTarget):
             elif value.shape is not None and not _fits(_sizes(one), list(value.shape)):
                 shape = "x".join(map(str, value.shape))
                 found.append(Skipped(name, f"its shape is {shape}, which {text} does not fit"))
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys([*found, *self._without_range(model)]))
+
+    def _without_range(self, model: ir.Model) -> Iterator[Skipped]:
+        """Yield the inputs with dynamic axes that a profile leaves out; ONNX Runtime fails at the first run then."""
+        named = {_input_of(one) for one in self.min_shapes}
+        for value in model.graph.inputs if named else ():
+            if value.name in named or value.const_value is not None or value.shape is None or value.shape.is_static():
+                continue
+            shape = "x".join(map(str, value.shape))
+            yield Skipped(
+                value.name or "", f"its shape is {shape}, and no profile names it: name all such inputs or none"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -450,6 +450,17 @@ def test_a_range_must_fit_an_input(one: str, message: str):
     assert message in target.check(small_cnn())[0].reason
 
 
+def test_a_range_is_for_all_inputs_with_dynamic_axes_or_for_none():
+    """ONNX Runtime fails at the first run where a profile leaves one out."""
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    g (float[n,4] a, float[n,4] b, float[2,4] c) => (float[n,4] y, float[2,4] z) { y = Add(a, b) z = Relu(c) }"""
+    model, one, other = ir.from_onnx_text(text), ("a:1x4",), ("a:1x4", "b:1x4")
+    left_out = TensorrtInt8(min_shapes=one, opt_shapes=one, max_shapes=one).check(model)
+    assert [found.node for found in left_out if "no profile names it" in found.reason] == ["b"]
+    assert TensorrtInt8(min_shapes=other, opt_shapes=other, max_shapes=other).check(model) == []
+    assert TensorrtInt8().check(model) == []
+
+
 def test_sparsity_is_of_the_family():
     assert CudaSparse24().options()["TensorrtExecutionProvider"]["trt_sparsity_enable"] == "1"
     assert "trt_int8_enable" not in CudaSparse24().options()["TensorrtExecutionProvider"]
