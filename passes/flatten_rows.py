@@ -120,7 +120,9 @@ class _Rows:
     def _is_added_to(self, product: ir.Node, dims: Dims) -> bool:
         """Tell whether the only reader of a product adds a bias to it, or another value as large."""
         add = qgraph.ir.only_consumer(product.outputs[0])
-        if not qgraph.ir.is_op(add, "Add") or add is None or add.inputs[0] is add.inputs[1]:
+        if not qgraph.ir.is_op(add, "Add") or add is None or add.graph is not self.graph:
+            return False
+        if add.inputs[0] is add.inputs[1] or add.outputs[0].is_graph_output():
             return False
         other = add.inputs[1] if add.inputs[0] is product.outputs[0] else add.inputs[0]
         return other is not None and (_fits(other, dims) or (self._is_whole(other) and self._dims(other) == dims))

@@ -69,9 +69,10 @@ def test_products_and_sums_become_gemm():
         ("(float[2, 5, 2, 3] y)", "(float[2, 5, 2, 3] y, float[2, 5, 2, 3] p)"),
         ("x) =>", "x, float[4, 3] w) =>"),
         ("float[2, 5, 2, 4] x", "float x"),
+        ("(float[2, 5, 2, 3] y)", "(float[2, 5, 2, 3] y, float[2, 5, 2, 3] s)"),
         ("float[2, 5, 2, 4] x) => (float[2, 5, 2, 3]", "float[2, n, 2, 4] x) => (float[2, n, 2, 3]"),
     ],
-    ids=["doubles", "no sum", "sum with itself", "product put out", "matrix given", "no shape", "maybe empty"],
+    ids=["doubles", "no sum", "sum with itself", "product put out", "matrix given", "no shape", "sum put out", "empty"],
 )
 def test_it_does_not_fire_where_nothing_is_won_or_known(old: str, new: str):
     text = TEXTS["fixed_sizes"].replace(old, new)
