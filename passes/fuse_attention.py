@@ -22,6 +22,8 @@ ONNX Runtime's Attention takes minus infinity and the lowest float both as maske
 no other keys. That is what a guard against NaN does for minus infinity; where the lowest float marks what is masked,
 such a query attends to all keys evenly, so the mask is raised a little to keep that.
 
+Its kernel refuses batches and sequences of no rows, which plain operators let through; an empty cache it takes.
+
 Rotations are found as `fuse-rotary` writes them; those of keys stand before the cache. It does not fire where the
 probabilities are read elsewhere too, where a cache is laid out otherwise, or where shapes are not known.
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.passes.qdq import FLOAT_KEY
-from qgraph.pipeline import Context, Pipeline
+from qgraph.pipeline import Context, Pipeline, Skipped
 from qgraph.runtime.placement import Placement
 from qgraph.runtime.placement_reading import read_placement
 from qgraph.runtime.session import CPU_PROVIDER, open_session
@@ -23,6 +23,8 @@ __all__ = ["FUSE", "FUSE_ATTENTION", "CpuFp32", "OnnxRuntimeCpu"]
 FUSE_ATTENTION = "fuse-attention{stacked_heads=2}"
 FUSE = f"fuse-gelu,fuse-norms,fuse-rotary,{FUSE_ATTENTION}"
 """What the runtime computes faster in one operator."""
+_LAYERS = ("Attention", "Conv", "ConvTranspose", "GRU", "Gemm", "LSTM", "MatMul", "MatMulNBits", "RNN")
+_BFLOAT16 = "it computes in bfloat16, for which the CPU has no kernels: convert the model to float32 or float16"
 
 
 class OnnxRuntimeCpu(Target):
@@ -39,6 +41,12 @@ class OnnxRuntimeCpu(Target):
     def lower_passes(self) -> Pipeline:
         """Return the last clean-up."""
         return Pipeline.parse("remove-unused")
+
+    def check(self, model: ir.Model) -> list[Skipped]:
+        """Return the layers that compute in bfloat16."""
+        layers = [node for node in qgraph.ir.walk(model) if node.op_type in _LAYERS]
+        found = [node for node in layers if node.outputs[0].dtype == ir.DataType.BFLOAT16]
+        return [Skipped(qgraph.ir.node_label(node), _BFLOAT16) for node in found]
 
     def session(self, folder: Path, *, threads: int = 0) -> Session:
         """Open model.onnx in ONNX Runtime.

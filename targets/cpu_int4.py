@@ -56,7 +56,7 @@ class CpuInt4(CpuFp32):
 
     def check(self, model: ir.Model) -> list[Skipped]:
         """Return the low-bit products that have no kernel, and what computes in bfloat16."""
-        return [*refused_blocks(model), *_in_bfloat16(model)]
+        return [*refused_blocks(model), *super().check(model)]
 
 
 def refused_blocks(model: ir.Model) -> list[Skipped]:
@@ -74,15 +74,6 @@ def refused_blocks(model: ir.Model) -> list[Skipped]:
         if reason is not None:
             refused.append(Skipped(qgraph.ir.node_label(node), reason))
     return refused
-
-
-def _in_bfloat16(model: ir.Model) -> list[Skipped]:
-    reason = "it computes in bfloat16, for which the CPU has no kernels: convert the model to float32 or float16"
-    return [
-        Skipped(qgraph.ir.node_label(node), reason)
-        for node in qgraph.ir.walk(model)
-        if node.op_type in (*_PRODUCTS, "MatMulNBits") and node.outputs[0].dtype == ir.DataType.BFLOAT16
-    ]
 
 
 def weight_kernels(model: ir.Model, *, integers: bool) -> Kernels:

@@ -150,8 +150,8 @@ class CpuInt8(OnnxRuntimeCpu):
         return candidates[fastest.name]
 
     def check(self, model: ir.Model) -> list[Skipped]:
-        """Return the layers whose sums would saturate, where the processor has no VNNI."""
-        return saturating(model) if self.cpu == "avx2" else []
+        """Return what computes in bfloat16, and layers whose sums would saturate where the processor has no VNNI."""
+        return [*super().check(model), *(saturating(model) if self.cpu == "avx2" else [])]
 
     def stand_in(self) -> str:
         """Return a note where this is another kind of processor than that of the option `cpu`."""

@@ -19,7 +19,11 @@ from qgraph import verbs
 from qgraph.analysis.index_limits import index_limits
 from qgraph.errors import UserError
 from qgraph.runtime import session as sessions
+from qgraph.targets.base import Target
+from qgraph.targets.cpu import CpuFp32
+from qgraph.targets.cpu_fp16 import CpuFp16
 from qgraph.targets.cpu_int4 import CpuInt4, weight_kernels
+from qgraph.targets.cpu_int8 import CpuInt8
 from qgraph.targets.cuda import CudaInt4
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>'
@@ -198,11 +202,12 @@ def test_what_a_gpu_hands_to_the_cpu_is_refused(reason: str):
     assert CpuInt4().check(graph_of(ON_CUDA[reason])) == []
 
 
-def test_bfloat16_is_refused_on_the_cpu_only():
+@pytest.mark.parametrize("target", [CpuInt4(), CpuFp32(), CpuFp16(), CpuInt8()], ids=lambda one: one.name)
+def test_bfloat16_is_refused_on_the_cpu_only(target: Target):
     model = ir.from_onnx_text(
         f"{HEAD}\ng (bfloat16[4,32] x, bfloat16[32,32] w) => (bfloat16[4,32] y) {{ y = MatMul(x, w) }}"
     )
-    assert "bfloat16" in CpuInt4().check(model)[0].reason
+    assert ["bfloat16" in one.reason for one in target.check(model)] == [True]
     assert CudaInt4().check(model) == []
 
 
