@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import onnx_ir as ir
@@ -59,7 +60,9 @@ class Matcher:
         for mask in products.masks:
             self._check_mask(mask, q, (k.rows, v.rows))
         last = self._join(products.context, (*q.dims[:3], v.dims[3]))
-        scale = products.scale * q.scale * k.scale
+        if any(heads.cache is not None and heads.cache.concat.graph is not last.graph for heads in (k, v)):
+            raise NoMatchError("it is in a subgraph, and its cache is extended outside")
+        scale = _positive(products.scale * q.scale * k.scale)
         stacked = 1 if products.groups is None else _shared(q, products.groups)
         return Block(softmax, q, k, v, scale, products.masks, products.guarded, last, stacked)
 
@@ -89,6 +92,12 @@ class Matcher:
             ):
                 return reshape
         raise NoMatchError("its heads are not joined again to [batch, queries, hidden]")
+
+
+def _positive(scale: float) -> float:
+    if not 0.0 < scale < math.inf:
+        raise NoMatchError(f"its scores are multiplied by {scale:g}, and the operator takes positive numbers")
+    return scale
 
 
 def _remainder(heads: Dim, groups: Dim) -> int:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.shapes import Shapes
+from qgraph.analysis.symbols import Dim
 from qgraph.passes._attention_block import Block, Heads
 from qgraph.passes._rules import discard_unread
 
@@ -20,12 +21,12 @@ __all__ = ["Rewriter"]
 class Rewriter:
     """Puts Attention in the place of blocks.
 
-    What is computed of a mask that several blocks share stands before the first of them, once.
+    What is computed of a mask that several blocks with as many queries share stands before the first of them, once.
     """
 
     model: ir.Model
     shapes: Shapes
-    _masks: dict[tuple[ir.Value, ir.Graph, bool], ir.Value] = field(default_factory=dict)
+    _masks: dict[tuple[ir.Value, ir.Graph, bool, Dim], ir.Value] = field(default_factory=dict)
     _parts: dict[ir.Node, ir.Node] = field(default_factory=dict)
 
     def fuse(self, block: Block) -> None:
@@ -105,7 +106,7 @@ class Rewriter:
         softmax = block.softmax
         graph = softmax.graph
         assert graph is not None
-        key = (mask, graph, block.guarded)
+        key = (mask, graph, block.guarded, block.q.dims[1])
         if key in self._masks:
             return self._masks[key]
         result = mask

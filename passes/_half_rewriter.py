@@ -46,7 +46,8 @@ class _Rewriter:
     def run(self) -> int:
         """Convert the nodes; return how many had anything to convert."""
         if not self._keep_io:
-            self._narrowed.update((value, None) for value in self._graph.inputs if is_wide(value, self._format))
+            given = [value for value in self._graph.inputs if value.const_value is None]
+            self._narrowed.update((value, None) for value in given if is_wide(value, self._format))
             for value in self._narrowed:
                 value.type = self._type
         weights = self._weights()
@@ -62,7 +63,7 @@ class _Rewriter:
             value: None
             for node in self._nodes
             for value, fits in zip(node.inputs, self._half[node][0], strict=True)
-            if fits and value is not None and value.const_value is not None and is_wide(value, self._format)
+            if fits and value is not None and _is_constant(value) and is_wide(value, self._format)
         }
         found: dict[ir.Value, ir.Value] = {}
         groups: dict[Joint, list[ir.Value]] = {}
@@ -230,6 +231,11 @@ class _Rewriter:
                 array = np.asarray(node.attributes["value"].as_tensor().numpy())
                 array = np.clip(array, self._format.mask, self._format.largest)
                 node.attributes["value"] = ir.AttrTensor("value", ir.tensor(array))
+
+
+def _is_constant(value: ir.Value) -> bool:
+    """Tell whether a value is stored, and no default of an input, for which a caller may give something else."""
+    return value.const_value is not None and not value.is_graph_input()
 
 
 def _group(value: ir.Value) -> Joint | None:

@@ -76,7 +76,7 @@ def keep(
 def keep_constants(node: ir.Node, half: Half, kept: Kept) -> str | None:
     """Say what of a node's constants the type cannot hold; masks are noted, not refused."""
     for index, value in enumerate(node.inputs):
-        if value is None or not is_wide(value, half) or value.const_value is None:
+        if value is None or not is_wide(value, half) or value.const_value is None or value.is_graph_input():
             continue
         if isinstance(value.const_value, JointTensor):
             continue  # scales of compressed weights are looked at when they are computed

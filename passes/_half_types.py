@@ -26,6 +26,7 @@ __all__ = [
     "rounded",
     "rounded_scales",
     "undefined",
+    "without_tensors",
 ]
 
 Ranges = Mapping[str, tuple[float, float]]
@@ -131,6 +132,14 @@ def half_places(node: ir.Node, opsets: Mapping[str, int], half: Half) -> tuple[l
     return places[0], places[1]
 
 
+def without_tensors(node: ir.Node) -> str | None:
+    """Return why the types of a node's values cannot change: they are not known, or no tensors."""
+    for value in (*node.inputs, *node.outputs):
+        if value is not None and value.name and value.const_value is None and not isinstance(value.type, ir.TensorType):
+            return f"the type of '{value.name}' is not known" if value.type is None else "it handles sequences"
+    return None
+
+
 def undefined(node: ir.Node, opsets: Mapping[str, int], half: Half, *, quantizers: bool = False) -> str | None:
     """Return why a node cannot be of 16 bits whatever its numbers are, or None.
 
@@ -142,9 +151,9 @@ def undefined(node: ir.Node, opsets: Mapping[str, int], half: Half, *, quantizer
     """
     if qgraph.ir.inner_graphs(node):
         return "it has subgraphs, which stay in float32"
-    for value in (*node.inputs, *node.outputs):
-        if value is not None and value.name and value.const_value is None and not isinstance(value.type, ir.TensorType):
-            return f"the type of '{value.name}' is not known" if value.type is None else "it handles sequences"
+    reason = without_tensors(node)
+    if reason is not None:
+        return reason
     if qgraph.ir.is_op(node, "Cast"):
         before = node.inputs[0]
         if before is not None and before.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):

@@ -12,9 +12,10 @@ scores of all keys alike, which Softmax does not see. The sums are the same but 
 computed in float64. Values that differ now get new names, so that nobody compares them with what they were.
 
 It does not fire where a normalized value is a graph output or read by anything but one residual sum and products with
-constant matrices; where c is so large that rounding would show in those products; where keys are rotated, kept in a
-cache, capped or put out; for other types than float32. Related: Nagel et al., "Data-Free Quantization Through Weight
-Equalization and Bias Correction" (2019), section 4.1.3, absorbs biases in the layer behind.
+constant matrices, or where that sum adds such a product to it; where c is so large that rounding would show in those
+products; where keys are rotated, kept in a cache, capped or put out; for other types than float32. Related: Nagel et
+al., "Data-Free Quantization Through Weight Equalization and Bias Correction" (2019), section 4.1.3, absorbs biases in
+the layer behind.
 """
 
 from __future__ import annotations
@@ -50,7 +51,6 @@ class _Product:
     """What multiplies a normalized value by a matrix, and the bias behind it; none where a shift goes unnoticed."""
 
     node: ir.Node
-    weight: np.ndarray
     bias: _Sum | None
 
 
@@ -118,7 +118,9 @@ def _readers(norm: ir.Node, shapes: Shapes) -> tuple[_Sum, ir.Node, list[_Produc
             residual = bias, use.node
         else:
             return None
-    return None if residual is None else (*residual, products)
+    if residual is None or any(one.bias is not None and one.bias.node is residual[0].node for one in products):
+        return None
+    return (*residual, products)
 
 
 def _residual_bias(add: ir.Node, value: ir.Value, shapes: Shapes) -> _Sum | None:
@@ -135,14 +137,15 @@ def _residual_bias(add: ir.Node, value: ir.Value, shapes: Shapes) -> _Sum | None
 
 def _product(node: ir.Node, index: int, shapes: Shapes) -> _Product | None:
     """Return a node as a product of its first input and a constant matrix whose result can take a shift back."""
-    weight = qgraph.ir.constant(node.inputs[1]) if qgraph.ir.is_op(node, "MatMul") and index == 0 else None
+    weight = node.inputs[1] if qgraph.ir.is_op(node, "MatMul") and index == 0 else None
+    stored = None if weight is None or weight.is_graph_input() else weight.const_value
     reader = qgraph.ir.only_consumer(node.outputs[0])
-    if weight is None or weight.ndim != 2 or reader is None:
+    if stored is None or len(stored.shape) != 2 or reader is None:
         return None
     if _plain_key(reader) is node.outputs[0] and list(reader.inputs).count(node.outputs[0]) == 1:
-        return _Product(node, weight, None)
+        return _Product(node, None)
     bias = _sum(reader, shapes)
-    return None if bias is None or bias.constant.size != weight.shape[1] else _Product(node, weight, bias)
+    return None if bias is None or bias.constant.size != stored.shape[1] else _Product(node, bias)
 
 
 def _sum(node: ir.Node | None, shapes: Shapes) -> _Sum | None:
@@ -183,9 +186,10 @@ def _absorb(model: ir.Model, norm: ir.Node, bias: _Sum, residual: ir.Node, produ
         if product.bias is not None:
             add = product.bias.node
             index = 1 if add.inputs[0] is product.node.outputs[0] else 0
-            old = add.inputs[index]
+            old, weight = add.inputs[index], qgraph.ir.constant(product.node.inputs[1])
             assert old is not None
-            restored = product.bias.constant - shift @ product.weight.astype(np.float64)
+            assert weight is not None
+            restored = product.bias.constant - shift @ weight.astype(np.float64)
             _replace_constant(graph, add, index, f"{old.name}_shifted", restored)
     residual.replace_input_with(list(residual.inputs).index(bias.node.outputs[0]), bias.rest)
     qgraph.ir.discard(bias.node)

@@ -10,8 +10,8 @@ for those who read them otherwise: attention, the outputs of the graph. A Reshap
 then joins products and sums: ONNX Runtime's Gemm starts from what is to be added instead of going over the product
 once more. The same values to the last bit, but for the order in which Gemm adds.
 
-It does not fire in subgraphs, for other types than float32, where shapes are not known, where W is computed, and for
-products to which nothing is added.
+It does not fire in subgraphs, for other types than float32, where shapes are not known, where W is computed, for
+products to which nothing is added, and for what may be empty before opset 14, whose Reshape makes no axis of size 0.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ __all__ = ["FlattenRows"]
 _ELEMENTWISE = ("Erf", "Gelu", "Relu", "Sigmoid", "Softplus", "Sqrt", "Tanh")
 _BROADCASTING = ("Add", "Mul", "Sub", "Sum")
 _NORMS = ("LayerNormalization", "RMSNormalization")
+_SIZES_OF_ZERO_SINCE = 14
+"""The first opset whose Reshape can be told that a size of 0 is one, and not that of another axis."""
 _INT64 = ir.TensorType(ir.DataType.INT64)
 
 Dims: TypeAlias = tuple[Dim, ...]
@@ -68,6 +70,9 @@ class _Rows:
         dims = self._dims(node.outputs[0]) if node.outputs else None
         if dims is None or not self._goes_by_rows(node, dims):
             return False
+        may_be_empty = not all(isinstance(dim, int) and dim > 0 for dim in dims)
+        if may_be_empty and self.graph.opset_imports.get("", 0) < _SIZES_OF_ZERO_SINCE:
+            return False
         size = self._size(dims, node)
         inputs = [self._matrix(value, node) if self._is_whole(value) else value for value in node.inputs]
         axis = {"axis": -1} if qgraph.ir.is_op(node, *_NORMS) else {}
@@ -77,7 +82,7 @@ class _Rows:
         output, above = node.outputs[0], list(node.inputs)
         matrix.outputs[0].name = qgraph.ir.fresh_name(self.graph, f"{output.name}_rows")
         matrix.outputs[0].type = output.type
-        back = ir.node("Reshape", [matrix.outputs[0], size])
+        back = ir.node("Reshape", [matrix.outputs[0], size], {"allowzero": 1} if may_be_empty else {})
         back.name = qgraph.ir.fresh_name(self.graph, f"{output.name}_whole")
         qgraph.ir.replace_node(node, [matrix, back])
         self._whole[back.outputs[0]], self._matrices[back.outputs[0]] = dims, matrix.outputs[0]

@@ -5,8 +5,9 @@
 No runtime has more than plain kernels for float64, and nothing compresses it. Inputs and outputs of the model keep
 their types. What stays in float64, each with its reason: arithmetic that reads neither a float64 input nor a float64
 matrix, which exporters widen on purpose (positions, sizes, angles); nodes with subgraphs, and what subgraphs read;
-operators that have no float32, or say float64 themselves; constants beyond 3.4e38, but for bounds and masks, which are
-cut off. Casts stand where float64 and float32 meet. A model without float64 is left alone.
+what makes and reads sequences; operators that have no float32, or say float64 themselves; constants beyond 3.4e38, but
+for bounds and masks, which are cut off. Casts stand where float64 and float32 meet. A model without float64 is left
+alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from qgraph.analysis.shapes import Shapes
 from qgraph.passes._annotate import annotate
 from qgraph.passes._half_rewriter import rewrite
 from qgraph.passes._half_safety import keep_constants
-from qgraph.passes._half_types import FLOAT32, Kept, half_places, is_wide
+from qgraph.passes._half_types import FLOAT32, Kept, half_places, is_wide, without_tensors
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
 __all__ = ["ToFp32"]
@@ -88,6 +89,9 @@ def _on_purpose(node: ir.Node, grown: set[ir.Value]) -> str | None:
 def _unfit(node: ir.Node, graph: ir.Graph, kept: Kept) -> str | None:
     if qgraph.ir.inner_graphs(node):
         return "it has subgraphs, which stay as they are"
+    reason = without_tensors(node)
+    if reason is not None:
+        return reason
     if "dtype" in node.attributes:
         return f"{node.op_type} gives numbers of a type of its own"
     if not qgraph.ir.is_op(node, "Cast") and half_places(node, graph.opset_imports, FLOAT32) is None:

@@ -113,3 +113,28 @@ def test_the_shift_reaches_keys_without_a_bias():
     assert absorb(model).changed == 1
     np.testing.assert_allclose(ran(model)[0], before[0], atol=4e-6)
     assert not any(qgraph.ir.is_op(node, "Add") and node.name == "o_sum" for node in model.graph)
+
+
+def test_a_product_that_is_added_to_what_it_multiplies_keeps_its_bias():
+    """A shift of x would come through the product, and there would be nowhere to take it back."""
+    text = """<ir_version: 10, opset_import: ["" : 17]>
+    own (float[batch, seq, 2] s) => (float[batch, seq, 2] y)
+    <float[2] g = {1.0, 2.0}, float[2, 2] w = {0.5, 1.0, -1.0, 0.25}, float[2] c = {0.5, -0.5}>
+    { x = LayerNormalization (s, g)
+      p = MatMul (x, w)
+      m = Add (p, c)
+      y = Add (x, m) }"""
+    model = ir.from_onnx_text(text)
+    assert absorb(model).changed == 0
+    np.testing.assert_array_equal(ran(model)[0], ran(ir.from_onnx_text(text))[0])
+
+
+def test_weights_are_read_only_where_something_is_absorbed():
+    model = ir.from_onnx_text(TEXTS["without_beta"].replace("Add (x, m)", "Add (s, m)"))
+    weight = model.graph.initializers["w"]
+
+    def compute() -> np.ndarray:
+        raise AssertionError("it was read")
+
+    weight.const_value = qgraph.ir.lazy(compute, ir.DataType.FLOAT, [4, 2])
+    assert absorb(model).changed == 0

@@ -27,11 +27,15 @@ BATCH, SEQ = 2, 5
 LOWEST = float(np.finfo(np.float32).min)
 
 
-def run(model: ir.Model, feeds: dict[str, np.ndarray]) -> np.ndarray:
+def outputs(model: ir.Model, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     proto = ir.to_proto(model).SerializeToString()
-    return onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+    return onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"]).run(None, feeds)
+
+
+def run(model: ir.Model, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    return outputs(model, feeds)[0]
 
 
 def fuse(model: ir.Model) -> Report:
@@ -129,6 +133,36 @@ def test_a_query_whose_every_key_is_masked_gets_what_it_got(name: str, old: str,
     np.testing.assert_allclose(run(model, feeds), before, rtol=0, atol=2e-6)
 
 
+def test_blocks_with_other_numbers_of_queries_each_get_a_mask_for_theirs():
+    """As where a decoder and an encoder look at the encoder's rows."""
+    head = """<ir_version: 10, opset_import: ["" : 23]>
+    g (float[batch, rows, 4] x, float[batch, queries, 4] z, float[batch, 1, 1, rows] mask)
+      => (float[batch, rows, 4] a_y, float[batch, queries, 4] b_y)
+    <int64[4] split = {0, 0, 2, 2}, int64[3] join = {0, 0, 4}> {"""
+    block = """
+    @q4 = Reshape (SOURCE, split)
+    @k4 = Reshape (x, split)
+    @v4 = Reshape (x, split)
+    @qt = Transpose <perm = [0, 2, 1, 3]> (@q4)
+    @kt = Transpose <perm = [0, 2, 3, 1]> (@k4)
+    @vt = Transpose <perm = [0, 2, 1, 3]> (@v4)
+    @product = MatMul (@qt, @kt)
+    @masked = Add (@product, mask)
+    @probabilities = Softmax <axis = -1> (@masked)
+    @context = MatMul (@probabilities, @vt)
+    @back = Transpose <perm = [0, 2, 1, 3]> (@context)
+    @y = Reshape (@back, join)"""
+    blocks = [block.replace("@", name).replace("SOURCE", source) for name, source in (("a_", "x"), ("b_", "z"))]
+    model = ir.from_onnx_text(f"{head}{''.join(blocks)} }}")
+    random = np.random.default_rng(0)
+    shapes = {"x": (2, 5, 4), "z": (2, 3, 4), "mask": (2, 1, 1, 5)}
+    feeds = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    before = outputs(model, feeds)
+    assert fuse(model).changed == 2
+    for one, other in zip(outputs(model, feeds), before, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
@@ -137,6 +171,7 @@ def test_a_query_whose_every_key_is_masked_gets_what_it_got(name: str, old: str,
         ("perm = [0, 2, 3, 1]> (k4)", "perm = [0, 2, 1, 3]> (k4)", "not laid out"),
         ("back = Transpose <perm = [0, 2, 1, 3]> (context)", "back = Neg (context)", "its heads are not joined"),
         ("float[batch, 1, 1, seq] mask", "float[batch, seq, 1] mask", "its mask 'mask' is not"),
+        ("half = {0.5}", "half = {-0.5}", "multiplied by -0.5"),
         (
             "back = Transpose",
             "more = ReduceSum (probabilities)\n context2 = Add (context, more)\n back = Transpose",

@@ -128,6 +128,21 @@ def test_keys_that_somebody_else_reads_are_still_made_for_them():
         np.testing.assert_allclose(one, other, rtol=0, atol=2e-6)
 
 
+def test_a_cache_that_is_extended_outside_of_a_branch_stays():
+    """What the branch would make of it cannot be an output of the graph around it."""
+    head, body = CASES["cached"].split("    kT = Transpose")
+    head = head.replace("past_v) =>", "past_v, bool yes) =>")
+    inner = f"    kT = Transpose{body.strip().removesuffix('}')}".replace("y = Reshape", "y1 = Reshape")
+    branch = f"then_branch = a () => (float[batch, seq, 8] y1) {{ {inner} }}"
+    other = "else_branch = b () => (float[batch, seq, 8] y2) { y2 = Identity (q) }"
+    model = ir.from_onnx_text(f"{head} y = If (yes) <{branch}, {other}> }}")
+    report = Pipeline([FuseAttention()]).run(model).parts[0]
+    assert (report.changed, [one.reason for one in report.skipped]) == (
+        0,
+        ["it is in a subgraph, and its cache is extended outside"],
+    )
+
+
 def test_a_cache_that_is_no_output_goes_with_its_concatenation():
     model = ir.from_onnx_text(CASES["cached"].replace(", float[batch, 2, total, 2] present_v)\n<", ")\n<"))
     feeds = feeds_of(2, 3, 4, [0, 1])

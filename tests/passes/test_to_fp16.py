@@ -141,6 +141,19 @@ def test_inputs_and_outputs_may_become_float16():
     np.testing.assert_allclose(y, run(before, {"x": x})[0], atol=2e-2)
 
 
+@pytest.mark.parametrize("keep_io", [True, False])
+def test_a_weight_that_a_caller_may_replace_is_no_constant(keep_io: bool):
+    text = "g (float[2,8] x) => (float[2,8] y) <float[8,8] w = {0}> { h = MatMul(x, w) y = Relu(h) }"
+    before, after = (model_of(text, w=normal(8, 8)) for _ in range(2))
+    for model in (before, after):
+        model.graph.inputs.append(model.graph.initializers["w"])
+    convert(after, keep_io=keep_io)
+    x, dtype = normal(2, 8), np.float32 if keep_io else np.float16
+    for given in ({}, {"w": normal(8, 8, seed=1)}):
+        found = run(after, {"x": x.astype(dtype)} | given)[0]
+        np.testing.assert_allclose(found, run(before, {"x": x} | given)[0], atol=2e-2)
+
+
 def test_subgraphs_stay_and_get_what_they_read_in_float32():
     text = """
     g (float[2,4] x, bool c) => (float[2,4] y) <float[4,4] w = {0}>

@@ -68,6 +68,32 @@ def test_what_a_subgraph_reads_is_widened_again():
     np.testing.assert_allclose(run(after, feeds()[0])[0], run(before, feeds()[0])[0], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "h = MatMul(x, w) [pack] s = SequenceConstruct(x, h) c = ConcatFromSequence<axis = 0>(s) y = Relu(c)",
+        "h = MatMul(x, w) [pack] s = SplitToSequence<axis = 1>(h) c = ConcatFromSequence<axis = 1>(s) y = Relu(c)",
+        "h = MatMul(x, w) [pack] s = Optional(h) c = OptionalGetElement(s) y = Relu(c)",
+    ],
+    ids=["made", "split", "optional"],
+)
+def test_sequences_keep_what_is_in_them(body: str):
+    before, after = model_of(body, MATRIX), model_of(body, MATRIX)
+    assert "pack" in left(half_precision.convert(ToFp32(), after))
+    assert after.graph.initializers["w"].dtype == ir.DataType.FLOAT
+    np.testing.assert_allclose(run(after, feeds()[0])[0], run(before, feeds()[0])[0], atol=1e-5)
+
+
+def test_a_matrix_that_a_caller_may_replace_is_no_constant():
+    before, after = model_of(LAYER, MATRIX), model_of(LAYER, MATRIX)
+    for model in (before, after):
+        model.graph.inputs.append(model.graph.initializers["w"])
+    half_precision.convert(ToFp32(), after)
+    given = feeds()[0] | {"w": -MATRIX}
+    for one in (feeds()[0], given):
+        np.testing.assert_allclose(run(after, one)[0], run(before, one)[0], atol=1e-6)
+
+
 @pytest.mark.parametrize("target", ["cuda-fp16", "cuda-int4", "cpu-fp16"])
 def test_a_model_of_float64_is_compressed_as_one_of_float32(target: str, tmp_path: Path):
     source = tmp_path / "model.onnx"
