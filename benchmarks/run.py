@@ -1,6 +1,6 @@
 """Measure qgraph against its peers on real models, side by side, in one run.
 
-    python benchmarks/run.py [--only minilm,resnet20] [--quick] [-o results.json]
+    python benchmarks/run.py [--only minilm,resnet20] [--quick] [-o RESULTS.json]
 
 writes the JSON and, beside it, RESULTS.md. Needs the real models and data (QGRAPH_ASSETS); onnxsim gets an
 environment of its own in the cache folder (QGRAPH_CACHE), and counts as failing where it cannot be installed.
@@ -259,7 +259,7 @@ def main() -> None:
     parser.add_argument("--tools", help="tools, separated by commas (default: all that suit the model)")
     parser.add_argument("--quick", action="store_true", help="four models, fewer feeds, min-max calibration only")
     parser.add_argument("--keep", type=Path, help="an empty folder for the models made (default: a temporary one)")
-    parser.add_argument("-o", "--output", type=Path, default=HERE / "results.json")
+    parser.add_argument("-o", "--output", type=Path, default=HERE / "RESULTS.json")
     options = parser.parse_args()
     if not data.assets().is_dir():
         parser.error(f"{data.assets()} does not exist; name the folder of real models with QGRAPH_ASSETS")

@@ -152,6 +152,11 @@ class Proof:
             verification = dataclasses.replace(verification, eval_before=figures[0], eval_after=figures[1])
         return after, verification
 
+    def release(self) -> None:
+        """Let go of the source's session, unless compilations share it: nothing is compared with it any more."""
+        if self._sharing is None:
+            self.before = None
+
     def time(self, sessions: Mapping[str, Session], *, seconds: float = BENCH_SECONDS) -> Benchmark | None:
         """Time sessions beside the source; None where that says nothing of the target."""
         if self.sliced or self._target.stand_in():

@@ -194,6 +194,7 @@ class Run:
             bench = {**bench, "search": [rung.to_json() for rung in rungs]} if rungs else bench
             _write_json(stage / "bench.json", bench)
         reports = built.reports(self._prepared)
+        self.proof.release()
         layers = self._look_inside(stage, built.nodes)
         seconds = time.perf_counter() - self._started
         recipe = stage / "recipe.toml"
@@ -218,10 +219,11 @@ class Run:
 
     def _watched(self, samples: Sequence[Feeds]) -> WatchedSource:
         """Return the source's side of comparing tensors; it serves for all targets that have the same source."""
-        keep = min(KEPT_SOURCE, self.context.calibration_memory // _WATCHED)
         source = self.context.reference or self.loaded.path
-        watched = WatchedSource(source, samples, threads=self.context.threads, keep=keep)
-        return watched if self._sharing is None else self._sharing.watched(watched)
+        if self._sharing is None:
+            return WatchedSource(source, samples, threads=self.context.threads)
+        keep = min(KEPT_SOURCE, self.context.calibration_memory // _WATCHED)
+        return self._sharing.watched(WatchedSource(source, samples, threads=self.context.threads, keep=keep))
 
 
 def told(report: Report) -> str:

@@ -155,7 +155,7 @@ def test_a_manifest_with_strange_figures(three: Path, tmp_path: Path):
     shutil.copytree(three / "a", tmp_path / "b")
     path = tmp_path / "b" / "manifest.json"
     manifest = json.loads(path.read_text())
-    for key, value in (("verification", {"samples": 3}), ("kernels", {"integer": 3}), ("pipeline", [])):
+    for key, value in (("verification", {"samples": 3}), ("placement", {"kernels": 3}), ("pipeline", [])):
         path.write_text(json.dumps({**manifest, key: value}))
         with pytest.raises(UserError, match="damaged"):
             compare_artifacts([tmp_path / "a", tmp_path / "b"])
