@@ -191,7 +191,7 @@ def _readiness(target: Entry, runtimes: Sequence[Runtime]) -> Readiness:
     one = registry.find("target", target.name)()
     missing = one.lacks()  # a provider may be there and not start
     if missing or target.facts["extra"] not in _OF_DEVICES:
-        return Readiness(target.name, usable=not missing, missing=missing)
+        return Readiness(target.name, usable=not missing, missing=missing, builds=bool(missing))
     try:
         elsewhere = one.stand_in()
     except UserError as error:

@@ -236,6 +236,7 @@ def test_doctor_tells_what_is_usable(capsys: pytest.CaptureFixture[str]):
     shown = capsys.readouterr()
     document = json.loads(shown.out)
     assert {"target": "cpu-int8", "usable": True, "missing": "", "builds": False} in document["targets"]
+    assert all(one["usable"] or one["builds"] for one in document["targets"] if one["target"].startswith("cuda-"))
     assert document["runtimes"][0]["name"] == "ONNX Runtime"
     assert "CPUExecutionProvider" in document["runtimes"][0]["offers"]
     assert "ONNX Runtime" in shown.err
