@@ -101,6 +101,15 @@ def number(value: ir.Value | None) -> float | None:
     return float(array.reshape(-1)[0]) if array is not None and array.dtype.kind == "f" else None
 
 
+def matrix_dims(value: ir.Value | None) -> tuple[int, int] | None:
+    """Return rows and columns of a stored matrix that no caller may replace, without reading it, or None."""
+    stored = value.const_value if value is not None and not value.is_graph_input() else None
+    if stored is None or len(stored.shape) != 2:
+        return None
+    rows, columns = stored.shape.numpy()
+    return rows, columns
+
+
 def discard_unread(value: ir.Value | None) -> None:
     """Remove the node that makes a value nobody reads, and so on upwards."""
     pending = [value]

@@ -28,6 +28,7 @@ import onnx_ir as ir
 
 import qgraph.ir
 from qgraph.analysis.shapes import Shapes, shapes_of
+from qgraph.passes._rules import matrix_dims
 from qgraph.pipeline import Context, Pass, Report, Skipped
 
 __all__ = ["AbsorbBiases"]
@@ -137,15 +138,14 @@ def _residual_bias(add: ir.Node, value: ir.Value, shapes: Shapes) -> _Sum | None
 
 def _product(node: ir.Node, index: int, shapes: Shapes) -> _Product | None:
     """Return a node as a product of its first input and a constant matrix whose result can take a shift back."""
-    weight = node.inputs[1] if qgraph.ir.is_op(node, "MatMul") and index == 0 else None
-    stored = None if weight is None or weight.is_graph_input() else weight.const_value
+    dims = matrix_dims(node.inputs[1]) if qgraph.ir.is_op(node, "MatMul") and index == 0 else None
     reader = qgraph.ir.only_consumer(node.outputs[0])
-    if stored is None or len(stored.shape) != 2 or reader is None:
+    if dims is None or reader is None:
         return None
     if _plain_key(reader) is node.outputs[0] and list(reader.inputs).count(node.outputs[0]) == 1:
         return _Product(node, None)
     bias = _sum(reader, shapes)
-    return None if bias is None or bias.constant.size != stored.shape[1] else _Product(node, bias)
+    return None if bias is None or bias.constant.size != dims[1] else _Product(node, bias)
 
 
 def _sum(node: ir.Node | None, shapes: Shapes) -> _Sum | None:

@@ -26,7 +26,7 @@ import onnx_ir as ir
 import qgraph.ir
 from qgraph.analysis.shapes import Shapes, shapes_of
 from qgraph.analysis.symbols import Dim
-from qgraph.passes._rules import discard_unread
+from qgraph.passes._rules import discard_unread, matrix_dims
 from qgraph.pipeline import Context, Pass, Report
 
 __all__ = ["FlattenRows"]
@@ -182,10 +182,7 @@ class _Rows:
 
 def _is_product(node: ir.Node) -> bool:
     """Tell whether a node multiplies by a constant matrix."""
-    if not qgraph.ir.is_op(node, "MatMul") or node.inputs[1] is None:
-        return False
-    stored = node.inputs[1].const_value
-    return stored is not None and len(stored.shape) == 2 and not node.inputs[1].is_graph_input()
+    return qgraph.ir.is_op(node, "MatMul") and matrix_dims(node.inputs[1]) is not None
 
 
 def _fits(value: ir.Value, dims: Dims) -> bool:
