@@ -24,6 +24,16 @@ def assets() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the small network as net.onnx, and samples.npz."""
+    import small_network
+
+    folder = tmp_path_factory.mktemp("network")
+    small_network.write(folder)
+    return folder
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "assets" in getattr(item, "fixturenames", ()):

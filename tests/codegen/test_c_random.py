@@ -12,7 +12,6 @@ import pytest
 from qgraph.runtime.reference import ReferenceSession
 from qgraph.runtime.session import open_session
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from c_build import Library, needs_gcc, run_checked, run_onnx, sanitizers
 from integer_models import random_integer_feeds, random_integer_model

@@ -15,8 +15,6 @@ from qgraph.runtime.reference import ReferenceSession
 pytest.importorskip("tvm", reason="Apache TVM is not installed")
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from integer_models import random_integer_feeds, random_integer_model
 from tvm_build import PRODUCTS, called, compiled, extremes, function_inputs, in_onnxruntime, parsed
 

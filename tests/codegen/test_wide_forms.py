@@ -11,7 +11,6 @@ import pytest
 
 from qgraph.pipeline import Pipeline
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from c_build import Library, needs_gcc
 from integer_compilation import assert_reference_agrees, compiled, feeds, graph

@@ -5,14 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import small_network
 
 import qgraph
@@ -45,14 +41,6 @@ def hashes(folder: Path) -> dict[str, str]:
 
 def files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-
-
-@pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with net.onnx and samples.npz."""
-    folder = tmp_path_factory.mktemp("network")
-    small_network.write(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import small_network
 
 import qgraph
 import qgraph.ir
@@ -31,13 +26,6 @@ def all_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep every state, however little time it took."""
     monkeypatch.setattr(sharing_module, "_WORTH_COPYING", 0.0)
     monkeypatch.setattr(sharing_module, "_WORTH_WRITING", 0.0)
-
-
-@pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("network")
-    small_network.write(folder)
-    return folder
 
 
 @pytest.fixture

@@ -16,10 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import small_network
-
 import qgraph
 import qgraph.ir
 from qgraph import sharing as sharing_module
@@ -34,13 +30,6 @@ from qgraph.stored_states import State, read_outputs, read_state, write_outputs,
 
 KEY = key_of("a key")
 PASSES = "fold-constants,sparsify{pattern=2:4,min_elements=64},qdq"
-
-
-@pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("network")
-    small_network.write(folder)
-    return folder
 
 
 @pytest.fixture

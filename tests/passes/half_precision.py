@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+from golden_rewrites import as_written
 
 from qgraph.pipeline import Pass, Pipeline, Report
 from qgraph.runtime.session import open_session
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from golden_rewrites import as_written
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 Feeds = dict[str, np.ndarray]

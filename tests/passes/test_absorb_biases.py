@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+import text_models
 from golden_rewrites import as_written
 
 import qgraph.ir
 from qgraph.passes.absorb_biases import AbsorbBiases
 from qgraph.pipeline import Pipeline, Report
-from qgraph.runtime.session import open_session
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden/absorb-biases"
 CASES = {path.stem: path for path in sorted(GOLDEN.glob("*.onnxtxt"))}
@@ -25,13 +25,7 @@ def absorb(model: ir.Model) -> Report:
 
 
 def ran(model: ir.Model) -> list[np.ndarray]:
-    random = np.random.default_rng(0)
-    sizes = {"batch": 3, "seq": 5}
-    feeds = {
-        value.name: random.normal(size=[sizes.get(str(dim), dim) for dim in value.shape]).astype(np.float32)
-        for value in model.graph.inputs
-    }
-    return list(open_session(ir.to_proto(model).SerializeToString(), threads=1, optimise=False).run(None, feeds))
+    return text_models.ran(model, batch=3, seq=5)
 
 
 @pytest.mark.parametrize("name", CASES)

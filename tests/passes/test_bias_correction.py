@@ -8,7 +8,6 @@ whose names do not begin with `x` are constants. QGRAPH_UPDATE_GOLDEN=1 writes t
 from __future__ import annotations
 
 import itertools
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from golden_rewrites import is_after, structure, what_to_do
 
 from qgraph import models
 from qgraph.analysis.paired_layers import PairedLayer, paired_layers
@@ -26,10 +26,6 @@ from qgraph.numerics.schemes import UINT8
 from qgraph.passes import BiasCorrection
 from qgraph.pipeline import Context, Feeds, Pipeline, Report
 from qgraph.targets.cpu_int8 import CpuInt8
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from golden_rewrites import is_after, structure, what_to_do
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "bias-correction"
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>'

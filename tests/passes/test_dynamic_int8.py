@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,15 +11,12 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from golden_rewrites import as_written
 
 import qgraph.ir
 from qgraph import capabilities
 from qgraph.passes.dynamic_int8 import DynamicInt8
 from qgraph.pipeline import Pipeline, Report
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from golden_rewrites import as_written
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden/dynamic-int8/every_kind.onnxtxt"
 HEAD = '<ir_version: 10, opset_import: ["" : 21]>'

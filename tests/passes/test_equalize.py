@@ -9,14 +9,11 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from golden_rewrites import as_written
 
 import qgraph.ir
 from qgraph.errors import UserError
 from qgraph.pipeline import Context, Pipeline, Report
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from golden_rewrites import as_written
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 FILES = sorted((Path(__file__).parent.parent / "golden" / "equalize").glob("*.onnxtxt"))

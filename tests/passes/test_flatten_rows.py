@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+import text_models
 from golden_rewrites import as_written
 
 from qgraph.passes.flatten_rows import FlattenRows
 from qgraph.pipeline import Pipeline, Report
-from qgraph.runtime.session import open_session
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden/flatten-rows"
 CASES = {path.stem: path for path in sorted(GOLDEN.glob("*.onnxtxt"))}
@@ -25,13 +25,7 @@ def flatten(model: ir.Model) -> Report:
 
 
 def ran(model: ir.Model, batch: int = 3, seq: int = 5) -> list[np.ndarray]:
-    random = np.random.default_rng(0)
-    sizes = {"batch": batch, "seq": seq}
-    feeds = {
-        value.name: random.normal(size=[sizes.get(str(dim), dim) for dim in value.shape]).astype(np.float32)
-        for value in model.graph.inputs
-    }
-    return list(open_session(ir.to_proto(model).SerializeToString(), threads=1, optimise=False).run(None, feeds))
+    return text_models.ran(model, batch=batch, seq=seq)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from integer_compilation import check_golden, compiled, feeds, graph, in_onnxruntime
 
 from qgraph.analysis.integer_units import integer_units
 from qgraph.errors import UserError
 from qgraph.passes._full_qdq_weights import style_of, weight_errors
 from qgraph.passes.full_qdq import FullQdq
 from qgraph.pipeline import Pipeline
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from integer_compilation import check_golden, compiled, feeds, graph, in_onnxruntime
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "full-qdq"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +9,11 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from golden_rewrites import as_written
 
 import qgraph.ir
 from qgraph.passes.fuse_attention import FuseAttention
 from qgraph.pipeline import Context, Pipeline, Report
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from golden_rewrites import as_written
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden/fuse-attention"
 CASES = {path.stem: path.read_text().partition("\n---\n") for path in sorted(GOLDEN.glob("*.onnxtxt"))}

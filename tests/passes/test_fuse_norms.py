@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from golden_rewrites import as_written
 
 from qgraph.passes.fuse_norms import FuseNorms
 from qgraph.pipeline import Pipeline, Report
 from qgraph.runtime.session import open_session
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from golden_rewrites import as_written
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden/fuse-norms"
 CASES = {path.stem: path.read_text().partition("\n---\n") for path in sorted(GOLDEN.glob("*.onnxtxt"))}

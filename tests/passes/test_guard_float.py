@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from golden_rewrites import as_written, what_to_do
 
 from qgraph.pipeline import Pipeline
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from golden_rewrites import as_written, what_to_do
 
 FILES = sorted((Path(__file__).parent.parent / "golden" / "guard-float").glob("*.onnxtxt"))
 

@@ -7,23 +7,19 @@ truth values, whole numbers or moved elements, they are held against numpy on wh
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from integer_compilation import assert_reference_agrees
 
 from qgraph.errors import UserError
 from qgraph.passes.integer_requantize import BOUNDARY_KEY
 from qgraph.pipeline import Context, Pipeline
 from qgraph.targets.integer import Integer
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from integer_compilation import assert_reference_agrees
 
 Arrays = list[np.ndarray]
 Reference = Callable[..., np.ndarray | tuple[np.ndarray, ...]]

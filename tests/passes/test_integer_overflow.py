@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import onnx_ir as ir
 import pytest
+from float_networks import random_network
+from integer_compilation import assert_reference_agrees, compiled
+from integer_intervals import Intervals
 
 import qgraph.ir
 from qgraph.errors import UserError
 from qgraph.pipeline import Pipeline, Report
 from qgraph.runtime.reference import ReferenceSession
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from float_networks import random_network
-from integer_compilation import assert_reference_agrees, compiled
-from integer_intervals import Intervals
 
 LIMIT = (1 << 31) - 1
 OPTIONS = ("", "wide=none", "activations=int8,symmetric=true", "scales=pow2", "wide_weights=all")

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from float_networks import random_network
+from integer_compilation import assert_reference_agrees, feeds
 
 import qgraph.ir
 from qgraph.analysis.integer_units import Form, integer_units
 from qgraph.pipeline import Context, Pipeline
 from qgraph.targets.integer import Integer
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from float_networks import random_network
-from integer_compilation import assert_reference_agrees, feeds
 
 NETWORKS = 20
 OPTIONS = ("", "wide=none", "activations=int8", "symmetric=true,sqnr=0.0", "scales=pow2", "weights=int4,sqnr=0.0")

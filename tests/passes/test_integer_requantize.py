@@ -7,20 +7,12 @@ output's scale at most, unless `BOUNDS` says otherwise and why.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-
-from qgraph.analysis.integer_units import MOVERS, Form, integer_units
-from qgraph.errors import UserError
-from qgraph.pipeline import Pipeline
-from qgraph.targets.integer import Integer
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from integer_compilation import (
     Compiled,
     assert_reference_agrees,
@@ -32,6 +24,11 @@ from integer_compilation import (
     output_scale,
     steps_apart,
 )
+
+from qgraph.analysis.integer_units import MOVERS, Form, integer_units
+from qgraph.errors import UserError
+from qgraph.pipeline import Pipeline
+from qgraph.targets.integer import Integer
 
 
 def read_cases() -> dict[str, dict[str, str]]:

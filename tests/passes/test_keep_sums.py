@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+import text_models
+from golden_rewrites import as_written
 
 import qgraph.ir
 from qgraph.passes.keep_sums import KeepSums
 from qgraph.pipeline import Pipeline, Report
 from qgraph.runtime.session import open_session
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from golden_rewrites import as_written
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden/keep-sums"
 CASES = {path.stem: path.read_text().partition("\n---\n") for path in sorted(GOLDEN.glob("*.onnxtxt"))}
@@ -30,12 +27,7 @@ def keep(model: ir.Model) -> Report:
 
 def ran(model: ir.Model, folder: Path, *, optimise: bool) -> tuple[np.ndarray, set[str]]:
     """Return the output, and the operators that the runtime really runs."""
-    random = np.random.default_rng(0)
-    sizes = {"batch": 2, "seq": 5}
-    feeds = {
-        value.name: random.normal(size=[sizes.get(str(dim), dim) for dim in value.shape]).astype(np.float32)
-        for value in model.graph.inputs
-    }
+    feeds = text_models.normal_feeds(model, batch=2, seq=5)
     path = folder / "optimised.onnx" if optimise else None
     session = open_session(ir.to_proto(model).SerializeToString(), threads=1, optimise=optimise, optimised_path=path)
     operators = {node.op_type for node in qgraph.ir.load(path).graph} if path is not None else set()

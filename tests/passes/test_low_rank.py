@@ -8,13 +8,13 @@ the second part anew.
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from golden_rewrites import is_after, structure, what_to_do
 
 import qgraph.compiler
 import qgraph.ir
@@ -24,10 +24,6 @@ from qgraph.models import digits_cnn, digits_encoder
 from qgraph.passes import LowRank
 from qgraph.pipeline import Feeds, Pipeline
 from qgraph.targets.cpu import CpuFp32
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from golden_rewrites import is_after, structure, what_to_do
 
 FILES = sorted((Path(__file__).parent.parent / "golden" / "low-rank").glob("*.onnxtxt"))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
+from golden_rewrites import is_file
 
 import qgraph.ir
 from qgraph import capabilities
@@ -23,10 +23,6 @@ from qgraph.passes.matmul_nbits import MatmulNbits
 from qgraph.pipeline import Pipeline, Report
 from qgraph.runtime.session import open_session
 from qgraph.targets.cuda import CudaInt4
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from golden_rewrites import is_file
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden/matmul-nbits/every_kind.onnxtxt"
 N = 48

@@ -6,7 +6,6 @@ line `# ...` gives the pipeline if it is not the pass alone. QGRAPH_UPDATE_GOLDE
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,13 +14,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from golden_rewrites import is_after, what_to_do
 
 import qgraph.ir
 from qgraph.pipeline import Pipeline
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from golden_rewrites import is_after, what_to_do
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 PASSES = (

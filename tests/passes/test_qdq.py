@@ -7,7 +7,6 @@ QGRAPH_UPDATE_GOLDEN=1 writes the second part anew.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,15 +14,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from golden_rewrites import is_after, structure, what_to_do
 from onnx.reference import ReferenceEvaluator
 
 from qgraph.errors import UserError
 from qgraph.passes import Qdq
 from qgraph.pipeline import Context, Feeds, Pipeline, Report
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from golden_rewrites import is_after, structure, what_to_do
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "qdq"
 CONSTANTS = {

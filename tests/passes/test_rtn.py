@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from golden_rewrites import is_file
 
 import qgraph.ir
 from qgraph.analysis.compressed_weights import compressed
@@ -19,10 +19,6 @@ from qgraph.passes._weight_options import set_bits
 from qgraph.passes.hqq import Hqq
 from qgraph.passes.rtn import Rtn
 from qgraph.pipeline import Pass, Pipeline, Report
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from golden_rewrites import is_file
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden/rtn/every_kind.onnxtxt"
 HEAD = '<ir_version: 10, opset_import: ["" : 21]>'

@@ -16,8 +16,6 @@ from qgraph.passes import ScaleDepthwise
 from qgraph.pipeline import Context, Pipeline, Report
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from golden_rewrites import as_written
 from half_precision import model_of, normal, run, sqnr_db
 

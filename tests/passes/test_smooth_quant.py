@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,15 +10,12 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from golden_rewrites import is_after, what_to_do
 
 import qgraph.ir
 from qgraph.errors import UserError
 from qgraph.passes.smooth_quant import SmoothQuant
 from qgraph.pipeline import Pipeline, Report
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from golden_rewrites import is_after, what_to_do
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden/smooth-quant"
 HEAD = '<ir_version: 10, opset_import: ["" : 23]>'

@@ -6,19 +6,15 @@ than `x` are constants. A first line `# ...` gives the pipeline. QGRAPH_UPDATE_G
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from golden_rewrites import is_after, what_to_do, without_values
 
 from qgraph.pipeline import Pipeline
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from golden_rewrites import is_after, what_to_do, without_values
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 PASSES = (

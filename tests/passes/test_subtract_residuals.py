@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,14 +9,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from golden_rewrites import as_written, what_to_do
 
 from qgraph.models import digits_encoder
 from qgraph.pipeline import Pipeline
 from qgraph.runtime.session import open_session
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from golden_rewrites import as_written, what_to_do
 
 FILES = sorted((Path(__file__).parent.parent / "golden" / "subtract-residuals").glob("*.onnxtxt"))
 

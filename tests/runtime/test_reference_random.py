@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from integer_models import random_integer_feeds, random_integer_model
 
 import qgraph.ir
 from qgraph.analysis.integer_functions import FUNCTIONS
 from qgraph.runtime.reference import ReferenceSession
 from qgraph.runtime.session import open_session
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from integer_models import random_integer_feeds, random_integer_model
 
 MODELS = 100
 BARE = 0.6

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import small_network
 
 import qgraph
 import qgraph.ir
@@ -27,13 +22,6 @@ from qgraph.sharing import Sharing
 ROOM = 1 << 20
 SIZES = 1
 """Runs that count how large the tensors are, of which the network states nothing."""
-
-
-@pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("network")
-    small_network.write(folder)
-    return folder
 
 
 @pytest.fixture
